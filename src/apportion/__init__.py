@@ -1,0 +1,1 @@
+"""Sparse autoencoders that spend their sparsity budget where it is needed."""
