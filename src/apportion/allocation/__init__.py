@@ -1,0 +1,27 @@
+"""Rules of allocation: which token-latent matches become non-zero. One file, one rule; to add one, add it here."""
+
+from apportion.allocation.base import Candidates, Rule, Settled, StepContext, WarmStart
+from apportion.allocation.feature_choice import FeatureChoice
+from apportion.allocation.mutual_choice import MutualChoice
+from apportion.allocation.threshold import Threshold
+from apportion.allocation.token_choice import TokenChoice
+
+RULES: dict[str, type[Rule]] = {
+    "topk": TokenChoice,
+    "mutual_choice": MutualChoice,
+    "feature_choice": FeatureChoice,
+    "threshold": Threshold,
+}
+
+__all__ = [
+    "RULES",
+    "Candidates",
+    "FeatureChoice",
+    "MutualChoice",
+    "Rule",
+    "Settled",
+    "StepContext",
+    "Threshold",
+    "TokenChoice",
+    "WarmStart",
+]

@@ -1,0 +1,175 @@
+"""Hookpoints: where in a transformers model activations are read, and where they are put back.
+
+A hookpoint is the dotted path of a module, with the side of the module one means:
+
+    model.layers.8            what the module returns (the same as ``model.layers.8:out``)
+    model.layers.8.mlp:in     what the module is given: its first positional argument, or ``hidden_states=``
+    model.layers.*            a glob; each ``*`` stands for one dotted part and matches in the order of the model
+
+Modules may return a tensor or a tuple whose first element is the tensor; both are read and written alike. Everything
+here is plain PyTorch hooks, removed again whatever happens. `capture` leaves the forward pass as soon as the last
+wanted activation has been seen, so the layers above it and the language-model head are never computed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+SIDES = ("in", "out")
+
+
+@dataclass(frozen=True)
+class Hookpoint:
+    """A module path and a side of that module."""
+
+    path: str
+    side: str = "out"
+
+    @staticmethod
+    def parse(text: str) -> Hookpoint:
+        path, colon, side = text.partition(":")
+        side = side if colon else "out"
+        if not path or side not in SIDES:
+            raise ValueError(
+                f"{text!r} is not a hookpoint: write a module path such as 'model.layers.8' "
+                "(its output) or 'model.layers.8.mlp:in' (its input)"
+            )
+        return Hookpoint(path, side)
+
+    def __str__(self) -> str:
+        return self.path if self.side == "out" else f"{self.path}:{self.side}"
+
+    def module(self, model: nn.Module) -> nn.Module:
+        """The module of `model` this hookpoint names; ValueError with the nearest names if there is none."""
+        modules = dict(model.named_modules())
+        if self.path not in modules:
+            raise ValueError(f"the model has no module {self.path!r}{_nearest(self.path, modules)}")
+        return modules[self.path]
+
+
+def _nearest(path: str, names: Iterable[str]) -> str:
+    """A hint such as "; the nearest are ..." for an error message."""
+    near = difflib.get_close_matches(path, [name for name in names if name], n=4, cutoff=0.3)
+    return f"; the nearest are {', '.join(repr(name) for name in near)}" if near else ""
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Does the dotted `name` match the glob part by part, so that ``*`` never crosses a dot?"""
+    parts, globs = name.split("."), pattern.split(".")
+    return len(parts) == len(globs) and all(fnmatchcase(part, glob) for part, glob in zip(parts, globs, strict=True))
+
+
+def expand(model: nn.Module, hookpoints: str | Iterable[str]) -> list[str]:
+    """The canonical names of `hookpoints` with globs expanded in the order of the model, each name once."""
+    names = [name for name, _ in model.named_modules() if name]
+    found: dict[str, None] = {}
+    for text in [hookpoints] if isinstance(hookpoints, str) else hookpoints:
+        point = Hookpoint.parse(text)
+        hits = [name for name in names if name == point.path or _matches(name, point.path)]
+        if not hits:
+            what = "no module that matches" if any(c in point.path for c in "*?[") else "no module"
+            raise ValueError(f"the model has {what} {point.path!r}{_nearest(point.path, names)}")
+        found |= dict.fromkeys(str(Hookpoint(name, point.side)) for name in hits)
+    if not found:
+        raise ValueError("no hookpoint was given: name at least one, for example 'model.layers.8'")
+    return list(found)
+
+
+def _first(value: Any, hookpoint: Hookpoint) -> Tensor:
+    """The tensor in what a module returned."""
+    tensor = value[0] if isinstance(value, (tuple, list)) and value else value
+    if not isinstance(tensor, Tensor):
+        raise ValueError(
+            f"hookpoint {str(hookpoint)!r} carries no tensor but {type(tensor).__name__}: "
+            "choose a module that returns a tensor, or a tuple that begins with one"
+        )
+    return tensor
+
+
+def _with_first(value: Any, tensor: Tensor) -> Any:
+    """What a module returned, with its tensor replaced."""
+    if isinstance(value, tuple):
+        return (tensor, *value[1:])
+    return [tensor, *value[1:]] if isinstance(value, list) else tensor
+
+
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any], hookpoint: Hookpoint) -> Tensor:
+    """The tensor a module was given."""
+    tensor = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(tensor, Tensor):
+        raise ValueError(
+            f"hookpoint {str(hookpoint)!r} has no input tensor (no positional argument and no "
+            "hidden_states=): choose another module"
+        )
+    return tensor
+
+
+def _attach(model: nn.Module, hookpoint: Hookpoint, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Call `change` with the tensor at the hookpoint in each forward pass; a tensor it returns replaces it."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new = change(_input(args, kwargs, hookpoint))
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        new = change(_first(result, hookpoint))
+        return None if new is None else _with_first(result, new)
+
+    module = hookpoint.module(model)
+    if hookpoint.side == "in":
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)
+
+
+@contextmanager
+def hooked(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Within the block, each forward pass maps the tensor at every hookpoint through its function.
+
+    A function that returns None only looks. The hooks are removed at the end of the block, also after an exception.
+    """
+    with ExitStack() as stack:
+        for text, change in changes.items():
+            handle = _attach(model, Hookpoint.parse(text), change)
+            stack.callback(handle.remove)
+        yield
+
+
+class _SeenAll(Exception):
+    """Raised from a hook to leave a forward pass whose remaining layers nobody needs."""
+
+
+def capture(
+    model: nn.Module, hookpoints: Iterable[str], *args: Any, stop: bool = True, **kwargs: Any
+) -> dict[str, Tensor]:
+    """Run ``model(*args, **kwargs)`` and return copies of the tensors at `hookpoints`, by canonical name.
+
+    With `stop` the pass ends as soon as all of them have been seen, in whatever order they were given.
+    """
+    names = [str(Hookpoint.parse(text)) for text in hookpoints]
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str) -> Callable[[Tensor], None]:
+        def keep(tensor: Tensor) -> None:
+            if name not in seen:
+                seen[name] = tensor.clone()  # a later layer may work in place
+            if stop and len(seen) == len(set(names)):
+                raise _SeenAll
+
+        return keep
+
+    with suppress(_SeenAll), hooked(model, {name: look(name) for name in names}):
+        model(*args, **kwargs)
+    missing = [name for name in names if name not in seen]
+    if missing:
+        raise ValueError(f"the forward pass never ran {missing[0]!r}: choose a module the model uses on text")
+    return {name: seen[name] for name in names}

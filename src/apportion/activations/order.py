@@ -1,0 +1,99 @@
+"""The order in which rows are visited: one exact global permutation per epoch, and a position in it.
+
+The permutation of an epoch follows from (seed, epoch) alone, so the position is two numbers and resuming is exact and
+free. Shuffling all rows at once, rather than within a buffer, is affordable because a cache on disk can be read at
+random: one row index takes four bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+def seeded(*key: int | str) -> torch.Generator:
+    """A CPU generator whose stream follows from `key`; different keys give unrelated streams."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+def permutation(n: int, *key: int | str) -> Int[Tensor, " n"]:
+    """A random permutation of range(n) that follows from `key`."""
+    dtype = torch.int32 if n < 2**31 else torch.int64
+    return torch.randperm(n, generator=seeded(*key), dtype=dtype)
+
+
+def held_out_groups(num_groups: int, share: float) -> Bool[Tensor, " num_groups"]:
+    """True for `share` of the groups, evenly spaced: with 0.1 every tenth; at least one of two or more if share > 0."""
+    if not 0 <= share < 1:
+        raise ValueError(f"held_out_share={share} must be at least 0 and below 1")
+    steps = torch.arange(num_groups + 1, dtype=torch.float64).mul(share).add(1e-9).floor()
+    held_out = steps.diff() > 0
+    if share > 0 and num_groups > 1 and not held_out.any():
+        held_out[-1] = True
+    return held_out
+
+
+class Position(NamedTuple):
+    """How far one has come: `row` rows of epoch `epoch` have been handed out."""
+
+    epoch: int = 0
+    row: int = 0
+
+
+class EpochOrder:
+    """The training rows, in the order in which they are visited, and the current position."""
+
+    def __init__(self, rows: Int[Tensor, " n"], seed: int) -> None:
+        self.rows = rows.int() if len(rows) and int(rows.max()) < 2**31 else rows
+        self.seed = seed
+        self.position = Position()
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    def upcoming(self, batch_tokens: int) -> Iterator[tuple[Int[Tensor, " batch_tokens"], Position]]:
+        """From the current position on: the rows of the next batch, and the position once it is handed out.
+
+        Looking ahead does not move the position; whoever hands out the batch does.
+        """
+        if batch_tokens < 1 or batch_tokens > self.num_rows:
+            raise ValueError(
+                f"batch_tokens={batch_tokens} does not fit {self.num_rows} training rows: use a number "
+                f"between 1 and {self.num_rows}, or more rows"
+            )
+        epoch, row = self.position
+        while True:
+            order = permutation(self.num_rows, self.seed, epoch)
+            while row + batch_tokens <= self.num_rows:
+                chosen = self.rows[order[row : row + batch_tokens]]
+                row += batch_tokens
+                yield chosen.long(), Position(epoch, row)
+            epoch, row = epoch + 1, 0
+
+    def sample(self, n: int) -> Int[Tensor, " m"]:
+        """At most `n` random rows; the same at each call."""
+        return self.rows[permutation(self.num_rows, self.seed, "sample")[:n]].long()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.position._asdict(), "seed": self.seed, "num_rows": self.num_rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_same_source(state, {"seed": self.seed, "num_rows": self.num_rows})
+        self.position = Position(state["epoch"], state["row"])
+
+
+def check_same_source(state: dict[str, Any], ours: dict[str, Any]) -> None:
+    """ValueError if `state` was saved by a source with other data or another seed."""
+    for name, value in ours.items():
+        if state.get(name) != value:
+            raise ValueError(
+                f"this position belongs to a source with {name}={state.get(name)!r}, but the source has "
+                f"{name}={value!r}: resume with the data and the seed the run began with"
+            )

@@ -1,0 +1,84 @@
+"""Training rows from a cache on disk, globally shuffled.
+
+Whole contexts are held out, evenly spread over the text (every tenth by default), so held-out rows share no context
+with training rows. A thread reads up to two batches ahead; the position counts batches handed out, not batches read,
+so resuming is exact whatever the thread was doing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from apportion.activations.batch import Batch, read_held_out
+from apportion.activations.order import EpochOrder, Position, held_out_groups
+from apportion.activations.store import ActivationStore
+
+PREFETCH = 2
+
+
+class CacheSource:
+    """The unfiltered rows of an `ActivationStore`: an exact permutation of all training rows in each epoch."""
+
+    def __init__(self, store: ActivationStore, held_out_share: float = 0.1, seed: int = 0) -> None:
+        self.store, self.held_out_share, self.seed = store, held_out_share, seed
+        contexts = store.contexts
+        num_contexts = int(contexts.max()) + 1
+        is_held_out = held_out_groups(num_contexts, held_out_share)[contexts]
+        self._held_out = (store.mask & is_held_out).nonzero().squeeze(1)
+        self._order = EpochOrder((store.mask & ~is_held_out).nonzero().squeeze(1), seed)
+
+    @property
+    def d_in(self) -> int:
+        return self.store.d_in
+
+    @property
+    def num_rows(self) -> int:
+        return self._order.num_rows
+
+    def _read(self, indices: Int[Tensor, " n"]) -> Batch:
+        tokens, positions = self.store.gather_labels(indices)
+        return Batch(self.store.gather(indices), tokens=tokens, positions=positions)
+
+    def batches(self, batch_tokens: int) -> Iterator[Batch]:
+        for batch, position in _read_ahead(self._read, self._order.upcoming(batch_tokens)):
+            self._order.position = position
+            yield batch
+
+    def sample(self, n: int) -> Float[Tensor, "at_most_n d_in"]:
+        return self.store.gather(self._order.sample(n))
+
+    def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Float[Tensor, "rows d_in"]]:
+        return read_held_out(self.store.gather, self._held_out, max_rows, chunk, self.seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._order.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._order.load_state_dict(state)
+
+    def describe(self) -> dict[str, Any]:
+        counts = {"rows_train": self.num_rows, "rows_held_out": len(self._held_out)}
+        return {"source": "cache", **self.store.describe(), **counts, "seed": self.seed}
+
+
+def _read_ahead(read: Any, upcoming: Iterable[tuple[Tensor, Position]]) -> Iterator[tuple[Batch, Position]]:
+    """Read `PREFETCH` batches ahead in a thread that ends with this iterator."""
+    upcoming = iter(upcoming)
+    waiting: deque[tuple[Future[Batch], Position]] = deque()
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="apportion-read-ahead")
+    try:
+        while True:
+            while len(waiting) < PREFETCH:
+                indices, position = next(upcoming)
+                waiting.append((pool.submit(partial(read, indices)), position))
+            batch, position = waiting.popleft()
+            yield batch.result(), position
+    finally:
+        pool.shutdown(cancel_futures=True)

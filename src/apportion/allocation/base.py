@@ -1,0 +1,149 @@
+"""What a rule of allocation is.
+
+An SAE has tokens * d_sae possible matches and a budget; a *rule* says which matches become non-zero, given their
+affinities (arXiv 2411.02124 poses sparsity as this allocation problem). The kernels compute affinities in row blocks and
+never hold the whole matrix. They ask the rule three things:
+
+    budget(tokens)      what there is to hand out: a count, or a count per latent; None if the rule has no budget
+    bounds(warm)        only matches with affinity > bound can matter: a scalar or one per latent; None if not known yet
+    settle(candidates)  of the matches above the bounds, in (token, latent) order: which are chosen, and the cut
+
+The *cut* closes the loop: it is the affinity that a further match would have to exceed to be chosen, 0 while the
+budget is not exhausted. If cut >= bound, nothing below the bound could have been chosen and the result is exact;
+if cut < bound, the kernel looks again below the bound. Ties are resolved in (token, latent) order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Matches above the bounds, with positive affinity, in (token, latent) order."""
+
+    rows: Int[Tensor, " n"]
+    latents: Int[Tensor, " n"]
+    affinity: Float[Tensor, " n"]
+    tokens: int
+    d_sae: int
+
+
+@dataclass(frozen=True)
+class Settled:
+    """`keep` marks the chosen candidates; `cut` and `next_bounds` are a scalar or one per latent, or None."""
+
+    keep: Bool[Tensor, " n"]
+    cut: Tensor | None = None
+    next_bounds: Tensor | None = None
+
+
+@dataclass
+class WarmStart:
+    """Bounds carried from batch to batch. The trainer owns it: `encode` without one changes nothing anywhere."""
+
+    bounds: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a training step knows about the run: schedules and auxiliary losses read it, nobody writes it."""
+
+    progress: float = 1.0
+    """Share of the run that is done, 0..1; 1 for a run without an end."""
+    batch_tokens: int = 0
+    dead: Bool[Tensor, " d_sae"] | None = None
+    """Latents that have been silent for the whole dead window."""
+    density: Float[Tensor, " d_sae"] | None = None
+    """Running average of each latent's firing rate per token."""
+
+
+class Rule(nn.Module, ABC):
+    """A way to allocate matches. Subclasses are final; one file each; `Config` is a frozen dataclass."""
+
+    Config: ClassVar[type]
+    batch_coupled: ClassVar[bool]
+    """True if, in train mode, a token's code depends on the other tokens; such rules need thresholds in eval mode."""
+
+    def __init__(self, config: Any, d_sae: int) -> None:
+        super().__init__()
+        self.config = config
+        self.d_sae = d_sae
+
+    @property
+    def k(self) -> float | None:
+        """The budget per token (the setting), or None."""
+        return getattr(self.config, "k", None)
+
+    @property
+    def row_limit(self) -> int | None:
+        """At most this many matches of one token can be chosen; None if there is no such limit."""
+        return None
+
+    @abstractmethod
+    def budget(self, tokens: int) -> int | Int[Tensor, " d_sae"] | None: ...
+
+    def bounds(self, warm: WarmStart | None) -> Tensor | None:
+        return warm.bounds if warm is not None else None
+
+    @abstractmethod
+    def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled: ...
+
+    def first_bounds(self, affinity: Float[Tensor, "rows d_sae"]) -> Tensor | None:
+        """A guess from the first row block, for a cold start; too high is mended, too low is slow."""
+        return None
+
+    def begin_step(self, context: StepContext) -> None:
+        """Advance schedules; called once at the start of every training step."""
+
+    def check_batch(self, batch_tokens: int) -> None:
+        """Raise ValueError if the rule cannot work with this batch size; called once before training."""
+
+    def generous(self) -> Rule:
+        """The same rule with a larger budget, for collecting the affinities around its cut (calibration)."""
+        raise TypeError(f"{type(self).__name__} has no budget to calibrate.")
+
+    def set_threshold(self, latents: Int[Tensor, " n"], affinity: Float[Tensor, " n"], tokens: int) -> None:
+        """Set the eval-mode threshold from pooled matches of `tokens` tokens so that the expected L0 is k."""
+        raise TypeError(f"{type(self).__name__} has no threshold to set.")
+
+    def in_force(self) -> Rule:
+        """The rule that selects now: itself, or in eval mode its thresholds if it is coupled across the batch."""
+        if self.training or not self.batch_coupled:
+            return self
+        threshold = self.threshold
+        assert isinstance(threshold, Tensor)
+        if bool(threshold.isnan().any()):
+            raise ValueError(
+                f"{type(self).__name__} has no thresholds yet, and eval mode needs them. "
+                "Call sae.calibrate(x) with some 100,000 rows of activations (fit does it), or use sae.train()."
+            )
+        from apportion.allocation.threshold import Threshold
+
+        return Threshold.at(threshold, self.d_sae)
+
+
+def check_k(name: str, k: float, d_sae: int) -> None:
+    """Refuse budgets that no batch could spend."""
+    if not 0 < k <= d_sae:
+        raise ValueError(f"{name}: k must lie between 0 and d_sae = {d_sae}, got {k}. Lower k or raise d_sae.")
+
+
+def largest(affinity: Float[Tensor, " n"], count: int) -> tuple[Bool[Tensor, " n"], Float[Tensor, ""]]:
+    """Mark the `count` largest entries, earlier ones first among ties; and the smallest marked (0 if fewer exist)."""
+    if count >= affinity.numel():
+        cut = affinity.min() if count == affinity.numel() and count else affinity.new_zeros(())
+        return torch.ones_like(affinity, dtype=torch.bool), cut
+    if count <= 0:
+        return torch.zeros_like(affinity, dtype=torch.bool), affinity.new_tensor(torch.inf)
+    cut = affinity.topk(count, sorted=False).values.min()
+    keep = affinity > cut
+    ties = (affinity == cut).nonzero().squeeze(-1)
+    keep[ties[: count - int(keep.sum())]] = True
+    return keep, cut

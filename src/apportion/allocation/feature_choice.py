@@ -1,0 +1,176 @@
+"""Feature Choice: each latent keeps its m_j best tokens. arXiv 2411.02124.
+
+    maximise sum S A   subject to  sum_b S_bj <= m_j  for every latent j,   sum_j m_j = M = floor(k * tokens)
+
+Every latent is used by construction while training. The m_j come from stored *densities* (expected share of tokens,
+summing to k), turned into whole numbers for the batch at hand by largest remainder:
+
+    uniform   every latent has density k / d_sae
+    zipf      the latent of rank r has density C / (r + beta)^alpha; alpha and beta are settings, or fitted
+
+Which latent gets which rank is free at the start (their index). With `switch_at` = f the first share f of training is
+Mutual Choice; then the latents are ranked by measured density, and ranks and densities stay frozen. The phases and the
+constants alpha = 1, beta = 7 are our form of the method, not quoted from the paper.
+
+In eval mode latent j fires where its affinity exceeds its own threshold, calibrated so that its expected density is m_j / tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import floor
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from apportion.allocation.base import Candidates, Rule, Settled, StepContext, WarmStart, check_k
+from apportion.allocation.mutual_choice import MutualChoice, MutualChoiceConfig
+from apportion.allocation.token_choice import rank_within
+from apportion.allocation.zipf import fit_zipf, integer_budgets, zipf_densities
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureChoiceConfig:
+    k: float = 32
+    """Mean active latents per token; the latents' densities sum to it."""
+    budgets: Literal["uniform", "zipf"] = "uniform"
+    """How the budget is shared among latents."""
+    zipf_alpha: float | None = 1.0
+    """Zipf exponent; None fits it to the densities measured at the switch."""
+    zipf_beta: float | None = 7.0
+    """Zipf offset; None fits it to the densities measured at the switch."""
+    switch_at: float = 0.0
+    """Share of training that runs as Mutual Choice before ranks are frozen; 0 starts with Feature Choice."""
+
+
+@final
+class FeatureChoice(Rule):
+    Config = FeatureChoiceConfig
+    batch_coupled = True
+    threshold: Tensor
+    density: Tensor
+
+    def __init__(self, config: FeatureChoiceConfig, d_sae: int) -> None:
+        super().__init__(config, d_sae)
+        check_k("Feature Choice", config.k, d_sae)
+        fits = config.budgets == "zipf" and (config.zipf_alpha is None or config.zipf_beta is None)
+        if not 0 <= config.switch_at < 1:
+            raise ValueError(f"Feature Choice: switch_at is a share of training in [0, 1), got {config.switch_at}.")
+        if fits and config.switch_at == 0:
+            raise ValueError(
+                "Feature Choice: zipf_alpha or zipf_beta = None is fitted to densities of a Mutual Choice phase; "
+                "set switch_at (0.3, say), or give both constants."
+            )
+        self.register_buffer("threshold", torch.full((d_sae,), torch.nan))
+        self.register_buffer("density", torch.full((d_sae,), torch.nan))
+        self.mutual: MutualChoice | None = MutualChoice(MutualChoiceConfig(k=config.k), d_sae)
+        self.mutual.threshold = None  # type: ignore[assignment]  # the phase borrows the rule, not its state
+        if config.switch_at == 0:
+            self.freeze(torch.arange(d_sae, 0, -1, dtype=torch.float64), batch_tokens=None)
+        self.register_load_state_dict_post_hook(lambda rule, _: rule._after_load())
+
+    def _after_load(self) -> None:
+        if not bool(self.density.isnan().any()):
+            self.mutual = None
+
+    def freeze(self, measured: Tensor, batch_tokens: int | None) -> None:
+        """Fix the latents' ranks by measured density and give each rank its density; ends a Mutual Choice phase."""
+        config, d_sae = self.config, self.d_sae
+        if config.budgets == "uniform":
+            self.density.fill_(config.k / d_sae)
+        else:
+            ranked = measured.double().sort(descending=True, stable=True)
+            alpha, beta = config.zipf_alpha, config.zipf_beta
+            if alpha is None or beta is None:
+                fit = fit_zipf(ranked.values, alpha=alpha, beta=beta)
+                alpha, beta = fit.alpha, fit.beta
+            floor_density = 1 / batch_tokens if batch_tokens else 0.0
+            self.density[ranked.indices] = zipf_densities(d_sae, config.k, alpha, beta, floor_density).to(self.density)
+        self.mutual = None
+
+    def begin_step(self, context: StepContext) -> None:
+        if self.mutual is not None and context.progress >= self.config.switch_at:
+            assert context.density is not None, "the trainer supplies measured densities"
+            self.freeze(context.density, context.batch_tokens)
+
+    def check_batch(self, batch_tokens: int) -> None:
+        if floor(self.config.k * batch_tokens) < self.d_sae:
+            raise ValueError(
+                f"Feature Choice: k * batch_tokens = {self.config.k:g} * {batch_tokens} is less than d_sae = {self.d_sae}, "
+                f"so some latents would never fire. Use batch_tokens >= {-(-self.d_sae // self.config.k):.0f}."
+            )
+
+    def budget(self, tokens: int) -> int | Tensor:
+        if self.mutual is not None:
+            return self.mutual.budget(tokens)
+        return integer_budgets(self.density, floor(self.config.k * tokens), cap=tokens)
+
+    def bounds(self, warm: WarmStart | None) -> Tensor | None:
+        bounds = super().bounds(warm)
+        if self.mutual is not None or (bounds is not None and bounds.ndim == 1):
+            return bounds
+        # Cold: nothing is known, so every latent is looked up on its own.
+        return self.threshold.new_full((self.d_sae,), torch.inf)
+
+    def first_bounds(self, affinity: Tensor) -> Tensor | None:
+        return self.mutual.first_bounds(affinity) if self.mutual is not None else None
+
+    def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
+        if self.mutual is not None:
+            return self.mutual.settle(candidates, budget)
+        assert isinstance(budget, Tensor)
+        affinity, latents = candidates.affinity, candidates.latents
+        rank = rank_within(latents, affinity, self.d_sae)
+        keep = rank < budget[latents]
+        cut = affinity.new_zeros(self.d_sae)
+        cut[latents[rank == budget[latents] - 1]] = affinity[rank == budget[latents] - 1]
+        cut[budget == 0] = torch.inf
+        # Scan the next batch from twice the budget down; a latent that had fewer candidates than that goes lower.
+        reach = 2 * budget + 4
+        lowest = affinity.new_zeros(self.d_sae).scatter_reduce(0, latents, affinity, "amin", include_self=False)
+        next_bounds = 0.8 * lowest
+        next_bounds[latents[rank == reach[latents]]] = affinity[rank == reach[latents]]
+        return Settled(keep=keep, cut=cut, next_bounds=next_bounds)
+
+    def generous(self) -> Rule:
+        if self.mutual is not None:
+            return self.mutual.generous()
+        more = FeatureChoice(replace(self.config, switch_at=0.0, budgets="uniform"), self.d_sae)
+        more.density.copy_(self.density)
+        return _Generous(more, self.d_sae)
+
+    def set_threshold(self, latents: Tensor, affinity: Tensor, tokens: int) -> None:
+        if self.mutual is not None:
+            scalar = MutualChoice(self.mutual.config, self.d_sae)
+            scalar.set_threshold(latents, affinity, tokens)
+            self.threshold.fill_(scalar.threshold)
+            return
+        # A latent that has too few positive affinities leaves its share to the others, so that the expected L0 is k.
+        available = torch.bincount(latents, minlength=self.d_sae)
+        wanted = integer_budgets(self.density, floor(self.config.k * tokens), cap=available)
+        at_cut = rank_within(latents, affinity, self.d_sae) == wanted[latents]
+        self.threshold.zero_()
+        self.threshold[latents[at_cut]] = affinity[at_cut].to(self.threshold.dtype)
+
+
+@final
+class _Generous(Rule):
+    """Feature Choice with room to spare for every latent: twice its budget, and at least eight tokens more."""
+
+    batch_coupled = True
+
+    def __init__(self, rule: FeatureChoice, d_sae: int) -> None:
+        super().__init__(rule.config, d_sae)
+        self.rule = rule
+
+    def budget(self, tokens: int) -> Tensor:
+        budget = self.rule.budget(tokens)
+        assert isinstance(budget, Tensor)
+        return (2 * budget + 8).clamp_max(tokens)
+
+    def bounds(self, warm: WarmStart | None) -> Tensor | None:
+        return self.rule.bounds(warm)
+
+    def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
+        return self.rule.settle(candidates, budget)

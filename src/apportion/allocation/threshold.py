@@ -1,0 +1,49 @@
+"""Threshold: a match is made where its affinity exceeds theta, one for all latents or one each.
+
+    S_bj = 1[A_bj > theta_j]
+
+How Mutual Choice and Feature Choice run at inference; with theta = 0 it is the ReLU. No budget: L0 is what comes out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from apportion.allocation.base import Candidates, Rule, Settled, WarmStart
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdConfig:
+    theta: float = 0.0
+    """Matches with an affinity above this are kept."""
+
+
+@final
+class Threshold(Rule):
+    Config = ThresholdConfig
+    batch_coupled = False
+    threshold: Tensor
+
+    def __init__(self, config: ThresholdConfig, d_sae: int) -> None:
+        super().__init__(config, d_sae)
+        self.register_buffer("threshold", torch.tensor(float(config.theta)))
+
+    @staticmethod
+    def at(threshold: Tensor, d_sae: int) -> Threshold:
+        """The rule for given thresholds, a scalar or one per latent."""
+        rule = Threshold(ThresholdConfig(), d_sae)
+        rule.threshold = threshold
+        return rule
+
+    def budget(self, tokens: int) -> None:
+        return None
+
+    def bounds(self, warm: WarmStart | None) -> Tensor:
+        return self.threshold.clamp_min(0)
+
+    def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
+        return Settled(keep=torch.ones_like(candidates.affinity, dtype=torch.bool))

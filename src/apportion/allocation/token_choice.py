@@ -1,0 +1,59 @@
+"""Token choice: each token keeps its k best latents. TopK SAEs, arXiv 2406.04093.
+
+    S_b = the k largest affinities of token b          maximise sum S A   subject to  sum_j S_bj <= k  for every token b
+
+Nothing couples tokens, so train and eval mode agree and there are no thresholds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from apportion.allocation.base import Candidates, Rule, Settled, check_k
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenChoiceConfig:
+    k: int = 32
+    """Latents kept per token."""
+
+
+@final
+class TokenChoice(Rule):
+    Config = TokenChoiceConfig
+    batch_coupled = False
+
+    def __init__(self, config: TokenChoiceConfig, d_sae: int) -> None:
+        super().__init__(config, d_sae)
+        check_k("TopK", config.k, d_sae)
+        if config.k != int(config.k):
+            raise ValueError(
+                f"TopK keeps a whole number of latents per token, got k = {config.k}. "
+                "Round it, or use mutual_choice, whose budget may be fractional."
+            )
+
+    @property
+    def row_limit(self) -> int:
+        return int(self.config.k)
+
+    def budget(self, tokens: int) -> int:
+        return self.row_limit * tokens
+
+    def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
+        rank = rank_within(candidates.rows, candidates.affinity, candidates.tokens)
+        return Settled(keep=rank < self.row_limit)
+
+
+def rank_within(groups: Tensor, affinity: Tensor, num_groups: int) -> Tensor:
+    """Rank of each entry among those of its group, 0 for the largest; earlier entries first among ties."""
+    by_affinity = affinity.argsort(descending=True, stable=True)
+    order = by_affinity[groups[by_affinity].argsort(stable=True)]
+    counts = torch.bincount(groups, minlength=num_groups)
+    first = counts.cumsum(0) - counts
+    rank = torch.empty_like(groups)
+    rank[order] = torch.arange(groups.numel(), device=groups.device) - first[groups[order]]
+    return rank

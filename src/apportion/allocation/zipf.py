@@ -1,0 +1,123 @@
+"""Zipf-shaped densities, and whole-number budgets that sum exactly.
+
+Sorted firing densities of SAE latents roughly follow a shifted power law (Zipf-Mandelbrot),
+
+    density(r) = C / (r + beta)^alpha        r = 1, 2, ...  the rank of the latent
+
+This file fits that curve to measured densities, makes densities from it, and turns densities into budgets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ZipfFit:
+    """density(r) = scale / (r + beta)^alpha; `error` is the root mean square error of log10 density (decades)
+    over the `ranks` most frequent latents that the fit used, `r2` its coefficient of determination there."""
+
+    alpha: float
+    beta: float
+    scale: float
+    error: float
+    r2: float
+    ranks: int
+
+    def curve(self, ranks: int) -> Float[Tensor, " ranks"]:
+        r = torch.arange(1, ranks + 1, dtype=torch.float64)
+        return self.scale / (r + self.beta) ** self.alpha
+
+
+def fit_zipf(
+    densities: Float[Tensor, " d_sae"],
+    *,
+    alpha: float | None = None,
+    beta: float | None = None,
+    min_density: float = 0.0,
+) -> ZipfFit:
+    """Fit the curve to measured densities by least squares on log density; a given alpha or beta is kept.
+
+    Ranks are spaced evenly on a log scale, so that head and tail count alike. Latents at or below `min_density`
+    (10 firings in the measured tokens, say) are left out: their densities are noise. Raises ValueError if fewer than
+    three remain.
+    """
+    ranked = densities.detach().double().cpu().sort(descending=True).values
+    ranked = ranked[ranked > min_density]
+    if ranked.numel() < 3:
+        raise ValueError(
+            f"A Zipf fit needs three latents with a density above {min_density:g}, got {ranked.numel()}. "
+            "Measure over more tokens."
+        )
+    n = ranked.numel()
+    at = torch.unique(torch.logspace(0, torch.log10(torch.tensor(float(n))), min(n, 500), dtype=torch.float64).round())
+    at = at.clamp(1, n).long()
+    y = ranked[at - 1].log10()
+    betas = [beta] if beta is not None else [0.0, *torch.logspace(-1, 4, 201, dtype=torch.float64).tolist()]
+    best: ZipfFit | None = None
+    for b in betas:
+        u = -(at.double() + b).log10()
+        slope = alpha if alpha is not None else ((u - u.mean()) @ (y - y.mean()) / ((u - u.mean()) ** 2).sum()).item()
+        level = (y - slope * u).mean()
+        residual = y - slope * u - level
+        error = residual.square().mean().sqrt().item()
+        if best is None or error < best.error:
+            r2 = 1 - (residual.square().sum() / (y - y.mean()).square().sum().clamp_min(1e-30)).item()
+            best = ZipfFit(slope, b, (10**level).item(), error, r2, n)
+    assert best is not None
+    return best
+
+
+def zipf_densities(
+    d_sae: int, k: float, alpha: float, beta: float, floor: float = 0.0
+) -> Float[Tensor, " d_sae"]:
+    """Densities by rank, summing to k, each between `floor` and 1.
+
+    The floor (one token per batch) is granted first; the rest is shared in proportion to (r + beta)^-alpha, and what a
+    latent cannot take (no latent can fire on more than every token) goes to the others.
+    """
+    weights = (torch.arange(1, d_sae + 1, dtype=torch.float64) + beta) ** -alpha
+    floor = floor if floor * d_sae <= k else 0.0
+    return floor + _water_fill(weights, k - floor * d_sae, torch.full_like(weights, 1 - floor))
+
+
+def _water_fill(weights: Float[Tensor, " n"], total: float, cap: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Share `total` in proportion to `weights`, none above its cap."""
+    if total > float(cap.sum()) * (1 + 1e-9) + 1e-9:
+        raise ValueError(f"A total of {total:g} does not fit under caps that sum to {float(cap.sum()):g}.")
+    free = torch.ones_like(weights, dtype=torch.bool)
+    while True:
+        left = total - float(cap[~free].sum())
+        shares = torch.where(free, left * weights / weights[free].sum().clamp_min(1e-300), cap)
+        over = free & (shares > cap)
+        if not bool(over.any()):
+            return shares
+        free &= ~over
+
+
+def integer_budgets(
+    densities: Float[Tensor, " d_sae"], total: int, *, floor: int = 0, cap: int | Int[Tensor, " d_sae"] | None = None
+) -> Int[Tensor, " d_sae"]:
+    """Whole numbers proportional to `densities`, each in [floor, cap], summing exactly to min(total, sum of caps).
+
+    Largest remainder: everyone gets the whole part, then the largest fractional parts get one more (earlier latents
+    first among ties). Raises ValueError if the floors alone exceed the total.
+    """
+    d_sae = densities.numel()
+    caps = torch.as_tensor(total if cap is None else cap, device=densities.device).expand(d_sae)
+    total = min(total, int(caps.sum()))
+    if floor * d_sae > total or bool((caps < floor).any()):
+        raise ValueError(f"A floor of {floor} for each of {d_sae} latents exceeds the total of {total}, or a cap.")
+    weights = densities.double().clamp_min(1e-300)
+    shares = floor + _water_fill(weights, total - floor * d_sae, (caps - floor).double())
+    whole = torch.minimum(shares.floor().long(), caps).clamp_min(floor)
+    missing = total - int(whole.sum())
+    if missing > 0:
+        # Rounded before sorting: a whole share must not win over a real fraction by a rounding error.
+        rest = torch.where(whole < caps, ((shares - whole) * 2**32).round(), -1.0)
+        whole[rest.argsort(descending=True, stable=True)[:missing]] += 1
+    return whole

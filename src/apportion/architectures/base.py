@@ -1,0 +1,230 @@
+"""What every sparse autoencoder of this library is: raw x in, `Latents` in between, raw x_hat out.
+
+    x  --input description-->  x~  --encode-->  Latents  --decode-->  x~_hat  --undo-->  x_hat
+
+Public `encode` and `decode` always speak raw activations [..., d_in]; everything with "scaled" in its name works on
+prepared, flattened rows [tokens, d_in] with E||x~||^2 = d_in, and is what the training loop uses.
+
+A subclass is final and lives in one file with its paper. It supplies `encode_scaled`, `decode_scaled` and, if it has
+losses of its own, `own_terms`; this file owns shapes, calibration and files.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from apportion.allocation import Rule, StepContext, WarmStart
+from apportion.architectures.inputs import Centre, InputDescription, InputNorm
+from apportion.latents import Latents
+
+CALIBRATION_CHUNK = 4096
+"""Rows that are encoded together while calibrating."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig:
+    """Settings that every architecture has."""
+
+    d_in: int
+    """Width of the activations."""
+    d_sae: int
+    """Number of latents."""
+    input_norm: InputNorm = "dataset"
+    """How inputs are prepared: dataset (centre and scale of the training data), token_standardise, token_norm, none."""
+    centre: Centre = "mean"
+    """Centre of the dataset normalisation."""
+    affinity: Literal["code", "code_times_decoder_norm"] = "code"
+    """What matches compete by; the two are equal while decoder rows have unit norm."""
+    hookpoint: str | None = None
+    """Where in the model the activations come from, e.g. model.layers.8."""
+    seed: int | None = None
+    """Seed of the initial weights; None uses torch's global generator."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "d_sae"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}.")
+
+
+class SAE(nn.Module, ABC):
+    """A sparse autoencoder: an architecture (how codes are computed and decoded) with a rule of allocation."""
+
+    Config: ClassVar[type[SAEConfig]]
+    name: str
+    """The name in the table of SAEs that it was created by."""
+
+    def __init__(self, config: SAEConfig, allocation: Rule) -> None:
+        super().__init__()
+        self.config = config
+        self.allocation = allocation
+        self.input = InputDescription(config.d_in, config.input_norm, config.centre)
+        self.info: dict[str, Any] = {}
+
+    @property
+    def d_in(self) -> int:
+        return self.config.d_in
+
+    @property
+    def d_sae(self) -> int:
+        return self.config.d_sae
+
+    @property
+    def k(self) -> float | None:
+        return self.allocation.k
+
+    @property
+    def hookpoint(self) -> str | None:
+        """Where its activations come from: the setting, or what it was trained on."""
+        return self.config.hookpoint or self.info.get("source", {}).get("hookpoint")
+
+    @property
+    def mean(self) -> Tensor:
+        """mu of the input description; 0 unless input_norm is dataset."""
+        return self.input.mean
+
+    @property
+    def scale(self) -> Tensor:
+        """s of the input description; codes are in units of 1/s."""
+        return self.input.scale
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    # What an architecture supplies
+
+    @abstractmethod
+    def encode_scaled(self, x: Float[Tensor, "tokens d_in"], warm: WarmStart | None = None) -> Latents:
+        """Codes of prepared rows, by the rule in force (the thresholds, in eval mode)."""
+
+    @abstractmethod
+    def decode_scaled(self, latents: Latents) -> Float[Tensor, "tokens d_out"]:
+        """Prepared reconstruction."""
+
+    @abstractmethod
+    def affinities(self, latents: Latents) -> Float[Tensor, " nnz"]:
+        """What the matches competed by."""
+
+    def own_terms(self, x: Tensor, x_hat: Tensor, latents: Latents, context: StepContext) -> dict[str, Tensor]:
+        """Weighted losses besides reconstruction, on scaled data."""
+        return {}
+
+    def project_gradients(self) -> None:
+        """Before the optimiser step: remove gradient components that a constraint forbids."""
+
+    def constrain(self) -> None:
+        """After the optimiser step: restore constraints (unit decoder rows)."""
+
+    # What users call
+
+    def encode(self, x: Float[Tensor, "*lead d_in"], warm: WarmStart | None = None) -> Latents:
+        """The active latents of raw activations. Changes nothing in the SAE.
+
+        Raises ValueError for a wrong width, NaN or infinite entries, or eval mode without thresholds.
+        """
+        rows = self._rows(x)
+        if not bool(torch.isfinite(rows.detach().sum())) and not bool(torch.isfinite(rows.detach()).all()):
+            bad = (~torch.isfinite(rows.detach())).any(1).nonzero()[0].item()
+            raise ValueError(f"encode: row {bad} of the input holds NaN or infinity. Filter such activations out first.")
+        latents = self.encode_scaled(self.input.apply_to(rows), warm)
+        return Latents(latents.values, latents.indices, latents.offsets, latents.d_sae, tuple(x.shape[:-1]))
+
+    def decode(
+        self, latents: Latents | Float[Tensor, "*lead d_sae"], x: Float[Tensor, "*lead d_in"] | None = None
+    ) -> Float[Tensor, "*lead d_out"]:
+        """Reconstruction in raw units from Latents or a dense code. `x` is needed if tokens are normalised singly."""
+        if isinstance(latents, Tensor):
+            if latents.shape[-1] != self.d_sae:
+                raise ValueError(f"decode: expected codes of width d_sae = {self.d_sae}, got {latents.shape[-1]}.")
+            latents = Latents.from_dense(latents)
+        x_hat = self.input.undo(self.decode_scaled(latents), None if x is None else self._rows(x))
+        x_hat = x_hat.reshape(*latents.shape, x_hat.shape[-1])
+        return x_hat if x is None else x_hat.to(x.dtype)
+
+    def forward(self, x: Float[Tensor, "*lead d_in"]) -> Float[Tensor, "*lead d_out"]:
+        return self.decode(self.encode(x), x)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if x.ndim == 0 or x.shape[-1] != self.d_in:
+            raise ValueError(f"Expected activations [..., {self.d_in}] (d_in = {self.d_in}), got {list(x.shape)}.")
+        return x.reshape(-1, self.d_in).to(self.dtype)
+
+    def fit_input(self, x: Float[Tensor, "*lead d_in"]) -> None:
+        """Estimate mean and scale of the input description from raw, filtered activations (`dataset` only)."""
+        self.input.fit(self._rows(x))
+
+    @torch.no_grad()
+    def calibrate(self, xs: Float[Tensor, "*lead d_in"] | Iterable[Tensor]) -> float:
+        """Set the eval-mode thresholds so that the expected L0 on data like `xs` is k; returns the measured L0.
+
+        `xs` are raw, filtered activations, best 100,000 rows or more that were not trained on: one tensor (taken in
+        random order), or an iterable of chunks of some thousand rows in random order. For TopK no parameter changes.
+        The measured L0 and the number of rows are recorded in `sae.info` and saved. Memory: about 16 k bytes a row.
+        """
+        was_training = self.training
+        tokens, matches = (self._set_thresholds if self.allocation.batch_coupled else self._count)(self._chunks(xs))
+        self.train(was_training)
+        self.info["calibration"] = {"tokens": tokens, "l0": matches / tokens}
+        return matches / tokens
+
+    def _chunks(self, xs: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+        tokens = 0
+        if isinstance(xs, Tensor):
+            rows = self._rows(xs)
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(rows.device)
+            xs = (rows[ids] for ids in order.split(CALIBRATION_CHUNK))
+        for x in xs:
+            tokens += x.shape[:-1].numel()
+            yield self.input.apply_to(self._rows(x).to(self.mean.device))
+        if not tokens:
+            raise ValueError("calibrate needs at least one row of activations, got none.")
+
+    def _count(self, chunks: Iterator[Tensor]) -> tuple[int, int]:
+        self.eval()
+        tokens = matches = 0
+        for x in chunks:
+            latents = self.encode_scaled(x)
+            tokens, matches = tokens + latents.tokens, matches + latents.nnz
+        return tokens, matches
+
+    def _set_thresholds(self, chunks: Iterator[Tensor]) -> tuple[int, int]:
+        """Pool the matches of a generous budget; the thresholds lie among them."""
+        generous = self.allocation.generous().to(self.mean.device)
+        warm, tokens = WarmStart(), 0
+        ids, affinities = [], []
+        for x in chunks:
+            found = self.encode_scaled_by(generous, x, warm)
+            ids.append(found.indices.int())
+            affinities.append(self.affinities(found))
+            tokens += found.tokens
+        pooled, latents = torch.cat(affinities), torch.cat(ids).long()
+        self.allocation.set_threshold(latents, pooled, tokens)
+        theta = self.allocation.threshold
+        assert isinstance(theta, Tensor)
+        return tokens, int((pooled > (theta if theta.ndim == 0 else theta[latents])).sum())
+
+    @abstractmethod
+    def encode_scaled_by(self, rule: Rule, x: Float[Tensor, "tokens d_in"], warm: WarmStart | None) -> Latents:
+        """Codes of prepared rows by a given rule."""
+
+    def settings(self) -> dict[str, Any]:
+        """Everything `create` needs to build it again."""
+        return asdict(self.config) | asdict(self.allocation.config)
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors; `ap.load(folder)` reads them."""
+        from apportion.architectures.files import save
+
+        save(self, Path(folder))
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, d_in={self.d_in}, d_sae={self.d_sae}, k={self.k}"
+

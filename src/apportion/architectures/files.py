@@ -1,0 +1,93 @@
+"""A released SAE on disk: config.json and model.safetensors. Nothing is ever unpickled.
+
+    config.json         {"format": "apportion", "version": 1, "sae": name, "settings": {...}, "info": {...}}
+    model.safetensors   parameters, input description, thresholds and densities, under their names in the module
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from apportion.architectures.base import SAE
+
+VERSION = 1
+
+
+def save(sae: SAE, folder: Path) -> None:
+    """Write both files; each appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().contiguous().cpu() for name, t in sae.state_dict().items()}
+    config = {"format": "apportion", "version": VERSION, "sae": sae.name, "settings": sae.settings(), "info": sae.info}
+    write_tensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", config)
+
+
+def load(path: str | Path, subfolder: str | None = None) -> SAE:
+    """Read an SAE saved with `sae.save`; it comes in eval mode.
+
+    Raises ValueError, naming the file and the reason, for anything that is not a complete, consistent SAE.
+    """
+    from apportion.architectures import create
+
+    folder = Path(path) / subfolder if subfolder else Path(path)
+    config_file, tensor_file = folder / "config.json", folder / "model.safetensors"
+    for file in (config_file, tensor_file):
+        if not file.is_file():
+            raise ValueError(f"{folder} is not a saved SAE: {file.name} is missing. Give the folder that sae.save wrote.")
+    config = read_json(config_file)
+    if config.get("format") != "apportion":
+        raise ValueError(f"{config_file} was not written by apportion (format {config.get('format')!r}).")
+    if config.get("version", 0) > VERSION:
+        raise ValueError(f"{config_file} has version {config['version']}; this apportion reads up to {VERSION}. Upgrade.")
+    settings = config.get("settings")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{config_file} has no settings.")
+    sae = create(config.get("sae", ""), **settings)
+    try:
+        tensors = load_file(tensor_file)
+    except SafetensorError as error:
+        raise ValueError(f"{tensor_file} is damaged: {error}") from None
+    wanted = sae.state_dict()
+    wrong = sorted(wanted.keys() ^ tensors.keys())
+    if wrong:
+        raise ValueError(f"{tensor_file} does not fit its config: missing or unexpected {', '.join(wrong)}.")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(
+                f"{tensor_file}: {name} has shape {list(tensor.shape)}, its config says {list(wanted[name].shape)}."
+            )
+    sae.to(tensors["W_enc"].dtype)
+    sae.load_state_dict(tensors)
+    sae.info = config.get("info", {})
+    return sae.eval()
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Atomic: a crash leaves the old file or the new one."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Atomic: a crash leaves the old file or the new one."""
+    partial = file.with_name(file.name + ".partial")
+    save_file(tensors, partial)
+    os.replace(partial, file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} does not hold a JSON object.")
+    return content

@@ -1,0 +1,94 @@
+"""How an SAE prepares its input: x~ from x, and back.
+
+    none                x~ = x
+    dataset             x~ = s (x - mu)       mu the centre and s a scale of the training data: E||x~||^2 = d_in
+    token_standardise   x~ = (x - mean_d x) / (std_d x + 1e-5)         each vector on its own (MLSAE, OpenAI's TopK)
+    token_norm          x~ = x sqrt(d_in) / ||x||                      each vector on its own
+
+`dataset` is the default and folds into weights; the per-token kinds do not, and need x again to go back.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+InputNorm = Literal["none", "token_standardise", "token_norm", "dataset"]
+Centre = Literal["mean", "geometric_median"]
+PER_TOKEN = ("token_standardise", "token_norm")
+
+
+@final
+class InputDescription(nn.Module):
+    """Mean and scale as buffers; until `fit`, s = 1 and mu = 0."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, d_in: int, kind: InputNorm, centre: Centre) -> None:
+        super().__init__()
+        self.kind, self.centre = kind, centre
+        self.register_buffer("mean", torch.zeros(d_in))
+        self.register_buffer("scale", torch.ones(()))
+
+    @property
+    def needs_fit(self) -> bool:
+        """True while a `dataset` description still has its initial values."""
+        return self.kind == "dataset" and bool(self.scale == 1) and not bool(self.mean.any())
+
+    @torch.no_grad()
+    def fit(self, x: Float[Tensor, "n d_in"]) -> None:
+        """Set mean and scale from filtered rows (a few 10,000 suffice); does nothing unless the kind is `dataset`."""
+        if self.kind != "dataset":
+            return
+        x = x.double()
+        centre = geometric_median(x) if self.centre == "geometric_median" else x.mean(0)
+        energy = (x - centre).square().sum(1).mean()
+        if not bool(energy > 0) or not bool(energy.isfinite()):
+            raise ValueError(
+                f"The {len(x)} rows given to fit the input scale have a mean squared distance of {energy.item():g} from "
+                "their centre; a positive, finite one is needed. Give more rows, free of NaN and not all equal."
+            )
+        self.mean.copy_(centre)
+        self.scale.copy_((x.shape[1] / energy).sqrt())
+
+    def apply_to(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        if self.kind == "dataset":
+            return (x - self.mean) * self.scale
+        if self.kind == "none":
+            return x
+        shift, size = _token_statistics(x, self.kind)
+        return (x - shift) / size
+
+    def undo(self, x_hat: Float[Tensor, "n d_in"], x: Float[Tensor, "n d_in"] | None) -> Float[Tensor, "n d_in"]:
+        """From scaled data back to raw units; the per-token kinds need the raw input `x`."""
+        if self.kind == "dataset":
+            return x_hat / self.scale + self.mean
+        if self.kind == "none":
+            return x_hat
+        if x is None:
+            raise ValueError(f"This SAE normalises each token ({self.kind}): call decode(latents, x) with the input x.")
+        shift, size = _token_statistics(x, self.kind)
+        return x_hat * size + shift
+
+
+def _token_statistics(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    if kind == "token_norm":
+        return torch.zeros((), dtype=x.dtype, device=x.device), x.norm(dim=1, keepdim=True) / x.shape[1] ** 0.5 + 1e-8
+    return x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-5
+
+
+def geometric_median(x: Float[Tensor, "n d"], iterations: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d"]:
+    """The point with the smallest mean distance to all rows (Weiszfeld's algorithm); robust against outliers."""
+    centre = x.mean(0)
+    for _ in range(iterations):
+        weights = 1 / (x - centre).norm(dim=1).clamp_min(1e-12)
+        moved = (weights @ x) / weights.sum()
+        step = (moved - centre).norm()
+        centre = moved
+        if bool(step <= tolerance * centre.norm().clamp_min(1e-12)):
+            break
+    return centre

@@ -1,0 +1,179 @@
+"""Interventions: put an SAE into a running model, or push along one of its latents.
+
+    with splice(model, {"model.layers.8": sae}):                activations become what the SAE reconstructs
+    with splice(model, {...: sae}, edit=fn, keep_error=True):   edited codes; what the SAE misses is added back
+    with splice(model, {...: torch.zeros_like}):                any function of x instead of an SAE (zero ablation)
+    with steer(model, sae, latent=123, add=4.0):                4 activation units along decoder row 123
+    with steer(model, sae, latent=123, clamp=2.0):              as if code 123 were 2; all else in x stays as it was
+    with ablate(model, sae, latent=123):                        as if code 123 were 0
+
+All of them are plain forward hooks for the length of a ``with`` block, removed again after an exception too. Rows that
+`mask` excludes (the token filter: attention sinks, special tokens) pass through untouched and are not shown to the SAE,
+so that they cannot take part in an allocation that couples tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from apportion.activations.hookpoints import hooked
+
+Mask = Bool[Tensor, "*lead"] | Callable[[Tensor], Tensor]
+"""Which rows to change: a tensor in the leading shape of x, or a function of x that makes one."""
+
+
+class SparseCode(Protocol):
+    """What `steer` reads of a code: see `apportion.latents.Latents`."""
+
+    values: Float[Tensor, " nnz"]
+    indices: Int[Tensor, " nnz"]
+    offsets: Int[Tensor, " rows_plus_1"]
+    shape: tuple[int, ...]
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """What counts as an SAE here."""
+
+    def encode(self, x: Float[Tensor, "*lead d_in"]) -> Any: ...
+
+    def decode(self, latents: Any, x: Float[Tensor, "*lead d_in"]) -> Float[Tensor, "*lead d_in"]: ...
+
+
+@contextmanager
+def splice(
+    model: nn.Module,
+    saes: Mapping[str, Codec | Callable[[Tensor], Tensor]],
+    edit: Callable[[Any], Any] | None = None,
+    keep_error: bool = False,
+    mask: Mask | None = None,
+) -> Iterator[None]:
+    """Within the block, replace the activations at each hookpoint by ``sae.decode(edit(sae.encode(x)), x)``.
+
+    `keep_error` adds back x minus the unedited reconstruction, so that only the edit changes the model. Without a mask
+    `edit` sees latents in the leading shape of x; with one it sees the rows that take part, [rows, d_sae].
+    """
+    plain = [name for name, sae in saes.items() if not isinstance(sae, Codec)]
+    if edit is not None and plain:
+        raise ValueError(f"edit needs latents, but a plain function is spliced in at {plain[0]!r}: give an SAE there")
+
+    def change(sae: Codec | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: on_rows(x, mask, lambda rows: reconstruct(rows, sae, edit, keep_error))
+
+    with hooked(model, {name: change(sae) for name, sae in saes.items()}):
+        yield
+
+
+def reconstruct(
+    x: Float[Tensor, "*lead d_in"],
+    sae: Codec | Callable[[Tensor], Tensor],
+    edit: Callable[[Any], Any] | None,
+    keep_error: bool,
+) -> Float[Tensor, "*lead d_in"]:
+    """What takes the place of x."""
+    if not isinstance(sae, Codec):
+        return x if keep_error else sae(x)
+    latents = sae.encode(x)
+    x_hat = sae.decode(latents, x)
+    if edit is None:
+        return x if keep_error else x_hat
+    edited = sae.decode(edit(latents), x)
+    return edited + (x - x_hat) if keep_error else edited
+
+
+def on_rows(x: Float[Tensor, "*lead d_in"], mask: Mask | None, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`x` with `change` applied to the rows that take part, in the dtype of x."""
+    if mask is None:
+        new = change(x).to(x.dtype)
+        if new.shape != x.shape:
+            raise ValueError(
+                f"what is put back has shape {tuple(new.shape)}, the activations have {tuple(x.shape)}: "
+                "use an SAE that was trained at this hookpoint and returns to it"
+            )
+        return new
+    rows = (mask if isinstance(mask, Tensor) else mask(x)).to(x.device)
+    if rows.shape != x.shape[:-1]:
+        raise ValueError(
+            f"mask has shape {tuple(rows.shape)}, the activations have {tuple(x.shape)}: give one bool per token"
+        )
+    if not rows.any():
+        return x
+    return x.index_put((rows,), on_rows(x[rows], None, change))
+
+
+@contextmanager
+def steer(
+    model: nn.Module,
+    sae: Any,
+    *,
+    latent: int,
+    add: float | None = None,
+    scale: float | None = None,
+    clamp: float | None = None,
+    hookpoint: str | None = None,
+    mask: Mask | None = None,
+) -> Iterator[None]:
+    """Within the block, push the activations along one latent's decoder row. Exactly one of add, scale and clamp.
+
+    add     activation units along the unit decoder row:        x + add * W_dec[j] / ||W_dec[j]||
+    scale   multiply what the latent contributes:               x + (scale - 1) * z_j * W_dec[j] / s
+    clamp   set its code, also where it was silent:             x + (clamp - z_j) * W_dec[j] / s
+
+    z_j = sae.encode(x)[j] and s = sae.scale: codes live on scaled data, x in raw units. Everything else in x, the part
+    the SAE does not reconstruct included, stays as it was.
+    """
+    if (add is not None) + (scale is not None) + (clamp is not None) != 1:
+        raise ValueError(f"steer needs exactly one of add={add}, scale={scale} and clamp={clamp}")
+    row, place = _decoder_row(sae, latent), hookpoint or getattr(sae, "hookpoint", None)
+    if place is None:
+        raise ValueError(
+            "the SAE does not say where in the model it belongs: give hookpoint='model.layers.8' or the like"
+        )
+    per_token = getattr(getattr(sae, "config", None), "input_norm", "none") in ("token_standardise", "token_norm")
+    if add is None and per_token:
+        raise ValueError(
+            "this SAE normalises every token by itself, so its codes have no fixed size in the model: "
+            "steer with add= instead"
+        )
+
+    def push(x: Tensor) -> Tensor:
+        direction = row.to(x.device, torch.float32)
+        if add is not None:
+            return x + (add * direction / direction.norm()).to(x.dtype)
+        code = latent_column(sae.encode(x), latent).float()
+        change = code * (scale - 1) if scale is not None else cast(float, clamp) - code
+        return x + (change[..., None] * direction / sae.scale).to(x.dtype)
+
+    with hooked(model, {place: lambda x: on_rows(x, mask, push)}):
+        yield
+
+
+def ablate(model: nn.Module, sae: Any, *, latent: int, hookpoint: str | None = None, mask: Mask | None = None) -> Any:
+    """Within the block, remove what one latent contributes: `steer` with scale=0."""
+    return steer(model, sae, latent=latent, scale=0.0, hookpoint=hookpoint, mask=mask)
+
+
+def _decoder_row(sae: Any, latent: int) -> Float[Tensor, " d_in"]:
+    """The row of W_dec that belongs to `latent`, as it is now."""
+    W_dec = sae.W_dec
+    if W_dec.ndim != 2:
+        raise ValueError(f"W_dec has shape {tuple(W_dec.shape)}: steer works on SAEs with one hookpoint")
+    if not 0 <= latent < W_dec.shape[0]:
+        raise ValueError(f"latent={latent} does not exist: this SAE has latents 0 to {W_dec.shape[0] - 1}")
+    return W_dec[latent]
+
+
+def latent_column(latents: SparseCode | Tensor, latent: int) -> Float[Tensor, "*lead"]:
+    """The code of one latent on every token, without a dense matrix."""
+    if isinstance(latents, Tensor):
+        return latents[..., latent]
+    hits = (latents.indices == latent).nonzero().squeeze(1)
+    rows = torch.searchsorted(latents.offsets, hits, right=True) - 1
+    column = latents.values.new_zeros(latents.offsets.numel() - 1)
+    return column.index_put((rows,), latents.values[hits]).reshape(latents.shape)

@@ -1,0 +1,142 @@
+"""The sparse [tokens, d_sae] matrix that every sparse autoencoder of this library produces.
+
+An SAE's code is almost all zeros, so it is kept row by row (compressed sparse rows):
+
+    tokens       0           1     2                    values   [a  b  c  d]      autograd flows through these
+    latents   [. a . b]  [. . . .] [c . . d]            indices  [1  3  0  3]      ascending within a row
+                                                        offsets  [0  2  2  4]      row t is offsets[t] : offsets[t + 1]
+
+Zeros are never stored: nnz / tokens is the L0, and a TopK row may hold fewer than k entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """Active latents of a batch of tokens.
+
+    `shape` is the leading shape of the input (`[batch, pos]`, say); its product is the number of rows.
+    Only `values` is differentiable.
+    """
+
+    values: Float[Tensor, " nnz"]
+    indices: Int[Tensor, " nnz"]
+    offsets: Int[Tensor, " tokens_plus_1"]
+    d_sae: int
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert self.values.shape == self.indices.shape, "one index for each value"
+        assert self.offsets.shape == (prod(self.shape) + 1,), "one offset for each row and one for the end"
+
+    @staticmethod
+    def from_dense(z: Float[Tensor, "*lead d_sae"]) -> Latents:
+        """The non-zero entries of a dense code, with gradients through them."""
+        flat = z.reshape(-1, z.shape[-1])
+        rows, indices = flat.nonzero(as_tuple=True)
+        return from_matches(rows, indices, flat[rows, indices], z.shape[-1], tuple(z.shape[:-1]))
+
+    @property
+    def tokens(self) -> int:
+        return self.offsets.numel() - 1
+
+    @property
+    def nnz(self) -> int:
+        return self.values.numel()
+
+    def dense(self) -> Float[Tensor, "*lead d_sae"]:
+        z = self.values.new_zeros(self.tokens, self.d_sae)
+        return z.index_put((self.rows(), self.indices), self.values).reshape(*self.shape, self.d_sae)
+
+    def l0(self) -> Int[Tensor, "*lead"]:
+        """Active latents of each token."""
+        return self.offsets.diff().reshape(self.shape)
+
+    def rows(self) -> Int[Tensor, " nnz"]:
+        """The token of each match."""
+        tokens = torch.arange(self.tokens, device=self.offsets.device)
+        return tokens.repeat_interleave(self.offsets.diff(), output_size=self.nnz)
+
+    def counts(self) -> Int[Tensor, " d_sae"]:
+        """How many tokens each latent is active on."""
+        return torch.bincount(self.indices, minlength=self.d_sae)
+
+    def with_values(self, values: Float[Tensor, " nnz"]) -> Latents:
+        """The same matches with other values; matches whose new value is zero are dropped."""
+        if values.shape != self.values.shape:
+            raise ValueError(f"with_values needs one value for each of the {self.nnz} matches, got {list(values.shape)}.")
+        changed = replace(self, values=values)
+        keep = values != 0
+        return changed if bool(keep.all()) else changed.where(keep)
+
+    def where(self, keep: Bool[Tensor, " nnz"]) -> Latents:
+        """Only the matches marked True."""
+        kept_before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
+        return replace(
+            self, values=self.values[keep], indices=self.indices[keep], offsets=kept_before[self.offsets]
+        )
+
+    def select(self, latents: Int[Tensor, " n"]) -> Latents:
+        """The columns `latents` (distinct ids), renumbered 0..n-1 in the order given."""
+        renumbered = torch.full((self.d_sae,), -1, device=self.indices.device)
+        renumbered[latents] = torch.arange(latents.numel(), device=self.indices.device)
+        if int((renumbered >= 0).sum()) != latents.numel():
+            raise ValueError("latents[..., ids] needs distinct ids.")
+        part = self.where(renumbered[self.indices] >= 0)
+        indices = renumbered[part.indices]
+        order = (part.rows() * latents.numel() + indices).argsort()
+        return replace(part, values=part.values[order], indices=indices[order], d_sae=latents.numel())
+
+    def __getitem__(self, tokens: slice | int | Tensor | tuple) -> Latents:
+        """`latents[tokens]` slices leading dimensions; `latents[..., ids]` slices latents (a slice, an id, or ids)."""
+        if isinstance(tokens, tuple) and tokens and tokens[0] is Ellipsis:
+            if len(tokens) != 2:
+                raise ValueError("Write latents[..., ids] to choose latents, or latents[tokens] to choose tokens.")
+            ids = torch.arange(self.d_sae, device=self.indices.device)[tokens[1]]
+            return self.select(ids.reshape(-1))
+        kept = torch.arange(self.tokens, device=self.offsets.device).reshape(self.shape)[tokens]
+        flat = kept.reshape(-1)
+        lengths = self.offsets.diff()[flat]
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        within = torch.arange(int(offsets[-1]), device=flat.device) - offsets[:-1].repeat_interleave(lengths)
+        source = self.offsets[flat].repeat_interleave(lengths) + within
+        return Latents(self.values[source], self.indices[source], offsets, self.d_sae, tuple(kept.shape))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Latents:
+        """Apply a function of `values` (an edit, a gate, a scale)."""
+        return self.with_values(fn(self.values))
+
+    def to(self, *args: object, **kwargs: object) -> Latents:
+        """Move values (device or dtype) and the index tensors (device only)."""
+        values = self.values.to(*args, **kwargs)  # type: ignore[arg-type]
+        move = {"device": values.device}
+        return replace(self, values=values, indices=self.indices.to(**move), offsets=self.offsets.to(**move))
+
+    def detach(self) -> Latents:
+        return replace(self, values=self.values.detach())
+
+    def __repr__(self) -> str:
+        l0 = self.nnz / max(self.tokens, 1)
+        return f"Latents(shape={[*self.shape, self.d_sae]}, nnz={self.nnz}, l0={l0:.2f})"
+
+
+def from_matches(
+    rows: Int[Tensor, " nnz"],
+    indices: Int[Tensor, " nnz"],
+    values: Float[Tensor, " nnz"],
+    d_sae: int,
+    shape: tuple[int, ...],
+) -> Latents:
+    """Latents from (token, latent, value) triples that are already in (token, latent) order."""
+    lengths = torch.bincount(rows, minlength=prod(shape))
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return Latents(values, indices, offsets, d_sae, shape)

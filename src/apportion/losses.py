@@ -1,0 +1,51 @@
+"""Losses as pure functions of tensors: the equation, the scale, the source. No state, no model.
+
+Everything is on scaled data (E||x||^2 = d_in), so weights mean the same for every model and width.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def reconstruction(x: Float[Tensor, "tokens d"], x_hat: Float[Tensor, "tokens d"]) -> Float[Tensor, ""]:
+    """mean over tokens of ||x - x_hat||^2 / d. About the FVU; never divided by a per-batch variance."""
+    return (x - x_hat).square().mean()
+
+
+def auxiliary(
+    error: Float[Tensor, "tokens d"], error_hat: Float[Tensor, "tokens d"], share: float
+) -> Float[Tensor, ""]:
+    """How well silent latents reconstruct what the others left over (aux_k of arXiv 2406.04093, section 2).
+
+        ||sg(e) - e_hat||^2 / ||sg(e) - mean e||^2 * share
+
+    `error` = x - x_hat is a constant here, so the gradient reaches only the latents that made `error_hat`. `share` <= 1
+    scales the term down while there are fewer silent latents than k_aux. A perfect reconstruction (0 / 0) counts as 0.
+    """
+    error = error.detach()
+    left = (error - error_hat).square().sum()
+    of = (error - error.mean(0)).square().sum()
+    return share * torch.nan_to_num(left / of, nan=0.0, posinf=0.0)
+
+
+def underutilised(
+    density: Float[Tensor, " d_sae"],
+    dead: Bool[Tensor, " d_sae"],
+    expected: Float[Tensor, " d_sae"],
+    c: float,
+) -> Bool[Tensor, " d_sae"]:
+    """The latents that aux_zipf revives: { j : density_j < c * expected[rank of j] }, and all dead ones.
+
+    `expected` holds the density wanted at each rank, most frequent first (a Zipf curve that sums to k). c = 0 leaves
+    exactly the dead latents, which is aux_k. Our form: arXiv 2411.02124 describes the idea, its exact equation was not
+    at hand.
+    """
+    if c == 0:
+        return dead
+    order = density.argsort(descending=True, stable=True)
+    low = torch.zeros_like(dead)
+    low[order] = density[order] < c * expected.to(density)
+    return low | dead

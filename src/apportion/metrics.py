@@ -1,0 +1,92 @@
+"""How good an SAE is: definitions in one place, as streaming sums. Every one has a test with a closed form.
+
+    FVU        sum ||x - x_hat||^2 / sum ||x - mean x||^2   sums over all evaluated tokens; 0 perfect, 1 as the mean
+    L0         active latents per token
+    density    share of tokens a latent is active on
+    dead       active on none of the evaluated tokens: always state how many those were
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from apportion.latents import Latents
+
+
+def batch_fvu(x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    """FVU within one batch (its own mean): for the progress bar, not for a table."""
+    return (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+
+
+class FVU:
+    """Fraction of variance unexplained over everything that was added, in float64."""
+
+    def __init__(self, d: int) -> None:
+        self.error = torch.zeros((), dtype=torch.float64)
+        self.tokens = 0
+        self.mean = torch.zeros(d, dtype=torch.float64)
+        self.spread = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> None:
+        if not len(x):
+            return
+        x, x_hat = x.detach().double().cpu(), x_hat.detach().double().cpu()
+        self.error += (x - x_hat).square().sum()
+        # Chan's update: the sum of squares about the mean, stable even when the mean is far from zero.
+        mean = x.mean(0)
+        total = self.tokens + len(x)
+        between = (mean - self.mean).square().sum() * self.tokens * len(x) / total
+        self.spread += (x - mean).square().sum() + between
+        self.mean += (mean - self.mean) * len(x) / total
+        self.tokens = total
+
+    def value(self) -> float:
+        """NaN if nothing was added or all tokens are equal."""
+        return (self.error / self.spread).item() if self.spread > 0 else float("nan")
+
+
+class Activations:
+    """L0, densities and dead latents over everything that was added."""
+
+    def __init__(self, d_sae: int) -> None:
+        self.counts = torch.zeros(d_sae, dtype=torch.int64)
+        self.l0s: list[Int[Tensor, " n"]] = []
+
+    def add(self, latents: Latents) -> None:
+        self.counts += latents.counts().cpu()
+        self.l0s.append(latents.l0().flatten().cpu())
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(l0) for l0 in self.l0s)
+
+    def l0(self) -> Int[Tensor, " tokens"]:
+        """Active latents of each token, in the order added."""
+        return torch.cat(self.l0s) if self.l0s else torch.zeros(0, dtype=torch.int64)
+
+    def mean_l0(self) -> float:
+        return int(self.counts.sum()) / self.tokens if self.tokens else float("nan")
+
+    def density(self) -> Float[Tensor, " d_sae"]:
+        return self.counts.double() / max(self.tokens, 1)
+
+    def dead(self) -> float:
+        """Share of latents that fired on none of the tokens."""
+        return (self.counts == 0).double().mean().item()
+
+
+def correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
+    """Pearson's r; NaN if either is constant."""
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    norm = a.norm() * b.norm()
+    return (a @ b / norm).item() if norm > 0 else float("nan")
+
+
+def recovered(ce: float, ce_clean: float, ce_ablated: float) -> float:
+    """Share of the loss increase of an ablation that the reconstruction avoids: 1 perfect, 0 as bad as the ablation.
+
+    Zero ablation of a residual stream is so destructive that almost anything recovers 0.98 of it; give delta-CE too.
+    """
+    return (ce_ablated - ce) / (ce_ablated - ce_clean) if ce_ablated != ce_clean else float("nan")

@@ -1,0 +1,74 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    lr: float = 1e-3
+    """Peak learning rate of Adam. Nothing moves FVU more: try 3e-4, 1e-3, 3e-3."""
+    batch_tokens: int = 2048
+    """Rows (tokens) per optimiser step. Mutual and Feature Choice allocate over the whole batch."""
+    total_tokens: int | None = None
+    """Rows to train on. None: no end, constant learning rate, every schedule at its final value."""
+    warmup_share: float = 0.05
+    """Share of the run in which the learning rate rises linearly from zero."""
+    decay_share: float = 0.2
+    """Share of the run, at its end, in which the learning rate falls linearly to zero."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    beta1: float = 0.9
+    """Adam's average of gradients."""
+    beta2: float = 0.999
+    """Adam's average of squared gradients."""
+    dead_window_tokens: int | None = None
+    """A latent is dead after so many tokens without firing. None: 10M, or a tenth of a shorter run."""
+    density_window_tokens: int | None = None
+    """Window of the running firing rates. None: 1M, or a tenth of a shorter run."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the weights."""
+    seed: int = 0
+    """Seed of the data order."""
+    log_every_steps: int = 10
+    """Steps between lines in metrics.jsonl and updates of the progress bar."""
+    checkpoint_every_tokens: int = 20_000_000
+    """Tokens between checkpoints; one is also written on Ctrl-C."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "batch_tokens", "max_grad_norm", "log_every_steps", "checkpoint_every_tokens"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.total_tokens is not None and self.total_tokens < self.batch_tokens:
+            raise ValueError(
+                f"total_tokens = {self.total_tokens} is less than one batch of {self.batch_tokens}. "
+                "Train on more tokens or lower batch_tokens."
+            )
+        if min(self.warmup_share, self.decay_share) < 0 or self.warmup_share + self.decay_share > 1:
+            raise ValueError(
+                f"warmup_share and decay_share are shares of the run that add up to at most 1, "
+                f"got {self.warmup_share} and {self.decay_share}."
+            )
+
+    @property
+    def total_steps(self) -> int | None:
+        return None if self.total_tokens is None else self.total_tokens // self.batch_tokens
+
+    @property
+    def dead_window(self) -> int:
+        return self.dead_window_tokens or min(10_000_000, (self.total_tokens or 100_000_000) // 10)
+
+    @property
+    def density_window(self) -> int:
+        return self.density_window_tokens or min(1_000_000, (self.total_tokens or 10_000_000) // 10)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step (0, 1, ...): linear warm-up, constant, linear decay to zero."""
+        if self.total_steps is None:
+            return self.lr
+        warmup, decay = self.warmup_share * self.total_steps, self.decay_share * self.total_steps
+        rise = (step + 1) / warmup if step + 1 < warmup else 1.0
+        fall = (self.total_steps - step) / decay if self.total_steps - step < decay else 1.0
+        return self.lr * min(rise, fall)

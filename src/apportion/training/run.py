@@ -1,0 +1,109 @@
+"""The folder of a training run.
+
+    run.json            the whole configuration: SAE, training, source, versions
+    metrics.jsonl       one line every few steps
+    checkpoint-<step>/  everything to go on from there; only the newest is kept
+    config.json, model.safetensors    the finished SAE: ap.load(folder)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+from apportion.architectures.files import load, read_json, write_json, write_tensors
+
+if TYPE_CHECKING:
+    from apportion.activations.batch import Source
+    from apportion.training.trainer import Trainer
+
+MAY_DIFFER = {"log_every_steps", "checkpoint_every_tokens"}
+"""Training settings that may change when a run is resumed."""
+
+
+class RunFolder:
+    def __init__(self, folder: Path, description: dict[str, Any], resume: bool) -> None:
+        self.folder = folder
+        record = folder / "run.json"
+        if record.exists():
+            if not resume:
+                raise ValueError(f"{folder} already holds a run. Resume it (--resume) or choose another folder.")
+            self._check_same(read_json(record), description)
+            return
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} exists and is not a run of apportion. Choose another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        versions = {name: version(name) for name in ("apportion", "torch")} | {"python": sys.version.split()[0]}
+        write_json(record, {**description, "versions": versions})
+
+    def _check_same(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        before, now = json.loads(json.dumps(before)), json.loads(json.dumps(now))
+        for part, old, new in (
+            ("sae", before["sae"]["settings"], now["sae"]["settings"]),
+            ("sae", {"name": before["sae"]["name"]}, {"name": now["sae"]["name"]}),
+            ("train", before["train"], now["train"]),
+            ("source", before["source"], now["source"]),
+        ):
+            for key in sorted(old.keys() | new.keys()):
+                if key not in MAY_DIFFER and old.get(key) != new.get(key):
+                    raise ValueError(
+                        f"{self.folder} was started with {part} {key} = {old.get(key)!r}, now it is {new.get(key)!r}. "
+                        "Resume with the same settings, or start a new run in another folder."
+                    )
+
+    def log(self, values: dict[str, float]) -> None:
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
+
+    def save_checkpoint(self, trainer: Trainer, source: Source) -> None:
+        """Write a new checkpoint, then remove older ones; a crash in between leaves a whole one."""
+        final = self.folder / f"checkpoint-{trainer.steps}"
+        partial = self.folder / f"checkpoint-{trainer.steps}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        trainer.sae.save(partial)
+        tensors, values = trainer.state()
+        write_tensors(partial / "trainer.safetensors", {name: t.detach().cpu() for name, t in tensors.items()})
+        write_json(partial / "trainer.json", {**values, "source": source.state_dict()})
+        older = self._checkpoints()
+        os.replace(partial, final)
+        for folder in older:
+            if folder != final:
+                shutil.rmtree(folder)
+
+    def load_checkpoint(self, trainer: Trainer, source: Source) -> bool:
+        """Restore trainer, SAE and source from the newest checkpoint; False if there is none."""
+        checkpoints = self._checkpoints()
+        if not checkpoints:
+            self._cut_metrics(0)
+            return False
+        folder = checkpoints[-1]
+        saved = load(folder)
+        trainer.sae.load_state_dict(saved.state_dict())
+        values = read_json(folder / "trainer.json")
+        trainer.load_state(load_file(folder / "trainer.safetensors"), values)
+        source.load_state_dict(values["source"])
+        self._cut_metrics(trainer.steps)
+        return True
+
+    def _cut_metrics(self, steps: int) -> None:
+        """Forget logged lines after the checkpoint; they will be written again."""
+        file = self.folder / "metrics.jsonl"
+        if file.exists():
+            lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            file.write_text("".join(line for line in lines if json.loads(line)["step"] <= steps), encoding="utf-8")
+
+    def finish(self, trainer: Trainer) -> None:
+        """The finished SAE replaces the checkpoints."""
+        trainer.sae.save(self.folder)
+        for folder in self._checkpoints():
+            shutil.rmtree(folder)

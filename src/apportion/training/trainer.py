@@ -1,0 +1,213 @@
+"""The training loop: next batch, losses, step, log, save. Read it top to bottom.
+
+One step:   schedules -> objective -> backward -> project -> clip -> Adam -> constrain -> count who fired
+One run:    input scale -> steps -> thresholds calibrated on held-out rows -> saved SAE
+
+`Trainer.step` works on its own in somebody else's loop; `Trainer.fit` adds a source of batches, a run folder, a progress
+bar, checkpoints and calibration.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from apportion.activations.batch import Batch, Source
+from apportion.allocation import StepContext, WarmStart
+from apportion.architectures import SAE
+from apportion.training.activity import Activity
+from apportion.training.config import TrainConfig
+from apportion.training.interrupt import finish_step_on_interrupt
+from apportion.training.objectives import Objective, local_reconstruction
+from apportion.training.progress import progress_bar
+from apportion.training.run import RunFolder
+
+logger = logging.getLogger(__name__)
+
+FIT_INPUT_ROWS = 32_768
+"""Rows from which mean and scale of the input are estimated."""
+CALIBRATION_ROWS = 1_000_000
+"""Held-out rows on which thresholds are calibrated, at most."""
+CHECK_FINITE_STEPS = 100
+"""Steps between checks that the loss is finite."""
+
+
+class Trainer:
+    """Trains one SAE. Raises ValueError at once for settings that cannot work together."""
+
+    def __init__(
+        self, sae: SAE, config: TrainConfig | None = None, objective: Objective = local_reconstruction
+    ) -> None:
+        self.config = config or TrainConfig()
+        self.sae = sae.to(getattr(torch, self.config.dtype))
+        self.objective = objective
+        sae.allocation.check_batch(self.config.batch_tokens)
+        if self.config.total_tokens is None and getattr(sae.allocation.config, "switch_at", 0) > 0:
+            raise ValueError("switch_at is a share of the run, so it needs total_tokens; set it, or use switch_at = 0.")
+        device = sae.mean.device
+        self.activity = Activity(sae.d_sae, self.config.dead_window, self.config.density_window).to(device)
+        self.warm = WarmStart()
+        self.optimizer = torch.optim.Adam(
+            sae.parameters(), lr=self.config.lr, betas=(self.config.beta1, self.config.beta2), fused=True
+        )
+        self.steps = 0
+        self.tokens = 0
+        self._input_ready = not sae.input.needs_fit
+
+    def step(self, batch: Batch | Float[Tensor, "*lead d_in"]) -> dict[str, Tensor]:
+        """One optimiser step on the whole batch; a plain tensor counts as already filtered.
+
+        Returns 0-d tensors: loss, each weighted term, fvu_batch, l0, dead (share), grad_norm.
+        """
+        batch = self._accept(batch)
+        sae = self.sae.train()
+        context = self._context(len(batch.x))
+        sae.allocation.begin_step(context)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr_at(self.steps)
+
+        outcome = self.objective([sae], batch, context, self.warm)
+        loss = torch.stack(list(outcome.terms.values())).sum()
+        loss.backward()
+        sae.project_gradients()
+        grad_norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        sae.constrain()
+
+        self.activity.update(outcome.latents.counts(), len(batch.x))
+        if self.steps % CHECK_FINITE_STEPS == 0 and not bool(loss.isfinite()):
+            raise ValueError(f"The loss is {loss.item()} at step {self.steps}. Lower lr = {self.config.lr:g}.")
+        self.steps += 1
+        self.tokens += len(batch.x)
+        return {
+            "loss": loss.detach(),
+            **{name: term.detach() for name, term in outcome.terms.items()},
+            "fvu_batch": outcome.fvu_batch,
+            "l0": torch.tensor(outcome.latents.nnz / len(batch.x)),
+            "dead": self.activity.dead().double().mean(),
+            "grad_norm": grad_norm.detach(),
+        }
+
+    def _accept(self, batch: Batch | Tensor) -> Batch:
+        if isinstance(batch, Tensor):
+            batch = Batch(batch.reshape(-1, batch.shape[-1]))
+        if batch.mask is not None:
+            batch = batch.rows()
+        if batch.x.shape[-1] != self.sae.d_in:
+            raise ValueError(f"The SAE has d_in = {self.sae.d_in}, this batch has width {batch.x.shape[-1]}.")
+        if not len(batch.x):
+            raise ValueError("A training step needs at least one row; all rows of this batch are masked out.")
+        if not self._input_ready:
+            self.sae.fit_input(batch.x)
+            self._input_ready = True
+        return batch
+
+    def _context(self, batch_tokens: int) -> StepContext:
+        total = self.config.total_steps
+        return StepContext(
+            progress=1.0 if total is None else self.steps / total,
+            batch_tokens=batch_tokens,
+            dead=self.activity.dead(),
+            density=self.activity.density(),
+        )
+
+    def fit(self, source: Source, out: str | Path | None = None, *, resume: bool = False, progress: bool = True) -> SAE:
+        """Train on `total_tokens` rows of `source`, calibrate on its held-out rows, return the SAE in eval mode.
+
+        `out` is the run folder: run.json (the whole configuration), metrics.jsonl, checkpoints, and at the end the SAE.
+        Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; `resume` goes on from there, with the
+        same result as an uninterrupted run.
+        """
+        total_steps = self._check_run(source)
+        run = None if out is None else RunFolder(Path(out), self._describe(source), resume)
+        self.sae.info["source"] = source.describe()
+        if run is not None and resume and run.load_checkpoint(self, source):
+            logger.info("resuming %s at step %d", out, self.steps)
+        if not self._input_ready:
+            self.sae.fit_input(source.sample(FIT_INPUT_ROWS))
+            self._input_ready = True
+
+        bar = progress_bar("training", total_steps * self.config.batch_tokens, self.tokens, show=progress)
+        with bar as show, finish_step_on_interrupt() as interrupted:
+            started, last_checkpoint = time.perf_counter(), self.tokens
+            for batch in self._remaining(source, total_steps):
+                metrics = self.step(batch)
+                if self.steps % self.config.log_every_steps == 0 or self.steps == total_steps:
+                    values = {name: value.item() for name, value in metrics.items()}
+                    show(self.tokens, fvu=values["fvu_batch"], l0=values["l0"], dead=f"{values['dead']:.2%}")
+                    if run is not None:
+                        seconds = time.perf_counter() - started
+                        run.log({"step": self.steps, "tokens": self.tokens, "seconds": seconds, **values})
+                due = self.tokens - last_checkpoint >= self.config.checkpoint_every_tokens
+                if run is not None and self.steps < total_steps and (due or interrupted()):
+                    run.save_checkpoint(self, source)
+                    last_checkpoint = self.tokens
+                if interrupted():
+                    raise KeyboardInterrupt
+        l0 = self.sae.calibrate(source.held_out(CALIBRATION_ROWS))
+        logger.info("calibrated: L0 %.2f on held-out rows", l0)
+        if run is not None:
+            run.finish(self)
+        return self.sae.eval()
+
+    def _remaining(self, source: Source, total_steps: int) -> Iterator[Batch]:
+        if self.steps >= total_steps:
+            return
+        for batch in source.batches(self.config.batch_tokens):
+            yield batch
+            if self.steps >= total_steps:
+                return
+
+    def _check_run(self, source: Source) -> int:
+        total = self.config.total_steps
+        if total is None:
+            raise ValueError("fit needs total_tokens in its TrainConfig; for an endless run call step in your own loop.")
+        if source.d_in != self.sae.d_in:
+            raise ValueError(f"The SAE has d_in = {self.sae.d_in}, the activations have width {source.d_in}.")
+        if source.num_rows is not None and source.num_rows < self.config.batch_tokens:
+            raise ValueError(
+                f"The source has {source.num_rows} training rows, fewer than batch_tokens = {self.config.batch_tokens}. "
+                "Collect more tokens or lower batch_tokens."
+            )
+        return total
+
+    def _describe(self, source: Source) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        return {
+            "sae": {"name": self.sae.name, "settings": self.sae.settings()},
+            "train": asdict(self.config),
+            "source": source.describe(),
+        }
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything besides the SAE that the next step depends on: tensors and plain values."""
+        tensors = {f"activity.{name}": t for name, t in self.activity.state_dict().items()}
+        for name, p in self.sae.named_parameters():
+            for key, value in self.optimizer.state[p].items():
+                tensors[f"adam.{name}.{key}"] = value
+        if self.warm.bounds is not None:
+            tensors["warm.bounds"] = self.warm.bounds
+        return tensors, {"steps": self.steps, "tokens": self.tokens}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Restore what `state` returned; the SAE itself is restored separately."""
+        self.activity.load_state_dict(
+            {name.removeprefix("activity."): t for name, t in tensors.items() if name.startswith("activity.")}
+        )
+        for name, p in self.sae.named_parameters():
+            prefix = f"adam.{name}."
+            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            if state:
+                self.optimizer.state[p] = state
+        self.warm.bounds = tensors.get("warm.bounds")
+        self.steps, self.tokens = values["steps"], values["tokens"]
+        self._input_ready = True
