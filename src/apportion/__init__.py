@@ -1,9 +1,9 @@
 """Sparse autoencoders that spend their sparsity budget where it is needed.
 
-    import apportion as ap
-    sae = ap.create("mutual_choice", d_in=576, d_sae=4608, k=32)
-    latents = sae.encode(x)
-    x_hat = sae.decode(latents)
+import apportion as ap
+sae = ap.create("mutual_choice", d_in=576, d_sae=4608, k=32)
+latents = sae.encode(x)
+x_hat = sae.decode(latents)
 """
 
 from apportion.activations.batch import Batch as Batch

@@ -73,7 +73,7 @@ class Latents:
     def with_values(self, values: Float[Tensor, " nnz"]) -> Latents:
         """The same matches with other values; matches whose new value is zero are dropped."""
         if values.shape != self.values.shape:
-            raise ValueError(f"with_values needs one value for each of the {self.nnz} matches, got {list(values.shape)}.")
+            raise ValueError(f"with_values needs a value for each of the {self.nnz} matches, got {list(values.shape)}.")
         changed = replace(self, values=values)
         keep = values != 0
         return changed if bool(keep.all()) else changed.where(keep)
@@ -81,9 +81,7 @@ class Latents:
     def where(self, keep: Bool[Tensor, " nnz"]) -> Latents:
         """Only the matches marked True."""
         kept_before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
-        return replace(
-            self, values=self.values[keep], indices=self.indices[keep], offsets=kept_before[self.offsets]
-        )
+        return replace(self, values=self.values[keep], indices=self.indices[keep], offsets=kept_before[self.offsets])
 
     def select(self, latents: Int[Tensor, " n"]) -> Latents:
         """The columns `latents` (distinct ids), renumbered 0..n-1 in the order given."""

@@ -23,12 +23,13 @@ def auxiliary(
         ||sg(e) - e_hat||^2 / ||sg(e) - mean e||^2 * share
 
     `error` = x - x_hat is a constant here, so the gradient reaches only the latents that made `error_hat`. `share` <= 1
-    scales the term down while there are fewer silent latents than k_aux. A perfect reconstruction (0 / 0) counts as 0.
+    scales the term down while there are fewer silent latents than k_aux. Without any spread to explain (a perfect
+    reconstruction, a single row) the term and its gradient are 0.
     """
     error = error.detach()
     left = (error - error_hat).square().sum()
     of = (error - error.mean(0)).square().sum()
-    return share * torch.nan_to_num(left / of, nan=0.0, posinf=0.0)
+    return share * left / torch.where(of == 0, torch.inf, of)
 
 
 def underutilised(

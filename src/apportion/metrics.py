@@ -1,9 +1,9 @@
 """How good an SAE is: definitions in one place, as streaming sums. Every one has a test with a closed form.
 
-    FVU        sum ||x - x_hat||^2 / sum ||x - mean x||^2   sums over all evaluated tokens; 0 perfect, 1 as the mean
-    L0         active latents per token
-    density    share of tokens a latent is active on
-    dead       active on none of the evaluated tokens: always state how many those were
+FVU        sum ||x - x_hat||^2 / sum ||x - mean x||^2   sums over all evaluated tokens; 0 perfect, 1 as the mean
+L0         active latents per token
+density    share of tokens a latent is active on
+dead       active on none of the evaluated tokens: always state how many those were
 """
 
 from __future__ import annotations

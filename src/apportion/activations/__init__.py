@@ -8,7 +8,6 @@ documents   contexts      forward passes up to the hookpoint        cache       
 from apportion.activations.batch import ArraySource as ArraySource
 from apportion.activations.batch import Batch as Batch
 from apportion.activations.batch import Source as Source
-from apportion.activations.collect import collect as collect
 from apportion.activations.collect import load_model as load_model
 from apportion.activations.filter import TokenFilter as TokenFilter
 from apportion.activations.live import LiveSource as LiveSource

@@ -176,6 +176,7 @@ def collect(
     """
     out, text = Path(out), TextSource.of(text)
     refuse_existing(out)
+    store_dtype = torch_dtype(dtype)
     check_context_tokens(model, context_tokens)
     if batch_contexts < 1:
         raise ValueError(f"batch_contexts={batch_contexts} must be at least 1")
@@ -183,9 +184,9 @@ def collect(
     limit = num_contexts_for(tokens, context_tokens)
     batches = batched_contexts(packed_contexts(tokenizer, text, context_tokens, bos), batch_contexts, limit)
     first = next(batches)  # an empty or too short text fails here
-    widths = {name: x.shape[1] for name, x in run_contexts(model, names, first[:1, :2]).items()}
+    widths = {name: x.shape[1] for name, x in run_contexts(model, names, first[:2, :2]).items()}
     most_tokens = min(limit * context_tokens, text.num_bytes() or limit * context_tokens)
-    check_free_disk(out, most_tokens * (sum(widths.values()) * torch_dtype(dtype).itemsize + len(names) + 12))
+    check_free_disk(out, most_tokens * (sum(widths.values()) * store_dtype.itemsize + len(names) + 12))
 
     token_filter, special_ids = token_filter or TokenFilter(), tuple(tokenizer.all_special_ids)
     started = perf_counter()

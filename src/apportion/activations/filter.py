@@ -60,8 +60,13 @@ class TokenFilter:
         positions: Int[Tensor, " n"],
         special_ids: Iterable[int] = (),
     ) -> TokenFilter:
-        """This filter with the median of `norms` over ordinary rows (neither position 0 nor a special token)."""
+        """This filter with the median of `norms` over ordinary rows (neither position 0 nor a special token).
+
+        A filter that has a median already keeps it: evaluation data can be collected with the filter of training.
+        """
         fitted = replace(self, special_ids=tuple(sorted(set(special_ids))))
+        if self.median_norm is not None:
+            return fitted
         ordinary = (positions != 0) & ~_is_in(tokens, fitted.special_ids)
         norms = norms[ordinary] if ordinary.any() else norms
         return replace(fitted, median_norm=float(norms.float().median()))

@@ -191,21 +191,21 @@ class LiveSource:
 
     def sample(self, n: int) -> Float[Tensor, "at_most_n d_in"]:
         """Random rows of about as many random contexts as are needed for `n` rows."""
-        num_contexts = 1 + n * 5 // (4 * self.contexts.shape[1])
-        which = self._train[permutation(len(self._train), self.seed, "sample").long()[:num_contexts]]
-        rows = self._filtered_rows(which)
-        return rows.x[permutation(len(rows), self.seed, "sample rows").long()[:n].to(rows.x.device)].float()
+        return torch.cat(list(self._draw(self._train, n, "sample")))
 
     def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Float[Tensor, "rows d_in"]]:
-        order = self._held_out[permutation(len(self._held_out), self.seed, "held out").long()]
-        for which in order.split(self.block_contexts) if len(order) else ():
-            needed = 1 + max_rows * 5 // (4 * self.contexts.shape[1])
-            rows = self._filtered_rows(which[:needed])
-            rows = rows[permutation(len(rows), self.seed, "held out rows").long()[:max_rows].to(rows.x.device)]
-            max_rows -= len(rows)
-            yield from rows.x.float().split(chunk)
-            if max_rows <= 0:
-                return
+        for rows in self._draw(self._held_out, max_rows, "held out"):
+            yield from rows.split(chunk)
+
+    def _draw(self, contexts: Int[Tensor, " n"], max_rows: int, key: str) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """Rows of random `contexts` in random order, a block of contexts at a time, until there are `max_rows`."""
+        order = contexts[permutation(len(contexts), self.seed, key).long()]
+        while max_rows > 0 and len(order):
+            num_contexts = min(self.block_contexts, 1 + max_rows * 5 // (4 * self.contexts.shape[1]))
+            rows = self._filtered_rows(order[:num_contexts]).x
+            rows = rows[permutation(len(rows), self.seed, key, "rows").long()[:max_rows].to(rows.device)]
+            yield rows.float()
+            order, max_rows = order[num_contexts:], max_rows - len(rows)
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a position to mean the same rows."""

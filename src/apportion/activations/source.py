@@ -65,7 +65,8 @@ class CacheSource:
 
     def describe(self) -> dict[str, Any]:
         counts = {"rows_train": self.num_rows, "rows_held_out": len(self._held_out)}
-        return {"source": "cache", **self.store.describe(), **counts, "seed": self.seed}
+        split = {"held_out_share": self.held_out_share, "seed": self.seed}
+        return {"source": "cache", "folder": str(self.store.folder), **self.store.describe(), **counts, **split}
 
 
 def _read_ahead(read: Any, upcoming: Iterable[tuple[Tensor, Position]]) -> Iterator[tuple[Batch, Position]]:

@@ -1,8 +1,8 @@
 """What a rule of allocation is.
 
 An SAE has tokens * d_sae possible matches and a budget; a *rule* says which matches become non-zero, given their
-affinities (arXiv 2411.02124 poses sparsity as this allocation problem). The kernels compute affinities in row blocks and
-never hold the whole matrix. They ask the rule three things:
+affinities (arXiv 2411.02124 poses sparsity as this allocation problem). The kernels compute affinities in row blocks
+and never hold the whole matrix. They ask the rule three things:
 
     budget(tokens)      what there is to hand out: a count, or a count per latent; None if the rule has no budget
     bounds(warm)        only matches with affinity > bound can matter: a scalar or one per latent; None if not known yet

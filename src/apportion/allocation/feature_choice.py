@@ -12,7 +12,8 @@ Which latent gets which rank is free at the start (their index). With `switch_at
 Mutual Choice; then the latents are ranked by measured density, and ranks and densities stay frozen. The phases and the
 constants alpha = 1, beta = 7 are our form of the method, not quoted from the paper.
 
-In eval mode latent j fires where its affinity exceeds its own threshold, calibrated so that its expected density is m_j / tokens.
+In eval mode latent j fires where its affinity exceeds its own threshold, calibrated so that its expected density is
+m_j / tokens.
 """
 
 from __future__ import annotations
@@ -96,9 +97,10 @@ class FeatureChoice(Rule):
 
     def check_batch(self, batch_tokens: int) -> None:
         if floor(self.config.k * batch_tokens) < self.d_sae:
+            enough = -(-self.d_sae // self.config.k)
             raise ValueError(
-                f"Feature Choice: k * batch_tokens = {self.config.k:g} * {batch_tokens} is less than d_sae = {self.d_sae}, "
-                f"so some latents would never fire. Use batch_tokens >= {-(-self.d_sae // self.config.k):.0f}."
+                f"Feature Choice: k * batch_tokens = {self.config.k:g} * {batch_tokens} is less than "
+                f"d_sae = {self.d_sae}, so some latents would never fire. Use batch_tokens >= {enough:.0f}."
             )
 
     def budget(self, tokens: int) -> int | Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from apportion.allocation.base import Candidates, Rule, Settled, check_k, largest
 
 MARGIN = 0.9
-"""The next batch is scanned above this share of the last cut; wider means more candidates, narrower more second looks."""
+"""The next batch is scanned above this share of the last cut: lower means more candidates, higher more second looks."""
 
 
 @dataclass(frozen=True, kw_only=True)

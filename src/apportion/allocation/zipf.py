@@ -72,9 +72,7 @@ def fit_zipf(
     return best
 
 
-def zipf_densities(
-    d_sae: int, k: float, alpha: float, beta: float, floor: float = 0.0
-) -> Float[Tensor, " d_sae"]:
+def zipf_densities(d_sae: int, k: float, alpha: float, beta: float, floor: float = 0.0) -> Float[Tensor, " d_sae"]:
     """Densities by rank, summing to k, each between `floor` and 1.
 
     The floor (one token per batch) is granted first; the rest is shared in proportion to (r + beta)^-alpha, and what a

@@ -1,14 +1,14 @@
 """The table of named SAEs. A name pairs an architecture (how codes are computed) with a rule (which matches are kept).
 
-To add one: write one file in this folder (an architecture) or in `allocation/` (a rule), add one line to `SAES`, and one
-test for what is special in its paper. Creation, files, the command line and evaluation follow from the table.
+To add one: write one file in this folder (an architecture) or in `allocation/` (a rule), add one line to `SAES`, and
+one test for what is special in its paper. Creation, files, the command line and evaluation follow from the table.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from apportion.allocation import RULES, Rule
 from apportion.architectures.base import SAE, SAEConfig
@@ -55,10 +55,21 @@ def create(name: str, **settings: Any) -> SAE:
     values = entry.defaults | settings
     rule_names = {f.name for f in fields(entry.rule.Config)}
     config = entry.architecture.Config(**{k: v for k, v in values.items() if k not in rule_names})
-    rule = entry.rule(entry.rule.Config(**{k: v for k, v in values.items() if k in rule_names}), config.d_sae)
+    rule_config = entry.rule.Config(**{k: v for k, v in values.items() if k in rule_names})
+    for part in (config, rule_config):
+        _check_choices(part)
+    rule = entry.rule(rule_config, config.d_sae)
     sae = entry.architecture(config, rule)
     sae.name = name
     return sae.train()
+
+
+def _check_choices(config: Any) -> None:
+    """Refuse words that are none of a setting's choices."""
+    for setting, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal and getattr(config, setting) not in get_args(kind):
+            nearest = _nearest(str(getattr(config, setting)), get_args(kind))
+            raise ValueError(f"{setting} cannot be {getattr(config, setting)!r}; {nearest}")
 
 
 def _nearest(word: str, known: Any) -> str:

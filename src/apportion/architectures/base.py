@@ -130,20 +130,17 @@ class SAE(nn.Module, ABC):
 
         Raises ValueError for a wrong width, NaN or infinite entries, or eval mode without thresholds.
         """
-        rows = self._rows(x)
-        if not bool(torch.isfinite(rows.detach().sum())) and not bool(torch.isfinite(rows.detach()).all()):
-            bad = (~torch.isfinite(rows.detach())).any(1).nonzero()[0].item()
-            raise ValueError(f"encode: row {bad} of the input holds NaN or infinity. Filter such activations out first.")
-        latents = self.encode_scaled(self.input.apply_to(rows), warm)
+        latents = self.encode_scaled(self.input.apply_to(self._finite_rows(x)), warm)
         return Latents(latents.values, latents.indices, latents.offsets, latents.d_sae, tuple(x.shape[:-1]))
 
     def decode(
         self, latents: Latents | Float[Tensor, "*lead d_sae"], x: Float[Tensor, "*lead d_in"] | None = None
     ) -> Float[Tensor, "*lead d_out"]:
         """Reconstruction in raw units from Latents or a dense code. `x` is needed if tokens are normalised singly."""
+        width = latents.shape[-1] if isinstance(latents, Tensor) else latents.d_sae
+        if width != self.d_sae:
+            raise ValueError(f"decode: expected codes of width d_sae = {self.d_sae}, got {width}.")
         if isinstance(latents, Tensor):
-            if latents.shape[-1] != self.d_sae:
-                raise ValueError(f"decode: expected codes of width d_sae = {self.d_sae}, got {latents.shape[-1]}.")
             latents = Latents.from_dense(latents)
         x_hat = self.input.undo(self.decode_scaled(latents), None if x is None else self._rows(x))
         x_hat = x_hat.reshape(*latents.shape, x_hat.shape[-1])
@@ -156,6 +153,13 @@ class SAE(nn.Module, ABC):
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"Expected activations [..., {self.d_in}] (d_in = {self.d_in}), got {list(x.shape)}.")
         return x.reshape(-1, self.d_in).to(self.dtype)
+
+    def _finite_rows(self, x: Tensor) -> Tensor:
+        rows = self._rows(x)
+        if not bool(torch.isfinite(rows.detach().sum())) and not bool(torch.isfinite(rows.detach()).all()):
+            bad = (~torch.isfinite(rows.detach())).any(1).nonzero()[0].item()
+            raise ValueError(f"Row {bad} of the activations holds NaN or infinity. Filter such rows out first.")
+        return rows
 
     def fit_input(self, x: Float[Tensor, "*lead d_in"]) -> None:
         """Estimate mean and scale of the input description from raw, filtered activations (`dataset` only)."""
@@ -170,8 +174,10 @@ class SAE(nn.Module, ABC):
         The measured L0 and the number of rows are recorded in `sae.info` and saved. Memory: about 16 k bytes a row.
         """
         was_training = self.training
-        tokens, matches = (self._set_thresholds if self.allocation.batch_coupled else self._count)(self._chunks(xs))
-        self.train(was_training)
+        try:
+            tokens, matches = (self._set_thresholds if self.allocation.batch_coupled else self._count)(self._chunks(xs))
+        finally:
+            self.train(was_training)
         self.info["calibration"] = {"tokens": tokens, "l0": matches / tokens}
         return matches / tokens
 
@@ -183,7 +189,7 @@ class SAE(nn.Module, ABC):
             xs = (rows[ids] for ids in order.split(CALIBRATION_CHUNK))
         for x in xs:
             tokens += x.shape[:-1].numel()
-            yield self.input.apply_to(self._rows(x).to(self.mean.device))
+            yield self.input.apply_to(self._finite_rows(x).to(self.mean.device))
         if not tokens:
             raise ValueError("calibrate needs at least one row of activations, got none.")
 
@@ -227,4 +233,3 @@ class SAE(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.name}, d_in={self.d_in}, d_sae={self.d_sae}, k={self.k}"
-

@@ -1,13 +1,12 @@
 """A released SAE on disk: config.json and model.safetensors. Nothing is ever unpickled.
 
-    config.json         {"format": "apportion", "version": 1, "sae": name, "settings": {...}, "info": {...}}
-    model.safetensors   parameters, input description, thresholds and densities, under their names in the module
+config.json         {"format": "apportion", "version": 1, "sae": name, "settings": {...}, "info": {...}}
+model.safetensors   parameters, input description, thresholds and densities, under their names in the module
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +39,19 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
     config_file, tensor_file = folder / "config.json", folder / "model.safetensors"
     for file in (config_file, tensor_file):
         if not file.is_file():
-            raise ValueError(f"{folder} is not a saved SAE: {file.name} is missing. Give the folder that sae.save wrote.")
+            raise ValueError(f"{folder} is not a saved SAE: {file.name} is missing. Give a folder that sae.save wrote.")
     config = read_json(config_file)
     if config.get("format") != "apportion":
         raise ValueError(f"{config_file} was not written by apportion (format {config.get('format')!r}).")
-    if config.get("version", 0) > VERSION:
-        raise ValueError(f"{config_file} has version {config['version']}; this apportion reads up to {VERSION}. Upgrade.")
+    if not isinstance(found := config.get("version"), int) or found > VERSION:
+        raise ValueError(f"{config_file} has version {found}; this apportion reads up to {VERSION}. Upgrade.")
     settings = config.get("settings")
     if not isinstance(settings, dict):
         raise ValueError(f"{config_file} has no settings.")
-    sae = create(config.get("sae", ""), **settings)
+    try:
+        sae = create(config.get("sae", ""), **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config_file} does not describe an SAE: {error}") from error
     try:
         tensors = load_file(tensor_file)
     except SafetensorError as error:
@@ -73,14 +75,14 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     """Atomic: a crash leaves the old file or the new one."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    partial.replace(file)
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Atomic: a crash leaves the old file or the new one."""
     partial = file.with_name(file.name + ".partial")
     save_file(tensors, partial)
-    os.replace(partial, file)
+    partial.replace(file)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class InputDescription(nn.Module):
         energy = (x - centre).square().sum(1).mean()
         if not bool(energy > 0) or not bool(energy.isfinite()):
             raise ValueError(
-                f"The {len(x)} rows given to fit the input scale have a mean squared distance of {energy.item():g} from "
-                "their centre; a positive, finite one is needed. Give more rows, free of NaN and not all equal."
+                f"The {len(x)} rows given to fit the input scale have a mean squared distance of {energy.item():g} "
+                "from their centre; a positive, finite one is needed. Give more rows, without NaN and not all equal."
             )
         self.mean.copy_(centre)
         self.scale.copy_((x.shape[1] / energy).sqrt())

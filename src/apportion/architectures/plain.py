@@ -7,9 +7,9 @@ With a rule it becomes TopK (arXiv 2406.04093), Mutual Choice or Feature Choice 
 BatchTopK's forward pass, arXiv 2412.06410).
 
 Latents that hardly ever win a match get a gradient from an auxiliary loss: they reconstruct what the others left over
-(losses.auxiliary). `aux_k` does so for latents silent for the whole dead window, `aux_zipf` also for those whose density
-lies below c times the Zipf curve at their rank (losses.underutilised). It reaches W_enc, b_enc and W_dec of these
-latents and nothing else. In our experiments the weight matters more than the set, see docs/experiments.
+(losses.auxiliary). `aux_k` does so for latents silent for the whole dead window, `aux_zipf` also for those whose
+density lies below c times the Zipf curve at their rank (losses.underutilised). It reaches W_enc, b_enc and W_dec of
+these latents and nothing else.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class PlainConfig(SAEConfig):
 class Plain(SAE):
     Config = PlainConfig
     config: PlainConfig
+    expected_density: Tensor
 
     def __init__(self, config: PlainConfig, allocation: Rule) -> None:
         super().__init__(config, allocation)

@@ -2,8 +2,8 @@
 
 The one dense product of an SAE, x W_enc^T + b_enc, is made in row blocks into a reused buffer. Of each block only the
 entries above the rule's bounds survive as candidates; after the last block the rule settles which are chosen. If the
-bounds turn out too high, the kernel looks again: a scalar bound is lowered and the blocks are scanned once more; latents
-with bounds of their own are looked up one by one in the transposed product.
+bounds turn out too high, the kernel looks again: a scalar bound is lowered and the blocks are scanned once more;
+latents with bounds of their own are looked up one by one in the transposed product.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ def choose(
 
     found, bounds = scan.rows(rule, bounds, budget)
     settled = scan.settle(rule, found, budget)
-    if settled.cut is not None and bounds is not None:
+    if bounds is not None and bounds.ndim == 0:
+        for lower in (0.5 * bounds, torch.zeros_like(bounds)):
+            if settled.cut is None or not bool(settled.cut < bounds):
+                break
+            found, bounds = scan.rows(rule, lower, budget)
+            settled = scan.settle(rule, found, budget)
+    elif bounds is not None and settled.cut is not None:
         short = settled.cut < bounds
-        if bounds.ndim == 0:
-            for lower in (0.5 * bounds, torch.zeros_like(bounds)):
-                if not bool(settled.cut < bounds):
-                    break
-                found, bounds = scan.rows(rule, lower, budget)
-                settled = scan.settle(rule, found, budget)
-        elif bool(short.any()):
+        if bool(short.any()):
             assert isinstance(budget, Tensor)
             found = _Found.cat([found[~short[found.latents]], *scan.columns(short.nonzero().squeeze(-1), budget)], x)
             found = found[(found.rows * W_enc.shape[0] + found.latents).argsort()]
@@ -108,7 +108,7 @@ class _Scan:
             return _Found.cat([], self.x), bounds
         size = max(1, min(self.tokens, BLOCK_ENTRIES // self.d_sae))
         buffer = self.x.new_empty(size, self.d_sae)
-        weighted = torch.empty_like(buffer) if self.norms is not None else None
+        weighted = torch.empty_like(buffer)
         above = torch.empty(size, self.d_sae, dtype=torch.bool, device=self.x.device)
         total = int(budget.sum()) if isinstance(budget, Tensor) else budget
         parts: list[_Found] = []
@@ -116,7 +116,7 @@ class _Scan:
         for start in range(0, self.tokens, size):
             block = self.x[start : start + size]
             codes = torch.addmm(self.b_enc, block, self.W_enc.T, out=buffer[: len(block)])
-            affinity = codes if weighted is None else torch.mul(codes, self.norms, out=weighted[: len(block)])
+            affinity = codes if self.norms is None else torch.mul(codes, self.norms, out=weighted[: len(block)])
             if rule.row_limit is not None:
                 found = _best_of_rows(codes, affinity, rule.row_limit)
             else:

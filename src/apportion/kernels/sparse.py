@@ -3,7 +3,8 @@
     encode   values_n = <x[row_n], W_enc[latent_n]> + b_enc[latent_n]
     decode   x_hat_t  = sum over the matches n of token t of values_n W_dec[latent_n]
 
-Which matches there are is fixed beforehand (`kernels.select`); with n running over nnz matches, g the incoming gradient:
+Which matches there are is fixed beforehand (`kernels.select`). With n running over the matches and g the incoming
+gradient:
 
     d values = <g[row_n], W_dec[latent_n]>                     one dot product per match
     d x      = sum_n g_n W_enc[latent_n]   grouped by token    the same operation as decode
@@ -37,9 +38,7 @@ def encode_matches(
     return Latents(values, matches.indices, matches.offsets, matches.d_sae, matches.shape)
 
 
-def decode_matches(
-    latents: Latents, W_dec: Float[Tensor, "d_sae d_out"]
-) -> Float[Tensor, "tokens d_out"]:
+def decode_matches(latents: Latents, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "tokens d_out"]:
     """Sum of the decoder rows of each token's matches, weighted by the codes; no bias."""
     return _Decode.apply(latents.values, W_dec, latents)  # type: ignore[return-value]
 

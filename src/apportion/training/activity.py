@@ -1,8 +1,8 @@
 """Which latents are dead, and how often each one fires. Counted in tokens, so batch size does not matter.
 
-    dead       no firing within the last `dead_window` tokens
-    density    exponential average of the firing rate per token with a window of `density_window` tokens,
-               corrected for its start at zero
+dead       no firing within the last `dead_window` tokens
+density    exponential average of the firing rate per token with a window of `density_window` tokens,
+           corrected for its start at zero
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
 """The folder of a training run.
 
-    run.json            the whole configuration: SAE, training, source, versions
-    metrics.jsonl       one line every few steps
-    checkpoint-<step>/  everything to go on from there; only the newest is kept
-    config.json, model.safetensors    the finished SAE: ap.load(folder)
+run.json            the whole configuration: SAE, training, source, versions
+metrics.jsonl       one line every few steps
+checkpoint-<step>/  everything to go on from there; only the newest is kept
+config.json, model.safetensors    the finished SAE: ap.load(folder)
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from importlib.metadata import version
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     from apportion.activations.batch import Source
     from apportion.training.trainer import Trainer
 
-MAY_DIFFER = {"log_every_steps", "checkpoint_every_tokens"}
-"""Training settings that may change when a run is resumed."""
+MAY_DIFFER = {"log_every_steps", "checkpoint_every_tokens", "folder", "filtered", "filtered_share", "rows_seen"}
+"""What may change when a run is resumed: how it is watched, where the cache lies, counts of a source that runs live."""
 
 
 class RunFolder:
@@ -75,7 +74,7 @@ class RunFolder:
         write_tensors(partial / "trainer.safetensors", {name: t.detach().cpu() for name, t in tensors.items()})
         write_json(partial / "trainer.json", {**values, "source": source.state_dict()})
         older = self._checkpoints()
-        os.replace(partial, final)
+        partial.replace(final)
         for folder in older:
             if folder != final:
                 shutil.rmtree(folder)

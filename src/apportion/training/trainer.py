@@ -3,8 +3,8 @@
 One step:   schedules -> objective -> backward -> project -> clip -> Adam -> constrain -> count who fired
 One run:    input scale -> steps -> thresholds calibrated on held-out rows -> saved SAE
 
-`Trainer.step` works on its own in somebody else's loop; `Trainer.fit` adds a source of batches, a run folder, a progress
-bar, checkpoints and calibration.
+`Trainer.step` works on its own in somebody else's loop; `Trainer.fit` adds a source of batches, a run folder, a
+progress bar, checkpoints and calibration.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apportion.activations.batch import Batch, Source
+from apportion.activations.progress import progress_bar
 from apportion.allocation import StepContext, WarmStart
 from apportion.architectures import SAE
 from apportion.training.activity import Activity
 from apportion.training.config import TrainConfig
 from apportion.training.interrupt import finish_step_on_interrupt
 from apportion.training.objectives import Objective, local_reconstruction
-from apportion.training.progress import progress_bar
 from apportion.training.run import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -169,13 +169,13 @@ class Trainer:
     def _check_run(self, source: Source) -> int:
         total = self.config.total_steps
         if total is None:
-            raise ValueError("fit needs total_tokens in its TrainConfig; for an endless run call step in your own loop.")
+            raise ValueError("fit needs total_tokens in its TrainConfig; for an endless run call step in a loop.")
         if source.d_in != self.sae.d_in:
             raise ValueError(f"The SAE has d_in = {self.sae.d_in}, the activations have width {source.d_in}.")
         if source.num_rows is not None and source.num_rows < self.config.batch_tokens:
             raise ValueError(
-                f"The source has {source.num_rows} training rows, fewer than batch_tokens = {self.config.batch_tokens}. "
-                "Collect more tokens or lower batch_tokens."
+                f"The source has {source.num_rows} training rows, fewer than batch_tokens = "
+                f"{self.config.batch_tokens}. Collect more tokens or lower batch_tokens."
             )
         return total
 

@@ -1,0 +1,97 @@
+"""What is measured of one SAE on held-out activations, always in eval mode.
+
+Figures are over the rows that pass the token filter; `fvu_unfiltered` beside them is over all rows, and the share of
+rows left out is given, because a handful of attention-sink tokens can make every FVU look excellent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from apportion.allocation.zipf import fit_zipf
+from apportion.architectures import SAE
+from apportion.metrics import FVU, Activations, correlation
+
+MIN_FIRINGS = 10
+"""Latents that fired less often are left out of the Zipf fit: their measured densities are noise."""
+
+
+class Measurement:
+    """Streaming measurements of one SAE: `add` rows, then read `result`."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae = sae.eval()
+        self.filtered, self.unfiltered = FVU(sae.d_in), FVU(sae.d_in)
+        self.activations = Activations(sae.d_sae)
+        self.rows = 0
+        self._distances: list[Tensor] = []
+        self._difficulty: list[Tensor] = []
+
+    @torch.inference_mode()
+    def add(
+        self, x: Float[Tensor, "n d_in"], mask: Bool[Tensor, " n"], difficulty: Float[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n d_in"]:
+        """Measure raw rows, of which `mask` take part; returns the reconstruction of all of them.
+
+        `difficulty` is the model's cross-entropy of the prediction made at each row (NaN where there is none).
+        """
+        latents = self.sae.encode(x)
+        x_hat = self.sae.decode(latents, x)
+        self.unfiltered.add(x, x_hat)
+        self.filtered.add(x[mask], x_hat[mask])
+        kept = latents[mask.to(latents.offsets.device)]
+        self.activations.add(kept)
+        self.rows += len(x)
+        self._distances.append((x[mask].float() - self.sae.mean).norm(dim=1).cpu())
+        if difficulty is not None:
+            self._difficulty.append(difficulty[mask].cpu())
+        return x_hat
+
+    def l0_of_tokens(self) -> Tensor:
+        """Active latents of every token that took part."""
+        return self.activations.l0()
+
+    def difficulty(self) -> Float[Tensor, " n"] | None:
+        return torch.cat(self._difficulty) if self._difficulty else None
+
+    def result(self) -> dict[str, Any]:
+        """JSON-able; `None` where a figure does not exist (a correlation with a constant L0, say)."""
+        acts, tokens = self.activations, self.activations.tokens
+        if not tokens:
+            raise ValueError("Nothing to evaluate: no row passed the token filter. Give more text.")
+        l0 = acts.l0().double()
+        quantiles = torch.quantile(l0[:1_000_000], torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64))
+        return {
+            "sae": self.sae.name,
+            "k": self.sae.k,
+            "d_sae": self.sae.d_sae,
+            "mode": "eval (per-token top-k)" if not self.sae.allocation.batch_coupled else "eval (thresholds)",
+            "tokens": tokens,
+            "filtered_share": 1 - tokens / self.rows,
+            "fvu": self.filtered.value(),
+            "fvu_unfiltered": self.unfiltered.value(),
+            "l0": acts.mean_l0(),
+            "l0_quantiles": dict(zip(("5%", "25%", "50%", "75%", "95%"), quantiles.tolist(), strict=True)),
+            "dead": acts.dead(),
+            "dead_window_tokens": tokens,
+            "zipf": self._zipf(),
+            "l0_difficulty_correlation": self._l0_against(self.difficulty()),
+            "l0_distance_correlation": self._l0_against(torch.cat(self._distances)),
+        }
+
+    def _l0_against(self, other: Tensor | None) -> float | None:
+        if other is None:
+            return None
+        known = ~other.isnan()
+        r = correlation(self.activations.l0()[known].double(), other[known])
+        return None if r != r else r
+
+    def _zipf(self) -> dict[str, float] | None:
+        density, least = self.activations.density(), MIN_FIRINGS / self.activations.tokens
+        if int((density > least).sum()) < 3:
+            return None
+        return vars(fit_zipf(density, min_density=least))

@@ -1,0 +1,46 @@
+"""Evaluation on rows of an activation cache, without running the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from apportion.activations.order import held_out_groups
+from apportion.activations.progress import progress_bar
+from apportion.activations.store import ActivationStore
+from apportion.architectures import SAE
+from apportion.evals.measure import Measurement
+
+CHUNK = 4096
+
+
+def held_out_rows(store: ActivationStore, held_out_share: float) -> Int[Tensor, " n"]:
+    """The rows of contexts that a `CacheSource` with this share never trains on, filtered ones included."""
+    groups = held_out_groups(int(store.contexts.max()) + 1, held_out_share)
+    return groups[store.contexts].nonzero().squeeze(1)
+
+
+def evaluate_rows(
+    saes: Mapping[str, SAE],
+    store: ActivationStore,
+    rows: Int[Tensor, " n"] | None = None,
+    *,
+    max_tokens: int | None = None,
+    progress: bool = True,
+) -> dict[str, Measurement]:
+    """Measure SAEs on `rows` of a cache (all of them by default, at most `max_tokens`), in order."""
+    rows = torch.arange(store.rows) if rows is None else rows
+    rows = rows[:max_tokens]
+    measurements = {name: Measurement(sae) for name, sae in saes.items()}
+    with progress_bar("evaluating", len(rows), show=progress) as show:
+        done = 0
+        for indices in rows.split(CHUNK):
+            x, mask = store.gather(indices), store.mask[indices]
+            for measurement in measurements.values():
+                measurement.add(x, mask)
+            done += len(indices)
+            show(done)
+    return measurements

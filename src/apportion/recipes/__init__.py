@@ -1,0 +1,1 @@
+"""Whole experiments as commands: python -m apportion.recipes.NAME --help."""

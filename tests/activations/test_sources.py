@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from apportion.activations import (
+    ActivationStore,
+    ArraySource,
+    Batch,
+    CacheSource,
+    LiveSource,
+    Source,
+    TokenFilter,
+    load_model,
+    read_contexts,
+)
+from apportion.activations.collect import collect
+
+TEXT = ["the cat sat on the mat and looked at the dog by the old house and the sea was calm " * 40]
+CONTEXT = 8
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_model_dir: Path) -> tuple[Any, Any]:
+    return load_model(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def folder(lm: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cache") / "acts"
+    settings = {"tokens": 480, "context_tokens": CONTEXT, "dtype": "float32", "token_filter": filtering()}
+    collect(*lm, "model.layers.1", TEXT, out=out, **settings)
+    return out
+
+
+def filtering() -> TokenFilter:
+    return TokenFilter(norm_outlier=1.2)
+
+
+def array_source() -> ArraySource:
+    return ArraySource(torch.arange(500.0)[:, None] * torch.ones(1, 3), seed=3)
+
+
+Make = Callable[[], Source]
+
+
+@pytest.fixture(params=["array", "cache", "live"])
+def make(request: pytest.FixtureRequest, lm: tuple[Any, Any], folder: Path) -> Make:
+    contexts = read_contexts(lm[1], TEXT, tokens=480, context_tokens=CONTEXT)
+
+    def live() -> LiveSource:
+        return LiveSource(
+            *lm, "model.layers.1", contexts, buffer_tokens=100, batch_contexts=4, token_filter=filtering(), seed=3
+        )
+
+    return {"array": array_source, "cache": lambda: CacheSource(ActivationStore(folder), seed=3), "live": live}[
+        request.param
+    ]
+
+
+def take(source: Source, batch_tokens: int, num_batches: int) -> list[Tensor]:
+    batches = source.batches(batch_tokens)
+    taken = [batch.x for batch in islice(batches, num_batches)]
+    batches.close()
+    return taken
+
+
+def test_sources_follow_the_protocol(make: Make) -> None:
+    source = make()
+    assert isinstance(source, Source)
+    batch = next(source.batches(7))
+    assert batch.x.shape == (7, source.d_in)
+    assert batch.x.dtype == torch.float32
+    assert batch.mask is None
+    about = source.describe()
+    assert json.loads(json.dumps(about)) == about
+
+
+@pytest.mark.parametrize("stop", [1, 9, 40])
+def test_resuming_continues_bit_for_bit(make: Make, stop: int) -> None:
+    batch_tokens = 23
+    whole = take(make(), batch_tokens, stop + 30)  # runs over the end of an epoch
+    first = make()
+    assert all(map(torch.equal, take(first, batch_tokens, stop), whole))
+    state = json.loads(json.dumps(first.state_dict()))
+    second = make()
+    second.load_state_dict(state)
+    assert second.state_dict() == state
+    assert all(map(torch.equal, take(second, batch_tokens, 30), whole[stop:]))
+
+
+def test_reopening_the_iterator_continues(make: Make) -> None:
+    source = make()
+    parts = take(source, 11, 4) + take(source, 11, 3)
+    assert all(map(torch.equal, parts, take(make(), 11, 7)))
+
+
+def test_seeds_and_epochs_give_other_orders(make: Make) -> None:
+    source = make()
+    first = next(source.batches(20)).x
+    state = source.state_dict()
+    source.load_state_dict(state | {"epoch": 1, "row": 0})
+    assert not torch.equal(next(source.batches(20)).x, first)
+
+
+def test_another_seed_cannot_be_resumed(make: Make) -> None:
+    source = make()
+    with pytest.raises(ValueError, match="seed=8"):
+        source.load_state_dict(source.state_dict() | {"seed": 8})
+
+
+@pytest.mark.parametrize("batch_tokens", [0, 10**6])
+def test_batches_that_do_not_fit_are_refused(make: Make, batch_tokens: int) -> None:
+    with pytest.raises(ValueError, match=f"batch_tokens={batch_tokens} does not fit"):
+        next(make().batches(batch_tokens))
+
+
+def test_samples_and_held_out_rows_do_not_depend_on_the_position(make: Make) -> None:
+    source = make()
+    sample, held_out = source.sample(50), torch.cat(list(source.held_out(30, chunk=7)))
+    take(source, 13, 5)
+    assert torch.equal(source.sample(50), sample)
+    assert torch.equal(torch.cat(list(source.held_out(30, chunk=7))), held_out)
+    assert len(sample) == 50
+    assert len(held_out) == 30
+    assert all(len(part) <= 7 for part in source.held_out(30, chunk=7))
+    rows = {tuple(row) for row in held_out.tolist()}
+    assert not rows & {tuple(row) for row in sample.tolist()}
+
+
+def epoch_of(source: CacheSource) -> tuple[list[int], list[int]]:
+    """Row numbers of two epochs, found again through the store's own values."""
+    order = source._order
+    stream = order.upcoming(order.num_rows)
+    return next(stream)[0].tolist(), next(stream)[0].tolist()
+
+
+def test_an_epoch_visits_each_training_row_once_and_no_other(folder: Path) -> None:
+    store = ActivationStore(folder)
+    source = CacheSource(store, seed=1)
+    assert store.describe()["filtered"]["norm_outlier"] > 0
+    training = (store.mask & (store.contexts % 10 != 9)).nonzero().squeeze(1)
+    seen: list[tuple[float, ...]] = []
+    labels: list[tuple[int, int]] = []
+    batches = source.batches(1)
+    for batch in islice(batches, len(training)):
+        seen += map(tuple, batch.x.tolist())
+        labels += zip(batch.tokens.tolist(), batch.positions.tolist(), strict=True)
+    batches.close()
+    assert source.num_rows == len(training)
+    assert sorted(seen) == sorted(map(tuple, store.gather(training).tolist()))
+    tokens, positions = store.gather_labels(training)
+    assert sorted(labels) == sorted(zip(tokens.tolist(), positions.tolist(), strict=True))
+    one, two = epoch_of(source)
+    assert sorted(one) == sorted(two) == training.tolist()
+    assert one != two
+
+
+def test_held_out_contexts_are_every_tenth_and_filtered(folder: Path) -> None:
+    store = ActivationStore(folder)
+    held_out = torch.cat(list(CacheSource(store).held_out(10**6)))
+    expected = store.gather((store.mask & (store.contexts % 10 == 9)).nonzero().squeeze(1))
+    assert sorted(held_out.tolist()) == sorted(expected.tolist())
+    none = CacheSource(store, held_out_share=0)
+    assert none.num_rows == int(store.mask.sum())
+    assert list(none.held_out(10)) == []
+
+
+def test_the_tail_of_an_epoch_is_dropped() -> None:
+    source = ArraySource(torch.arange(10.0)[:, None], held_out_share=0)
+    rows = torch.cat(take(source, 4, 4)).squeeze(1)
+    assert len(rows[:8].unique()) == len(rows[8:].unique()) == 8
+    assert source.state_dict()["epoch"] == 1
+
+
+def test_the_read_ahead_thread_ends_with_the_iterator(folder: Path) -> None:
+    def readers() -> list[threading.Thread]:
+        return [t for t in threading.enumerate() if t.name.startswith("apportion-read-ahead")]
+
+    batches = CacheSource(ActivationStore(folder)).batches(8)
+    next(batches)
+    assert len(readers()) == 1
+    batches.close()
+    assert not readers()
+
+
+def test_a_live_source_has_the_rows_of_the_cache(lm: tuple[Any, Any], folder: Path) -> None:
+    store = ActivationStore(folder)
+    contexts = read_contexts(lm[1], TEXT, tokens=480, context_tokens=CONTEXT)
+    live = LiveSource(
+        *lm,
+        "model.layers.1",
+        contexts,
+        buffer_tokens=100,
+        token_filter=TokenFilter(norm_outlier=1.2, median_norm=store.filter.median_norm),
+    )
+    cached = CacheSource(store)
+    batches = live.batches(1)
+    rows = [next(batches) for _ in range(cached.num_rows)]
+    assert live.state_dict()["epoch"] == 0
+    next(batches)
+    assert live.state_dict()["epoch"] == 1  # exactly one epoch was as long as the cache's
+    got = torch.cat([row.x for row in rows]).sort(dim=0).values
+    expected = torch.cat([b.x for b in islice(cached.batches(1), cached.num_rows)]).sort(dim=0).values
+    assert torch.allclose(got, expected, atol=1e-5)
+    held_out = [torch.cat(list(source.held_out(10**6))) for source in (live, cached)]
+    assert held_out[0].shape == held_out[1].shape
+    assert cached.num_rows <= live.num_rows < cached.num_rows + store.describe()["filtered"]["norm_outlier"] + 1
+
+
+def test_rows_of_a_batch_apply_the_mask_to_every_column() -> None:
+    batch = Batch(
+        torch.arange(6.0).reshape(3, 2),
+        target=torch.arange(3.0)[:, None],
+        tokens=torch.tensor([5, 6, 7]),
+        mask=torch.tensor([True, False, True]),
+    ).rows()
+    assert batch.x.tolist() == [[0, 1], [4, 5]]
+    assert batch.tokens is not None
+    assert batch.tokens.tolist() == [5, 7]
+    assert batch.target is not None
+    assert batch.target.tolist() == [[0], [2]]
+    assert batch.mask is None
+    assert batch.positions is None
+    assert batch.rows() is batch

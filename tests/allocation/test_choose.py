@@ -1,0 +1,336 @@
+"""Every rule through the fast path, against its dense definition in allocation/reference.py.
+
+Inputs are small whole numbers, so that float sums are exact, ties abound and equality can be strict.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apportion.allocation import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice, WarmStart, reference
+from apportion.allocation.feature_choice import FeatureChoiceConfig
+from apportion.allocation.mutual_choice import MutualChoiceConfig
+from apportion.allocation.threshold import ThresholdConfig
+from apportion.allocation.token_choice import TokenChoiceConfig
+from apportion.kernels import choose, select
+
+
+@dataclass
+class Problem:
+    x: torch.Tensor
+    W: torch.Tensor
+    b: torch.Tensor
+    norms: torch.Tensor | None = None
+
+    @property
+    def codes(self) -> torch.Tensor:
+        return self.x @ self.W.T + self.b
+
+    @property
+    def affinity(self) -> torch.Tensor:
+        return self.codes.relu() * (1 if self.norms is None else self.norms)
+
+
+def quantised(tokens: int, d_sae: int, d_in: int = 3, seed: int = 0, bias: int = 0) -> Problem:
+    """Whole numbers; with `bias` < 0 few affinities are positive."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(-2, 3, (tokens, d_in), generator=g).float()
+    W = torch.randint(-2, 3, (d_sae, d_in), generator=g).float()
+    return Problem(x, W, torch.randint(-1, 2, (d_sae,), generator=g).float() + bias)
+
+
+def with_norms(p: Problem) -> Problem:
+    g = torch.Generator().manual_seed(9)
+    p.norms = 2.0 ** torch.randint(-2, 3, (len(p.W),), generator=g).float()
+    return p
+
+
+def topk(k: int, d_sae: int) -> Rule:
+    return TokenChoice(TokenChoiceConfig(k=k), d_sae)
+
+
+def mutual(k: float, d_sae: int) -> Rule:
+    return MutualChoice(MutualChoiceConfig(k=k), d_sae)
+
+
+def feature(k: float, d_sae: int, **zipf: object) -> Rule:
+    return FeatureChoice(FeatureChoiceConfig(k=k, **zipf), d_sae)  # type: ignore[arg-type]
+
+
+def zipf(k: float, d_sae: int) -> Rule:
+    return feature(k, d_sae, budgets="zipf", zipf_alpha=1.0, zipf_beta=1.0)
+
+
+def dense(rule: Rule, affinity: torch.Tensor) -> torch.Tensor:
+    """The match matrix by definition."""
+    tokens = len(affinity)
+    if isinstance(rule, TokenChoice):
+        return reference.token_choice(affinity, int(rule.config.k))
+    if isinstance(rule, MutualChoice):
+        return reference.mutual_choice(affinity, rule.budget(tokens))
+    if isinstance(rule, FeatureChoice):
+        return reference.feature_choice(affinity, rule.budget(tokens))
+    assert isinstance(rule, Threshold)
+    return reference.threshold(affinity, rule.threshold)
+
+
+def check(p: Problem, rule: Rule, warm: WarmStart | None = None) -> select.Matches:
+    """The fast path gives exactly the reference: matches, order, codes."""
+    found = choose(p.x, p.W, p.b, rule, norms=p.norms, warm=warm)
+    S = dense(rule, p.affinity)
+    rows, latents = S.nonzero(as_tuple=True)
+    assert torch.equal(found.rows, rows) and torch.equal(found.latents, latents)
+    assert torch.equal(found.values, p.codes[S])
+    return found
+
+
+COUPLED = {"mutual": mutual, "feature": feature, "zipf": zipf}
+RULES = {"topk": topk, **COUPLED}
+
+PROBLEMS = {
+    "plain": quantised(17, 13),
+    "one row": quantised(1, 13),
+    "no rows": quantised(0, 13),
+    "one latent": quantised(17, 1),
+    "one row, one latent": quantised(1, 1, seed=3),
+    "few positives": quantised(17, 13, bias=-5),
+    "all negative": quantised(17, 13, bias=-30),
+    "all zero": Problem(torch.zeros(9, 3), torch.ones(5, 3), torch.zeros(5)),
+    "all positive": quantised(17, 13, bias=30),
+    "all equal": Problem(torch.ones(9, 3), torch.ones(5, 3), torch.zeros(5)),
+    "duplicated rows": Problem(
+        quantised(4, 13).x.repeat_interleave(4, 0), quantised(4, 13).W, quantised(4, 13).b
+    ),
+    "repeated block": Problem(quantised(4, 13).x.repeat(4, 1), quantised(4, 13).W, quantised(4, 13).b),
+    "popular latent": Problem(
+        quantised(40, 13).x, quantised(40, 13).W, torch.tensor([-3.0] * 5 + [50.0] + [-3.0] * 7)
+    ),
+    "decoder norms": with_norms(quantised(17, 13)),
+    "zero norms": Problem(quantised(17, 13).x, quantised(17, 13).W, quantised(17, 13).b, torch.arange(13.0) % 3),
+    "growing rows": Problem(
+        quantised(40, 13).x.sort(0).values * torch.arange(40.0)[:, None], quantised(40, 13).W, quantised(40, 13).b
+    ),
+}
+
+BLOCKS = [1, 40, 2**20]
+
+
+@pytest.fixture(params=BLOCKS, ids=lambda n: f"block{n}")
+def block(request, monkeypatch):
+    monkeypatch.setattr(select, "BLOCK_ENTRIES", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("p", PROBLEMS.values(), ids=list(PROBLEMS))
+@pytest.mark.parametrize("make", RULES.values(), ids=list(RULES))
+def test_equals_the_reference(p, make, block):
+    d_sae = len(p.W)
+    for k in {1, min(3, d_sae), d_sae}:
+        check(p, make(k, d_sae))
+    if make is not topk:
+        for k in (0.1, 0.5, min(2.3, d_sae)):
+            check(p, make(k, d_sae))
+
+
+@pytest.mark.parametrize("p", PROBLEMS.values(), ids=list(PROBLEMS))
+@pytest.mark.parametrize("make", COUPLED.values(), ids=list(COUPLED))
+def test_warm_starts_change_nothing(p, make, block):
+    d_sae = len(p.W)
+    generator = torch.Generator().manual_seed(1)
+    scalars = [0.0, 1.0, 2.0, 5.5, 1e6, torch.inf]
+    starts = [torch.tensor(s) for s in scalars]
+    if make is not mutual:
+        starts += [torch.full((d_sae,), s) for s in scalars]
+        starts += [torch.tensor(scalars)[torch.randint(0, 6, (d_sae,), generator=generator)] for _ in range(4)]
+    for k in (0.5, min(3, d_sae), d_sae):
+        for bounds in starts:
+            before = bounds.clone()
+            check(p, make(k, d_sae), WarmStart(bounds))
+            assert torch.equal(bounds, before), "a bound given is not written to"
+
+
+@pytest.mark.parametrize("make", COUPLED.values(), ids=list(COUPLED))
+def test_bounds_carried_over_a_changing_stream(make, block):
+    """One warm start through batches of very different size and scale."""
+    rule, warm = make(2.5, 11), WarmStart()
+    for i, (tokens, scale) in enumerate([(20, 1), (20, 8), (3, 1), (0, 1), (1, 1), (30, 0), (30, 4), (20, 1), (7, 64)]):
+        p = quantised(tokens, 11, seed=i)
+        p.x *= scale
+        check(p, rule, warm)
+        assert warm.bounds is not None and not bool(warm.bounds.isnan().any())
+
+
+@pytest.mark.parametrize("theta", [0.0, 1.0, -1.0, 3.0, 100.0])
+def test_threshold(theta, block):
+    for p in PROBLEMS.values():
+        check(p, Threshold(ThresholdConfig(theta=theta), len(p.W)))
+
+
+def test_threshold_per_latent_is_strict(block):
+    for p in PROBLEMS.values():
+        theta = torch.arange(float(len(p.W))) % 4 - 1
+        found = check(p, Threshold.at(theta, len(p.W)))
+        norms = 1 if p.norms is None else p.norms[found.latents]
+        assert bool((found.values * norms > theta[found.latents]).all())
+
+
+rules = st.sampled_from(sorted(RULES))
+sizes = st.tuples(st.integers(0, 12), st.integers(1, 12), st.integers(1, 4))
+
+
+@given(
+    name=rules,
+    size=sizes,
+    seed=st.integers(0, 999),
+    share=st.floats(0.02, 1),
+    bias=st.integers(-4, 2),
+    norms=st.booleans(),
+    block=st.sampled_from([1, 7, 30, 2**20]),
+    starts=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, 9.0, torch.inf]), min_size=12, max_size=12),
+    start=st.sampled_from(["cold", "scalar", "each"]),
+)
+@settings(deadline=None, derandomize=True, max_examples=300)
+def test_any_problem(name, size, seed, share, bias, norms, block, starts, start):
+    tokens, d_sae, d_in = size
+    p = quantised(tokens, d_sae, d_in, seed, bias)
+    p = with_norms(p) if norms else p
+    k = share * d_sae
+    rule = RULES[name](max(1, round(k)) if name == "topk" else k, d_sae)
+    bounds = None
+    if start == "scalar":
+        bounds = torch.tensor(starts[0])
+    elif start == "each" and name in ("feature", "zipf"):
+        bounds = torch.tensor(starts[:d_sae])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "BLOCK_ENTRIES", block)
+        check(p, rule, None if bounds is None or name == "topk" else WarmStart(bounds))
+
+
+class Spy:
+    """Counts what the scan does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.scans, self.columns, self.settles = 0, 0, 0
+        for name in ("rows", "columns", "settle"):
+            monkeypatch.setattr(select._Scan, name, self._counted(name, getattr(select._Scan, name)))
+
+    def _counted(self, name, original):
+        def counted(scan, *args):
+            attribute = {"rows": "scans", "columns": "columns", "settle": "settles"}[name]
+            setattr(self, attribute, getattr(self, attribute) + 1)
+            return original(scan, *args)
+
+        return counted
+
+
+@pytest.mark.parametrize("make", COUPLED.values(), ids=list(COUPLED))
+def test_compaction_happens_and_is_exact(make, monkeypatch):
+    """Bounds far too low: the candidates are settled on the way instead of piling up."""
+    monkeypatch.setattr(select, "BLOCK_ENTRIES", 26)
+    spy = Spy(monkeypatch)
+    p = PROBLEMS["growing rows"]
+    check(p, make(0.5, 13), WarmStart(torch.zeros(()) if make is mutual else torch.zeros(13)))
+    assert spy.scans == 1 and spy.columns == 0 and spy.settles > 1
+
+
+def test_mutual_choice_looks_again_below_a_bound_that_was_too_high(monkeypatch):
+    spy = Spy(monkeypatch)
+    p, rule = PROBLEMS["plain"], mutual(3, 13)
+    cut = p.affinity.flatten().topk(3 * 17).values.min()
+    check(p, rule, WarmStart(0.9 * cut))
+    assert spy.scans == 1
+    check(p, rule, WarmStart(1.1 * cut))
+    assert spy.scans == 3, "once more, at half the bound"
+    check(p, rule, WarmStart(100 * cut))
+    assert spy.scans == 6, "at half the bound, then at zero"
+
+
+def test_feature_choice_looks_up_single_latents(monkeypatch):
+    spy = Spy(monkeypatch)
+    p, rule = PROBLEMS["plain"], feature(3, 13)
+    check(p, rule)
+    assert spy.columns == 1, "a cold start looks up every latent"
+    check(p, rule, WarmStart(torch.zeros(13)))
+    assert spy.columns == 1
+    bounds = torch.zeros(13)
+    bounds[4] = 1e6
+    asked = []
+    columns = select._Scan.columns
+    monkeypatch.setattr(
+        select._Scan, "columns", lambda scan, ids, budget: asked.extend(ids.tolist()) or columns(scan, ids, budget)
+    )
+    check(p, rule, WarmStart(bounds))
+    assert asked == [4]
+
+
+@pytest.mark.parametrize("make", COUPLED.values(), ids=list(COUPLED))
+def test_warm_bounds_make_the_next_look_short(make, monkeypatch):
+    """On the same data again the carried bounds suffice: one scan, no second look."""
+    p, rule, warm = quantised(300, 13, d_in=6), make(2, 13), WarmStart()
+    p.x += 0.01 * torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    choose(p.x, p.W, p.b, rule, warm=warm)
+    spy = Spy(monkeypatch)
+    choose(p.x, p.W, p.b, rule, warm=warm)
+    assert spy.scans == 1 and spy.columns == 0
+
+
+@pytest.mark.parametrize("make", RULES.values(), ids=list(RULES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_real_numbers(make, dtype, block):
+    """Without ties, in both precisions; the blocked product may round differently, the matches are the same."""
+    g = torch.Generator().manual_seed(0)
+    x, W, b = (torch.randn(*s, generator=g, dtype=torch.float64).to(dtype) for s in ((63, 10), (29, 10), (29,)))
+    rule = make(4, 29)
+    found = choose(x, W, b, rule)
+    assert found.values.dtype == dtype
+    codes = x.double() @ W.double().T + b.double()
+    S = dense(rule, codes.relu())
+    assert torch.equal(torch.stack([found.rows, found.latents], 1), S.nonzero())
+    assert torch.allclose(found.values.double(), codes[S], rtol=1e-5, atol=1e-5)
+
+
+def test_no_gradient_and_no_change():
+    p = quantised(9, 5)
+    p.W.requires_grad_()
+    rule = zipf(2, 5)
+    before = {name: t.clone() for name, t in rule.state_dict().items()}
+    assert not choose(p.x, p.W, p.b, rule).values.requires_grad
+    assert all(torch.equal(t, before[name]) or before[name].isnan().all() for name, t in rule.state_dict().items())
+
+
+def test_topk_refuses_a_fractional_k():
+    with pytest.raises(ValueError, match=r"2\.5.*mutual_choice"):
+        topk(2.5, 8)  # type: ignore[arg-type]
+    assert topk(2.0, 8).row_limit == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", RULES.values(), ids=list(RULES))
+@pytest.mark.parametrize("k", [0, -1, 9, float("nan")])
+def test_impossible_budgets_are_refused(make, k):
+    with pytest.raises(ValueError, match=r"k must lie between 0 and d_sae = 8"):
+        make(k, 8)
+
+
+def test_mutual_choice_spends_the_whole_part_of_a_fractional_budget():
+    p = PROBLEMS["all positive"]
+    for k, matches in [(2.5, 42), (0.3, 5), (0.05, 0), (13, 221)]:
+        assert check(p, mutual(k, 13)).rows.numel() == matches
+
+
+def test_eval_rule_in_force():
+    for rule in (mutual(2, 5), feature(2, 5)):
+        assert rule.in_force() is rule
+        with pytest.raises(ValueError, match=r"sae\.calibrate"):
+            rule.eval().in_force()
+        rule.threshold.fill_(1.5)
+        in_force = rule.in_force()
+        assert isinstance(in_force, Threshold)
+        p = quantised(17, 5)
+        S = p.affinity > 1.5
+        assert torch.equal(choose(p.x, p.W, p.b, in_force).values, p.codes[S])
+    assert topk(2, 5).eval().in_force().row_limit == 2

@@ -1,0 +1,129 @@
+"""What is special about Feature Choice: densities, budgets, the switch from Mutual Choice."""
+
+import pytest
+import torch
+
+from apportion.allocation import FeatureChoice, StepContext, WarmStart
+from apportion.allocation.feature_choice import FeatureChoiceConfig
+from apportion.kernels import choose
+
+
+def rule(d_sae: int = 50, **settings: object) -> FeatureChoice:
+    return FeatureChoice(FeatureChoiceConfig(**{"k": 4, **settings}), d_sae)  # type: ignore[arg-type]
+
+
+def context(progress: float, density: torch.Tensor | None = None, batch_tokens: int = 100) -> StepContext:
+    return StepContext(progress=progress, density=density, batch_tokens=batch_tokens)
+
+
+def test_uniform_budgets_are_even():
+    assert rule().budget(100).tolist() == [8] * 50
+    ragged = rule().budget(99)
+    assert int(ragged.sum()) == 396 and set(ragged.tolist()) == {7, 8}
+
+
+def test_zipf_budgets_fall_with_rank():
+    budgets = rule(budgets="zipf").budget(100)
+    assert int(budgets.sum()) == 400
+    assert bool((budgets.diff() <= 0).all()) and int(budgets[0]) > 2 * int(budgets[-1]) > 0
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 25, 100, 1000])
+@pytest.mark.parametrize("budgets", ["uniform", "zipf"])
+def test_budgets_follow_the_actual_batch(tokens, budgets):
+    budget = rule(budgets=budgets).budget(tokens)
+    assert int(budget.sum()) == 4 * tokens and bool((budget <= tokens).all())
+
+
+def test_every_latent_is_used():
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(100, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    found = choose(x, W, torch.zeros(50), rule())
+    assert torch.bincount(found.latents, minlength=50).tolist() == [8] * 50
+
+
+def test_check_batch():
+    rule().check_batch(13)
+    with pytest.raises(ValueError, match=r"batch_tokens >= 13"):
+        rule().check_batch(12)
+
+
+def test_switch_ranks_by_measured_density():
+    switching = rule(budgets="zipf", switch_at=0.5)
+    generator = torch.Generator().manual_seed(0)
+    measured = torch.rand(50, generator=generator).double()
+    assert switching.budget(100) == 400, "a Mutual Choice phase"
+    switching.begin_step(context(0.49, measured))
+    assert switching.budget(100) == 400
+    switching.begin_step(context(0.5, measured))
+    order = measured.argsort(descending=True)
+    assert bool((switching.density[order].diff() <= 0).all())
+    assert switching.density.sum().item() == pytest.approx(4, rel=1e-5)
+    assert bool((switching.density >= 0.01 - 1e-6).all()), "one token per batch for each"
+    frozen = switching.density.clone()
+    switching.begin_step(context(0.9, torch.rand(50, generator=generator).double()))
+    assert torch.equal(switching.density, frozen), "ranks stay"
+
+
+def test_switch_to_uniform():
+    switching = rule(switch_at=0.5)
+    switching.begin_step(context(0.5, torch.rand(50)))
+    assert switching.budget(100).tolist() == [8] * 50
+
+
+def test_fitted_constants():
+    """Densities that are a Zipf curve in a random order come back as themselves."""
+    r = torch.arange(1, 51).double()
+    curve = (r + 3) ** -1.5
+    curve *= 4 / curve.sum()
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    measured = torch.empty_like(curve)
+    measured[order] = curve
+    fitted = rule(budgets="zipf", zipf_alpha=None, zipf_beta=None, switch_at=0.3)
+    fitted.begin_step(context(0.3, measured, batch_tokens=1_000_000))
+    assert torch.allclose(fitted.density.double(), measured, rtol=0.05)
+
+
+def test_one_fitted_constant():
+    r = torch.arange(1, 51).double()
+    measured = (r + 3) ** -1.5
+    fitted = rule(budgets="zipf", zipf_alpha=None, zipf_beta=3.0, switch_at=0.3)
+    fitted.begin_step(context(0.3, measured * 4 / measured.sum(), batch_tokens=1_000_000))
+    assert torch.allclose(fitted.density.double(), measured * 4 / measured.sum(), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"switch_at": 1.0}, "switch_at"),
+        ({"switch_at": -0.1}, "switch_at"),
+        ({"budgets": "zipf", "zipf_alpha": None}, "switch_at"),
+        ({"budgets": "zipf", "zipf_beta": None}, "switch_at"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    with pytest.raises(ValueError, match=message):
+        rule(**settings)
+
+
+def test_warm_bounds_survive_the_switch():
+    """The scalar bound of the Mutual phase is not taken for a bound of each latent."""
+    switching, warm = rule(switch_at=0.5), WarmStart()
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(100, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    choose(x, W, torch.zeros(50), switching, warm=warm)
+    assert warm.bounds is not None and warm.bounds.ndim == 0
+    switching.begin_step(context(0.5, torch.rand(50)))
+    found = choose(x, W, torch.zeros(50), switching, warm=warm)
+    assert torch.bincount(found.latents, minlength=50).tolist() == [8] * 50
+    assert warm.bounds.shape == (50,)
+
+
+def test_state_remembers_the_switch():
+    before, after = rule(switch_at=0.5), rule(switch_at=0.5)
+    after.begin_step(context(0.5, torch.rand(50)))
+    fresh = rule(switch_at=0.5)
+    fresh.load_state_dict(before.state_dict())
+    assert fresh.budget(100) == 400
+    fresh.load_state_dict(after.state_dict())
+    assert fresh.budget(100).tolist() == [8] * 50

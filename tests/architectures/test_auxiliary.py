@@ -1,0 +1,149 @@
+"""Auxiliary losses of the plain SAE: whom they reach, and their gradients against dense float64 autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import apportion as ap
+from apportion.allocation import StepContext, reference
+from apportion.losses import underutilised
+
+D_IN, D_SAE, TOKENS = 12, 30, 25
+ROWS = ("W_enc", "b_enc", "W_dec")
+
+
+def new(aux: str = "aux_k", **settings: object) -> ap.SAE:
+    sae = ap.create("mutual_choice", d_in=D_IN, d_sae=D_SAE, k=3, aux=aux, seed=0, input_norm="none", **settings)
+    with torch.no_grad():
+        g = torch.Generator().manual_seed(1)
+        sae.b_dec.copy_(torch.randn(D_IN, generator=g))
+        sae.b_enc.copy_(0.3 * torch.randn(D_SAE, generator=g))
+        sae.W_enc.add_(0.3 * torch.randn(D_SAE, D_IN, generator=g))
+    return sae.double()
+
+
+def activations(n: int = TOKENS) -> torch.Tensor:
+    return torch.randn(n, D_IN, generator=torch.Generator().manual_seed(2)).double() * 2
+
+
+def context(silent: list[int], density: torch.Tensor | None = None) -> StepContext:
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[silent] = True
+    if density is None:
+        density = torch.linspace(1, 0.1, D_SAE).double() * 0.12
+        density[silent] = 0
+    return StepContext(dead=dead, density=density, batch_tokens=TOKENS)
+
+
+def own_term(sae: ap.SAE, at: StepContext, x: torch.Tensor | None = None) -> torch.Tensor | None:
+    x = activations() if x is None else x
+    latents = sae.encode_scaled(x)
+    terms = sae.own_terms(x, sae.decode_scaled(latents), latents, at)
+    assert set(terms) <= {sae.config.aux}
+    return terms.get(sae.config.aux)
+
+
+def gradients(sae: ap.SAE, term: torch.Tensor) -> dict[str, torch.Tensor]:
+    sae.zero_grad()
+    term.backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in sae.named_parameters()}
+
+
+def dense_term(sae: ap.SAE, silent: torch.Tensor, k_aux: int) -> torch.Tensor:
+    """The auxiliary loss written out on dense matrices."""
+    x = activations()
+    with torch.no_grad():
+        error = x - sae.decode_scaled(sae.encode_scaled(x))
+        centred = x - sae.b_dec
+    codes = centred @ sae.W_enc.T + sae.b_enc
+    norms = sae.W_dec.norm(dim=1) if sae.config.affinity == "code_times_decoder_norm" else 1
+    affinity = (codes * norms).relu().detach()
+    affinity[:, ~silent] = 0
+    z = codes * reference.token_choice(affinity, k_aux)
+    spread = (error - error.mean(0)).square().sum()
+    share = min(1.0, int(silent.sum()) / k_aux)
+    return sae.config.aux_weight * share * (error - z @ sae.W_dec).square().sum() / spread
+
+
+@pytest.mark.parametrize("silent", [[4, 7, 8, 20, 29], [0], list(range(D_SAE))], ids=len)
+@pytest.mark.parametrize("k_aux", [2, 5, 16])
+@pytest.mark.parametrize("affinity", ["code", "code_times_decoder_norm"])
+def test_equals_dense_autograd(silent, k_aux, affinity):
+    sae = new(k_aux=k_aux, affinity=affinity)
+    with torch.no_grad():
+        sae.W_dec *= torch.linspace(0.5, 2, D_SAE)[:, None]
+    at = context(silent)
+    term, wanted = own_term(sae, at), dense_term(sae, at.dead, k_aux)
+    assert term.item() == pytest.approx(wanted.item(), rel=1e-9)
+    got, wanted = gradients(sae, term), gradients(sae, wanted)
+    for name in got:
+        assert (got[name] - wanted[name]).abs().max() <= 1e-9 * wanted[name].abs().max(), name
+
+
+@pytest.mark.parametrize("aux", ["aux_k", "aux_zipf"])
+def test_reaches_the_silent_latents_and_nothing_else(aux):
+    sae = new(aux, k_aux=3)
+    at = context([4, 7, 8, 20, 29])
+    grads = gradients(sae, own_term(sae, at))
+    silent = at.dead
+    if aux == "aux_zipf":
+        silent = underutilised(at.density, at.dead, sae.expected_density, sae.config.aux_c)
+        assert bool((silent & ~at.dead).any()) and not bool(silent.all())
+    for name in ROWS:
+        reached = grads[name].reshape(D_SAE, -1).ne(0).any(1)
+        assert not bool(reached[~silent].any()), name
+        assert bool(reached[at.dead].all()), name
+    for name in grads.keys() - set(ROWS):
+        assert not bool(grads[name].any()), f"{name} must get exact zeros"
+
+
+def test_aux_zipf_with_c_0_is_aux_k():
+    """Equal weight and k_aux: the same loss and gradients, bit for bit."""
+    results = []
+    for sae in (new("aux_k", aux_weight=0.1, k_aux=4), new("aux_zipf", aux_weight=0.1, k_aux=4, aux_c=0.0)):
+        term = own_term(sae, context([4, 7, 8, 20, 29]))
+        results.append((term.detach(), gradients(sae, term)))
+    (a, grads_a), (b, grads_b) = results
+    assert torch.equal(a, b) and bool(a > 0)
+    assert all(torch.equal(grads_a[n], grads_b[n]) for n in grads_a)
+    far = own_term(new("aux_zipf", aux_weight=0.1, k_aux=4, aux_c=0.5), context([4, 7, 8, 20, 29]))
+    assert not torch.equal(far.detach(), a), "c = 0.5 revives more"
+
+
+def test_weight_and_share_scale_the_term():
+    at = context([4, 7, 8, 20])
+    one = own_term(new(k_aux=4, aux_weight=1.0), at)
+    assert own_term(new(k_aux=4, aux_weight=0.25), at).item() == pytest.approx(0.25 * one.item(), rel=1e-12)
+    # With k_aux = 16 but four silent latents, the same matches count a quarter.
+    assert own_term(new(k_aux=16, aux_weight=1.0), at).item() == pytest.approx(4 / 16 * one.item(), rel=1e-12)
+
+
+def test_no_term_without_silent_latents_or_weight():
+    assert own_term(new("aux_k"), context([])) is None
+    assert own_term(new("none"), context([1, 2])) is None
+    assert own_term(new("aux_k", aux_weight=0.0), context([1, 2])) is None
+    assert own_term(new("aux_k"), StepContext()) is None, "a user's own loop that counts nothing"
+
+
+@pytest.mark.parametrize("case", ["perfect", "one row"])
+def test_nothing_left_to_explain_gives_zero_and_no_nan(case):
+    sae = new()
+    x = activations(1 if case == "one row" else TOKENS)
+    latents = sae.encode_scaled(x)
+    x_hat = x if case == "perfect" else sae.decode_scaled(latents)
+    term = sae.own_terms(x, x_hat, latents, context([1, 2, 3]))["aux_k"]
+    assert term.item() == 0
+    assert all(not bool(g.any()) for g in gradients(sae, term).values())
+
+
+@pytest.mark.parametrize(("d_in", "wanted"), [(1, 1), (2, 1), (12, 8), (576, 256), (1024, 512), (768, 512)])
+def test_default_k_aux_is_half_the_width_rounded_to_a_power_of_two(d_in, wanted):
+    assert ap.create("topk", d_in=d_in, d_sae=4, k=1).config.aux_matches == wanted
+
+
+def test_expected_densities_sum_to_k():
+    sae = new("aux_zipf")
+    assert sae.expected_density.sum().item() == pytest.approx(3)
+    assert bool((sae.expected_density.diff() <= 0).all())
+    assert "expected_density" not in sae.state_dict()

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from apportion.activations.collect import load_model
+from apportion.activations.hookpoints import capture
+from apportion.intervene import ablate, latent_column, splice, steer
+from apportion.latents import Latents
+
+IDS = torch.tensor([[1, 5, 9, 7, 3], [1, 4, 4, 8, 6]])
+POINT = "model.layers.1"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path) -> Any:
+    return load_model(tiny_model_dir)[0]
+
+
+class ToySAE:
+    """z = relu(s W x), x_hat = z W_dec / s: with W = [I; -I] the identity, otherwise lossy."""
+
+    def __init__(self, W_enc: Tensor, W_dec: Tensor, scale: float = 1.0) -> None:
+        self.W_enc, self.W_dec, self.scale = W_enc, W_dec, torch.tensor(scale)
+        self.hookpoint: str | None = POINT
+        self.rows_seen = 0
+
+    def encode(self, x: Tensor) -> Latents:
+        self.rows_seen += x.shape[:-1].numel()
+        return Latents.from_dense(torch.relu(self.scale * x @ self.W_enc.T))
+
+    def decode(self, latents: Latents, x: Tensor | None = None) -> Tensor:
+        return latents.dense() @ self.W_dec / self.scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x), x)
+
+
+def identity_sae(scale: float = 1.0) -> ToySAE:
+    W = torch.cat([torch.eye(32), -torch.eye(32)])
+    return ToySAE(W, W, scale)
+
+
+def lossy_sae(scale: float = 0.5) -> ToySAE:
+    W = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)) / 5
+    return ToySAE(W, 3 * W, scale)
+
+
+def num_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def at_point(model: Any) -> Tensor:
+    return capture(model, [POINT], IDS)[POINT]
+
+
+@torch.no_grad()
+def test_an_identity_sae_changes_nothing_and_a_lossy_one_does(model: Any) -> None:
+    clean = model(IDS).logits
+    with splice(model, {POINT: identity_sae(2.0)}):
+        assert torch.allclose(model(IDS).logits, clean, atol=1e-5)
+    with splice(model, {POINT: lossy_sae()}):
+        assert not torch.allclose(model(IDS).logits, clean, atol=1e-2)
+    assert torch.equal(model(IDS).logits, clean)
+
+
+@torch.no_grad()
+def test_splice_puts_the_reconstruction_at_every_hookpoint(model: Any) -> None:
+    x = at_point(model)
+    sae = lossy_sae()
+    with splice(model, {POINT: sae, "model.layers.2.mlp:in": torch.zeros_like}):
+        seen = capture(model, [POINT, "model.layers.2.mlp"], IDS)
+    assert torch.equal(seen[POINT], sae(x))
+    assert not seen["model.layers.2.mlp"].any()
+
+
+@torch.no_grad()
+def test_edits_and_errors(model: Any) -> None:
+    x, sae = at_point(model), lossy_sae()
+    shapes: list[tuple[int, ...]] = []
+
+    def double(latents: Latents) -> Latents:
+        shapes.append(latents.shape)
+        return latents.map(lambda v: 2 * v)
+
+    with splice(model, {POINT: sae}, edit=double):
+        assert torch.allclose(at_point(model), 2 * sae(x), atol=1e-5)
+    with splice(model, {POINT: sae}, edit=double, keep_error=True):
+        assert torch.allclose(at_point(model), x + sae(x), atol=1e-5)
+    with splice(model, {POINT: sae}, keep_error=True):
+        assert torch.allclose(at_point(model), x, atol=1e-5)
+    assert shapes == [(2, 5), (2, 5)]
+
+
+@pytest.mark.parametrize("as_function", [True, False])
+@torch.no_grad()
+def test_filtered_rows_are_untouched_and_not_shown_to_the_sae(model: Any, as_function: bool) -> None:
+    x, sae = at_point(model), lossy_sae()
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[:, 0] = mask[1, 3] = False
+    with splice(model, {POINT: sae}, mask=(lambda t: mask) if as_function else mask):
+        spliced = at_point(model)
+    assert torch.equal(spliced[~mask], x[~mask])
+    assert torch.allclose(spliced[mask], lossy_sae()(x)[mask], atol=1e-5)
+    assert sae.rows_seen == 7
+    with splice(model, {POINT: sae}, mask=torch.zeros(2, 5, dtype=torch.bool)):
+        assert torch.equal(at_point(model), x)
+
+
+def test_gradients_pass_through_a_splice(model: Any) -> None:
+    sae = lossy_sae()
+    sae.W_dec = sae.W_dec.clone().requires_grad_()
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[:, 0] = False
+    with splice(model, {POINT: sae}, mask=mask):
+        model(IDS).logits.logsumexp(-1).sum().backward()
+    assert sae.W_dec.grad is not None
+    assert sae.W_dec.grad.abs().sum() > 0
+
+
+def test_hooks_are_removed_after_an_exception(model: Any) -> None:
+    before = num_hooks(model)
+    with pytest.raises(RuntimeError, match="inside"), splice(model, {POINT: identity_sae()}):
+        assert num_hooks(model) == before + 1
+        raise RuntimeError("inside")
+    with pytest.raises(ZeroDivisionError), splice(model, {POINT: lambda x: 1 // 0}):
+        model(IDS)
+    assert num_hooks(model) == before
+
+
+@torch.no_grad()
+def test_mistakes_in_splice_are_named(model: Any) -> None:
+    with pytest.raises(ValueError, match="plain function is spliced in"), splice(model, {POINT: id}, edit=id):
+        pass
+    with pytest.raises(ValueError, match="has shape"), splice(model, {POINT: lambda x: x[..., :3]}):
+        model(IDS)
+    short = torch.ones(2, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="one bool per token"), splice(model, {POINT: identity_sae()}, mask=short):
+        model(IDS)
+    with pytest.raises(ValueError, match="nearest"), splice(model, {"model.layer.1": identity_sae()}):
+        pass
+
+
+@torch.no_grad()
+def test_add_moves_along_the_unit_decoder_row(model: Any) -> None:
+    x, sae = at_point(model), lossy_sae()
+    with steer(model, sae, latent=7, add=4.0):
+        moved = at_point(model) - x
+    unit = sae.W_dec[7] / sae.W_dec[7].norm()
+    assert torch.allclose(moved, (4 * unit).expand_as(moved), atol=1e-5)
+    assert torch.allclose(moved.norm(dim=-1), torch.full((2, 5), 4.0), atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 8.0])
+@torch.no_grad()
+def test_clamp_sets_the_code_and_nothing_else(model: Any, scale: float) -> None:
+    x, sae = at_point(model), identity_sae(scale)
+    with steer(model, sae, latent=3, clamp=2.0):
+        clamped = at_point(model)
+    expected = x.clone()
+    expected[..., 3] = 2.0 / scale + x[..., 3].clamp_max(0)  # the negative part is latent 35's
+    assert torch.allclose(clamped, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_scale_and_ablate_change_the_contribution_only(model: Any) -> None:
+    x, sae = at_point(model), lossy_sae()
+    column = sae.encode(x).dense()[..., 5]
+    assert 0 < int((column > 0).sum()) < 10
+    contribution = column[..., None] * sae.W_dec[5] / sae.scale
+    with steer(model, sae, latent=5, scale=3.0):
+        assert torch.allclose(at_point(model), x + 2 * contribution, atol=1e-5)
+    with ablate(model, sae, latent=5):
+        ablated = at_point(model)
+    assert torch.allclose(ablated, x - contribution, atol=1e-5)
+    assert torch.equal(ablated[column == 0], x[column == 0])
+
+
+@torch.no_grad()
+def test_steering_respects_hookpoint_and_mask(model: Any) -> None:
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[0, 2] = False
+    x = capture(model, ["model.layers.0"], IDS)["model.layers.0"]
+    with steer(model, lossy_sae(), latent=0, add=1.0, hookpoint="model.layers.0", mask=mask):
+        moved = capture(model, ["model.layers.0"], IDS)["model.layers.0"]
+    assert torch.equal((moved != x).any(-1), mask)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"latent": 40, "add": 1.0}, "latents 0 to 39"),
+        ({"latent": 0}, "exactly one"),
+        ({"latent": 0, "add": 1.0, "clamp": 1.0}, "exactly one"),
+    ],
+)
+def test_mistakes_in_steer_are_named(model: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message), steer(model, lossy_sae(), **settings):
+        pass
+    nowhere = lossy_sae()
+    nowhere.hookpoint = None
+    with pytest.raises(ValueError, match="hookpoint="), steer(model, nowhere, latent=0, add=1.0):
+        pass
+
+
+def test_one_column_equals_the_dense_one() -> None:
+    z = torch.relu(torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1)))
+    z[1] = 0
+    for latent in range(6):
+        assert torch.equal(latent_column(Latents.from_dense(z), latent), z[..., latent])

@@ -1,0 +1,113 @@
+"""Closed forms of every metric."""
+
+import math
+
+import pytest
+import torch
+
+from apportion.latents import Latents
+from apportion.metrics import FVU, Activations, batch_fvu, correlation, recovered
+
+
+def rows(n: int = 200, d: int = 7, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def fvu(x: torch.Tensor, x_hat: torch.Tensor, chunk: int = 10**9) -> float:
+    measure = FVU(x.shape[1])
+    for a, b in zip(x.split(chunk), x_hat.split(chunk), strict=True):
+        measure.add(a, b)
+    return measure.value()
+
+
+def test_fvu_of_perfect_and_mean():
+    x = rows()
+    assert fvu(x, x) == 0
+    assert fvu(x, x.mean(0).expand_as(x)) == pytest.approx(1, rel=1e-12)
+    assert fvu(x, torch.zeros_like(x)) > 1
+
+
+def test_fvu_of_a_known_case():
+    # Spread about the mean: 2 * 4 * 3 = 24; error: 4 rows off by 1 in one coordinate = 4.
+    x = torch.tensor([[1.0, 1, 1], [-1, -1, -1]]).repeat(4, 1)
+    x_hat = x.clone()
+    x_hat[:4, 0] += 1
+    assert fvu(x, x_hat) == pytest.approx(4 / 24, rel=1e-12)
+    assert batch_fvu(x, x_hat).item() == pytest.approx(4 / 24, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1, 250.0])
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+def test_fvu_ignores_shift_and_scale(scale, shift):
+    x = rows()
+    x_hat = x + 0.3 * rows(seed=1)
+    assert fvu(scale * x + shift, scale * x_hat + shift) == pytest.approx(fvu(x, x_hat), rel=1e-9)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_fvu_in_chunks_equals_one_go(mean, chunk):
+    x = rows() + mean
+    x_hat = x + 0.3 * rows(seed=1)
+    # The spread is that of the data, whatever its mean: compare with the sums of the centred data.
+    centred = x - x.mean(0)
+    wanted = ((x - x_hat).square().sum() / centred.square().sum()).item()
+    assert fvu(x, x_hat, chunk) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_fvu_of_drifting_chunks():
+    """Chunk means that differ count as spread."""
+    x = rows() + torch.arange(200.0)[:, None]
+    x_hat = x + 0.3 * rows(seed=1)
+    assert fvu(x, x_hat, 13) == pytest.approx(batch_fvu(x, x_hat).item(), rel=1e-9)
+
+
+def test_fvu_without_data_or_spread_is_nan():
+    assert math.isnan(FVU(3).value())
+    empty = FVU(3)
+    empty.add(torch.zeros(0, 3), torch.zeros(0, 3))
+    assert math.isnan(empty.value()) and empty.tokens == 0
+    assert math.isnan(fvu(torch.ones(5, 3), torch.zeros(5, 3)))
+
+
+def test_fvu_sums_float32_in_float64():
+    x = (rows(5000, 3) * 1e-2 + 100).float()
+    x_hat = (x.double() + 0.1e-2 * rows(5000, 3, seed=1)).float()
+    error, spread = (x.double() - x_hat.double()).square().sum(), (x.double() - x.double().mean(0)).square().sum()
+    assert fvu(x, x_hat, 100) == pytest.approx((error / spread).item(), rel=1e-9)
+
+
+def test_activations():
+    z = torch.tensor([[0.5, 0, 0, 2], [0, 0, 0, 0], [1, 0, 3, 4], [0, 0, 0, 7.0]])
+    measure = Activations(4)
+    measure.add(Latents.from_dense(z[:1]))
+    measure.add(Latents.from_dense(z[1:].reshape(3, 1, 4)))
+    assert measure.tokens == 4
+    assert measure.l0().tolist() == [2, 0, 3, 1]
+    assert measure.mean_l0() == 6 / 4
+    assert measure.density().tolist() == [0.5, 0, 0.25, 0.75]
+    assert measure.dead() == 0.25
+
+
+def test_activations_of_nothing():
+    measure = Activations(4)
+    assert measure.tokens == 0 and measure.l0().shape == (0,) and math.isnan(measure.mean_l0())
+    assert measure.dead() == 1
+
+
+def test_correlation():
+    a = rows(50, 1).squeeze()
+    assert correlation(a, 3 * a - 2) == pytest.approx(1, rel=1e-12)
+    assert correlation(a, -a) == pytest.approx(-1, rel=1e-12)
+    b = torch.tensor([1.0, -1, 1, -1])
+    assert correlation(b, torch.tensor([1.0, 1, -1, -1])) == 0
+    assert correlation(torch.tensor([1, 2, 3]), torch.tensor([1, 2, 4])) == pytest.approx(3 / math.sqrt(2 * 14 / 3))
+    assert math.isnan(correlation(a, torch.ones(50)))
+
+
+def test_recovered():
+    assert recovered(2.0, 2.0, 10.0) == 1
+    assert recovered(10.0, 2.0, 10.0) == 0
+    assert recovered(4.0, 2.0, 10.0) == 0.75
+    assert recovered(12.0, 2.0, 10.0) == -0.25
+    assert math.isnan(recovered(3.0, 2.0, 2.0))
