@@ -65,7 +65,7 @@ def test_auxiliary_does_not_hide_nan():
 
 
 def test_underutilised_by_hand():
-    # Ranks by density: latents 2, 0, 3, 1. Expected at these ranks: 0.8, 0.4, 0.2, 0.1; half of it: 0.4, 0.2, 0.1, 0.05.
+    # Ranks by density: latents 2, 0, 3, 1. Half of the expected at these ranks: 0.4, 0.2, 0.1, 0.05.
     density = torch.tensor([0.19, 0.06, 0.5, 0.1])
     expected = torch.tensor([0.8, 0.4, 0.2, 0.1])
     none_dead = torch.zeros(4, dtype=torch.bool)

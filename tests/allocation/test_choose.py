@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apportion.allocation import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice, WarmStart, reference
+from apportion.allocation.base import largest
 from apportion.allocation.feature_choice import FeatureChoiceConfig
 from apportion.allocation.mutual_choice import MutualChoiceConfig
 from apportion.allocation.threshold import ThresholdConfig
@@ -103,13 +104,9 @@ PROBLEMS = {
     "all zero": Problem(torch.zeros(9, 3), torch.ones(5, 3), torch.zeros(5)),
     "all positive": quantised(17, 13, bias=30),
     "all equal": Problem(torch.ones(9, 3), torch.ones(5, 3), torch.zeros(5)),
-    "duplicated rows": Problem(
-        quantised(4, 13).x.repeat_interleave(4, 0), quantised(4, 13).W, quantised(4, 13).b
-    ),
+    "duplicated rows": Problem(quantised(4, 13).x.repeat_interleave(4, 0), quantised(4, 13).W, quantised(4, 13).b),
     "repeated block": Problem(quantised(4, 13).x.repeat(4, 1), quantised(4, 13).W, quantised(4, 13).b),
-    "popular latent": Problem(
-        quantised(40, 13).x, quantised(40, 13).W, torch.tensor([-3.0] * 5 + [50.0] + [-3.0] * 7)
-    ),
+    "popular latent": Problem(quantised(40, 13).x, quantised(40, 13).W, torch.tensor([-3.0] * 5 + [50.0] + [-3.0] * 7)),
     "decoder norms": with_norms(quantised(17, 13)),
     "zero norms": Problem(quantised(17, 13).x, quantised(17, 13).W, quantised(17, 13).b, torch.arange(13.0) % 3),
     "growing rows": Problem(
@@ -301,6 +298,22 @@ def test_no_gradient_and_no_change():
     before = {name: t.clone() for name, t in rule.state_dict().items()}
     assert not choose(p.x, p.W, p.b, rule).values.requires_grad
     assert all(torch.equal(t, before[name]) or before[name].isnan().all() for name, t in rule.state_dict().items())
+
+
+@given(
+    affinity=st.lists(st.integers(1, 5), max_size=12).map(lambda v: torch.tensor(v, dtype=torch.float32)),
+    count=st.integers(0, 14),
+)
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_the_cut_is_what_a_further_match_would_have_to_exceed(affinity, count):
+    """The smallest chosen affinity; 0 while the budget is not exhausted; infinite if there is none to hand out."""
+    keep, cut = largest(affinity, count)
+    wanted = affinity.argsort(descending=True, stable=True)[:count].sort().values
+    assert keep.nonzero().squeeze(1).tolist() == wanted.tolist()
+    if count > len(affinity) or not len(affinity):
+        assert cut == 0
+    else:
+        assert cut == (affinity[wanted].min() if count else torch.inf)
 
 
 def test_topk_refuses_a_fractional_k():

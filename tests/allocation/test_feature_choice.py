@@ -42,6 +42,21 @@ def test_every_latent_is_used():
     assert torch.bincount(found.latents, minlength=50).tolist() == [8] * 50
 
 
+@pytest.mark.parametrize("tokens", [13, 20, 100])
+def test_a_batch_that_is_accepted_leaves_no_latent_without_budget(tokens):
+    rule().check_batch(tokens)
+    assert int(rule().budget(tokens).min()) >= 1
+    switched = rule(budgets="zipf", switch_at=0.5)
+    switched.begin_step(context(0.5, torch.rand(50), batch_tokens=tokens))
+    assert int(switched.budget(tokens).min()) >= 1
+
+
+@pytest.mark.xfail(reason="without a switch the Zipf densities know no batch size, so they have no floor", strict=True)
+def test_a_batch_that_is_accepted_leaves_no_latent_without_budget_under_zipf_from_the_start():
+    rule().check_batch(13)
+    assert int(rule(budgets="zipf").budget(13).min()) >= 1
+
+
 def test_check_batch():
     rule().check_batch(13)
     with pytest.raises(ValueError, match=r"batch_tokens >= 13"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -92,6 +95,7 @@ def test_decode_accepts_a_dense_code(name):
     x = activations(6).reshape(2, 3, D_IN)
     latents = sae.encode(x)
     assert torch.equal(sae.decode(latents.dense()), sae.decode(latents))
+    assert torch.equal(sae.decode(latents.dense().double()), sae.decode(latents))
     dense = latents.dense().detach().requires_grad_()
     sae.decode(dense).sum().backward()
     assert bool((dense.grad != 0).any())
@@ -143,7 +147,7 @@ def test_nan_is_refused(name, bad):
     for sae in (ready(name), ready(name).train()):
         x = activations(6).reshape(2, 3, D_IN)
         x[1, 1, 3] = bad
-        with pytest.raises(ValueError, match="Row 4.*NaN"):
+        with pytest.raises(ValueError, match=r"Row 4.*NaN"):
             sae.encode(x)
 
 
@@ -233,6 +237,12 @@ def test_k_may_equal_d_sae(name):
     assert torch.allclose(z, codes, rtol=1e-9, atol=1e-12)
 
 
+def test_copies_and_pickles(name):
+    sae, x = ready(name), activations(6)
+    for twin in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
+        assert torch.equal(twin(x), sae(x))
+
+
 def test_a_seed_fixes_the_weights(name):
     a, b, c = (ap.create(name, d_in=D_IN, d_sae=D_SAE, k=K, seed=s) for s in (3, 3, 4))
     assert same(snapshot(a), snapshot(b)) and not same(snapshot(a), snapshot(c))
@@ -317,6 +327,15 @@ def test_calibrated_l0_holds_on_new_data(name, as_chunks, affinity):
     assert sae.encode(activations(20_000, seed=2)).l0().double().mean().item() == pytest.approx(K, rel=0.02)
     on_the_same = sae.encode(xs).l0().double().mean().item()
     assert on_the_same == pytest.approx(measured, abs=1e-3), "what calibrate reports is what eval mode does"
+
+
+@pytest.mark.parametrize("n", [100, 4096, 5001])
+def test_calibration_is_exact_on_its_own_rows(name, n):
+    """Exactly k * tokens matches lie above the thresholds; encoding anew may round one at the cut differently."""
+    sae, xs = new(name).double(), activations(n).double() + 3
+    measured = sae.calibrate(xs)
+    assert measured * n == K * n
+    assert abs(sae.eval().encode(xs).nnz - K * n) <= 5
 
 
 @pytest.mark.parametrize("k", [0.3, 2.5])

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
 
 @contextmanager
 def progress_bar(what: str, total: int, done: int = 0, *, show: bool = True) -> Iterator[Callable[..., None]]:
     """Yields update(done, **numbers); drawn on stderr, and only on a terminal."""
+    from rich.console import Console  # not at the top: `import apportion` stays light
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

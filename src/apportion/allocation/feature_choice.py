@@ -69,9 +69,9 @@ class FeatureChoice(Rule):
         self.mutual.threshold = None  # type: ignore[assignment]  # the phase borrows the rule, not its state
         if config.switch_at == 0:
             self.freeze(torch.arange(d_sae, 0, -1, dtype=torch.float64), batch_tokens=None)
-        self.register_load_state_dict_post_hook(lambda rule, _: rule._after_load())
+        self.register_load_state_dict_post_hook(FeatureChoice._after_load)
 
-    def _after_load(self) -> None:
+    def _after_load(self, _: object) -> None:
         if not bool(self.density.isnan().any()):
             self.mutual = None
 

@@ -141,7 +141,7 @@ class SAE(nn.Module, ABC):
         if width != self.d_sae:
             raise ValueError(f"decode: expected codes of width d_sae = {self.d_sae}, got {width}.")
         if isinstance(latents, Tensor):
-            latents = Latents.from_dense(latents)
+            latents = Latents.from_dense(latents.to(self.dtype))
         x_hat = self.input.undo(self.decode_scaled(latents), None if x is None else self._rows(x))
         x_hat = x_hat.reshape(*latents.shape, x_hat.shape[-1])
         return x_hat if x is None else x_hat.to(x.dtype)

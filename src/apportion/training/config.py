@@ -41,6 +41,11 @@ class TrainConfig:
         for name in ("lr", "batch_tokens", "max_grad_norm", "log_every_steps", "checkpoint_every_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ("dead_window_tokens", "density_window_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}.")
         if self.total_tokens is not None and self.total_tokens < self.batch_tokens:
             raise ValueError(
                 f"total_tokens = {self.total_tokens} is less than one batch of {self.batch_tokens}. "
@@ -58,11 +63,11 @@ class TrainConfig:
 
     @property
     def dead_window(self) -> int:
-        return self.dead_window_tokens or min(10_000_000, (self.total_tokens or 100_000_000) // 10)
+        return self.dead_window_tokens or max(1, min(10_000_000, (self.total_tokens or 100_000_000) // 10))
 
     @property
     def density_window(self) -> int:
-        return self.density_window_tokens or min(1_000_000, (self.total_tokens or 10_000_000) // 10)
+        return self.density_window_tokens or max(1, min(1_000_000, (self.total_tokens or 10_000_000) // 10))
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step (0, 1, ...): linear warm-up, constant, linear decay to zero."""

@@ -35,7 +35,7 @@ class Objective(Protocol):
 def local_reconstruction(saes: Sequence[SAE], batch: Batch, context: StepContext, warm: WarmStart) -> Outcome:
     """mean ||x~ - x~_hat||^2 / d_in on scaled data, and the SAE's own terms."""
     (sae,) = saes
-    x = sae.input.apply_to(batch.x.to(sae.dtype))
+    x = sae.input.apply_to(batch.x.to(sae.mean.device, sae.dtype))
     latents = sae.encode_scaled(x, warm)
     x_hat = sae.decode_scaled(latents)
     terms = {"reconstruction": losses.reconstruction(x, x_hat)}

@@ -82,6 +82,8 @@ class RunFolder:
     def load_checkpoint(self, trainer: Trainer, source: Source) -> bool:
         """Restore trainer, SAE and source from the newest checkpoint; False if there is none."""
         checkpoints = self._checkpoints()
+        if not checkpoints and (self.folder / "config.json").exists():
+            raise ValueError(f"The run in {self.folder} is finished: ap.load reads it. Choose another for a new run.")
         if not checkpoints:
             self._cut_metrics(0)
             return False

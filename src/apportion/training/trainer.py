@@ -10,6 +10,7 @@ progress bar, checkpoints and calibration.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ class Trainer:
         self.sae = sae.to(getattr(torch, self.config.dtype))
         self.objective = objective
         sae.allocation.check_batch(self.config.batch_tokens)
-        if self.config.total_tokens is None and getattr(sae.allocation.config, "switch_at", 0) > 0:
+        if self.config.total_tokens is None and getattr(sae.allocation, "mutual", None) is not None:
             raise ValueError("switch_at is a share of the run, so it needs total_tokens; set it, or use switch_at = 0.")
         device = sae.mean.device
         self.activity = Activity(sae.d_sae, self.config.dead_window, self.config.density_window).to(device)
@@ -83,11 +84,9 @@ class Trainer:
         sae.constrain()
 
         self.activity.update(outcome.latents.counts(), len(batch.x))
-        if self.steps % CHECK_FINITE_STEPS == 0 and not bool(loss.isfinite()):
-            raise ValueError(f"The loss is {loss.item()} at step {self.steps}. Lower lr = {self.config.lr:g}.")
         self.steps += 1
         self.tokens += len(batch.x)
-        return {
+        metrics = {
             "loss": loss.detach(),
             **{name: term.detach() for name, term in outcome.terms.items()},
             "fvu_batch": outcome.fvu_batch,
@@ -95,6 +94,17 @@ class Trainer:
             "dead": self.activity.dead().double().mean(),
             "grad_norm": grad_norm.detach(),
         }
+        if self.steps % CHECK_FINITE_STEPS == 1:
+            self._check_finite(metrics)
+        return metrics
+
+    def _check_finite(self, metrics: dict[str, Tensor]) -> None:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(value := metrics[name].item()):
+                raise ValueError(
+                    f"{name} is {value} at step {self.steps}: the activations hold NaN or infinity, "
+                    f"or lr = {self.config.lr:g} is too high."
+                )
 
     def _accept(self, batch: Batch | Tensor) -> Batch:
         if isinstance(batch, Tensor):
@@ -140,17 +150,21 @@ class Trainer:
             started, last_checkpoint = time.perf_counter(), self.tokens
             for batch in self._remaining(source, total_steps):
                 metrics = self.step(batch)
-                if self.steps % self.config.log_every_steps == 0 or self.steps == total_steps:
+                last, stop = self.steps == total_steps, interrupted()
+                log = last or self.steps % self.config.log_every_steps == 0
+                save = last or stop or self.tokens - last_checkpoint >= self.config.checkpoint_every_tokens
+                if log or save:
+                    self._check_finite(metrics)
+                if log:
                     values = {name: value.item() for name, value in metrics.items()}
                     show(self.tokens, fvu=values["fvu_batch"], l0=values["l0"], dead=f"{values['dead']:.2%}")
                     if run is not None:
                         seconds = time.perf_counter() - started
                         run.log({"step": self.steps, "tokens": self.tokens, "seconds": seconds, **values})
-                due = self.tokens - last_checkpoint >= self.config.checkpoint_every_tokens
-                if run is not None and self.steps < total_steps and (due or interrupted()):
+                if run is not None and save:
                     run.save_checkpoint(self, source)
                     last_checkpoint = self.tokens
-                if interrupted():
+                if stop:
                     raise KeyboardInterrupt
         l0 = self.sae.calibrate(source.held_out(CALIBRATION_ROWS))
         logger.info("calibrated: L0 %.2f on held-out rows", l0)
@@ -177,6 +191,8 @@ class Trainer:
                 f"The source has {source.num_rows} training rows, fewer than batch_tokens = "
                 f"{self.config.batch_tokens}. Collect more tokens or lower batch_tokens."
             )
+        if source.describe().get("rows_held_out") == 0:
+            raise ValueError("The source keeps no rows held out, and calibration at the end needs some.")
         return total
 
     def _describe(self, source: Source) -> dict[str, Any]:
@@ -205,7 +221,7 @@ class Trainer:
         )
         for name, p in self.sae.named_parameters():
             prefix = f"adam.{name}."
-            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            state = {key.removeprefix(prefix): t.to(p.device) for key, t in tensors.items() if key.startswith(prefix)}
             if state:
                 self.optimizer.state[p] = state
         self.warm.bounds = tensors.get("warm.bounds")

@@ -1,0 +1,211 @@
+"""The command line as a user meets it: the whole path on a tiny model, and one line with exit code 2 for mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from apportion import load
+from apportion.cli import main, parse_count
+
+WORDS = "the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book".split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    words = [WORDS[i] for i in torch.randint(len(WORDS), (12_000,), generator=generator).tolist()]
+    file = tmp_path_factory.mktemp("text") / "corpus.txt"
+    file.write_text("\n".join(" ".join(words[i : i + 12]) for i in range(0, len(words), 12)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, text: Path) -> Path:
+    out = tmp_path_factory.mktemp("cache") / "acts"
+    arguments = ["collect", str(tiny_model_dir), "--hookpoint", "model.layers.1", "--text", str(text)]
+    assert main([*arguments, "--tokens", "6k", "--context-tokens", "32", "--out", str(out)]) == 0
+    return out
+
+
+def train(cache: Path, out: Path, *more: str) -> int:
+    options = ["--k", "4", "--d-sae", "64", "--batch-tokens", "256", "--lr", "3e-3", "--out", str(out)]
+    return main(["train", str(cache), *options, *more])
+
+
+@pytest.mark.parametrize("sae", ["topk", "mutual_choice", "feature_choice"])
+def test_from_text_to_an_evaluated_sae(
+    sae: str, cache: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(cache, run, "--sae", sae) == 0
+    assert load(run).hookpoint == "model.layers.1"
+    record = json.loads((run / "run.json").read_text())
+    assert record["sae"]["name"] == sae
+    assert record["train"]["total_tokens"] > 4000
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == record["train"]["total_tokens"] // 256
+
+    assert main(["eval", str(run), "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert 0 < rows["fvu"] < 1 and abs(rows["l0"] / 4 - 1) < 0.2
+    assert "delta_ce" not in rows
+
+    plots = tmp_path / "plots"
+    options = ["--text", str(text), "--tokens", "1k", "--json", str(tmp_path / "model.json"), "--plots", str(plots)]
+    assert main(["eval", str(run), *options]) == 0
+    inside = json.loads((tmp_path / "model.json").read_text())
+    assert inside["delta_ce"] == pytest.approx(inside["ce_spliced"] - inside["ce_clean"])
+    assert {p.name for p in plots.iterdir()} == {"density.png", "l0.png", "difficulty.png"}
+    assert "FVU" in capsys.readouterr().out
+
+    assert main(["info", str(run)]) == 0 and main(["info", str(cache)]) == 0
+    assert sae in capsys.readouterr().out
+
+
+def test_train_on_a_model_without_a_cache(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
+    options = ["--hookpoint", "model.layers.0.mlp:in", "--text", str(text), "--tokens", "2k", "--context-tokens", "32"]
+    assert train(tiny_model_dir, tmp_path / "live", *options) == 0
+    assert load(tmp_path / "live").hookpoint == "model.layers.0.mlp:in"
+
+
+MISTAKES = {
+    "unknown hookpoint": (["collect", "{model}", "--hookpoint", "model.layer.1", "--text", "{text}"], "model.layers.1"),
+    "no text": (["collect", "{model}", "--hookpoint", "model.layers.1"], "--text"),
+    "missing text": (["collect", "{model}", "--hookpoint", "model.layers.1", "--text", "{tmp}/none.txt"], "none.txt"),
+    "empty text": (["collect", "{model}", "--hookpoint", "model.layers.1", "--text", "{tmp}/empty.txt"], "empty"),
+    "short text": (["collect", "{model}", "--hookpoint", "model.layers.1", "--text", "{tmp}/short.txt"], "one context"),
+    "long context": (
+        ["collect", "{model}", "--hookpoint", "model.layers.1", "--text", "{text}", "--context-tokens", "65"],
+        "at most 64",
+    ),
+    "unknown model": (["collect", "{tmp}/nowhere", "--hookpoint", "x", "--text", "{text}"], "nowhere"),
+    "out is in use": (
+        ["collect", "{model}", "--hookpoint", "model.layers.1", "--text", "{text}", "--out", "{cache}"],
+        "acts",
+    ),
+    "two texts": (["collect", "{model}", "--hookpoint", "model.layers.1", "--dataset", "x", "--text", "{text}"], "--text"),
+    "k above d_sae": (["train", "{cache}", "--k", "65", "--d-sae", "64"], "65"),
+    "fractional k for topk": (["train", "{cache}", "--sae", "topk", "--k", "4.5", "--d-sae", "64"], "4.5"),
+    "k * batch below d_sae": (
+        ["train", "{cache}", "--sae", "feature_choice", "--k", "1", "--d-sae", "4096", "--batch-tokens", "64"],
+        "4096",
+    ),
+    "unknown sae": (["train", "{cache}", "--sae", "mutual"], "mutual_choice"),
+    "no cache": (["train", "{tmp}", "--k", "4", "--d-sae", "64"], "manifest.json"),
+    "cache without that hookpoint": (["train", "{cache}", "--hookpoint", "model.layers.0"], "model.layers.1"),
+    "resume of nothing": (["train", "{cache}", "--resume"], "no run"),
+    "eval of nothing": (["eval", "{tmp}/nothing"], "config.json"),
+    "info of nothing": (["info", "{tmp}/nothing"], "nothing"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_get_one_line_and_exit_code_2(
+    name: str, tiny_model_dir: Path, cache: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("the cat sat")
+    places = {"model": tiny_model_dir, "cache": cache, "text": text, "tmp": tmp_path}
+    words, expected = MISTAKES[name]
+    argv = [word.format(**places) for word in words]
+    if argv[0] in ("collect", "train") and "--out" not in argv:
+        argv += ["--out", str(tmp_path / "out")]
+    if argv[0] == "collect" and "--context-tokens" not in argv:
+        argv += ["--context-tokens", "32"]
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("apportion: ") and error.count("\n") == 1
+    assert expected in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == before, "nothing may be left behind"
+
+
+def test_too_little_disk(
+    tiny_model_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10**6, used=10**6, free=1000))
+    options = ["--hookpoint", "model.layers.1", "--text", str(text), "--context-tokens", "32"]
+    assert main(["collect", str(tiny_model_dir), *options, "--out", str(tmp_path / "acts")]) == 2
+    assert "GB" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_is_not_overwritten(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(cache, tmp_path / "run", "--tokens", "512") == 0
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert train(cache, tmp_path / "run", "--tokens", "512") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_eval_refuses_a_cache_of_another_model(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(cache, tmp_path / "run", "--tokens", "512") == 0
+    other = tmp_path / "other"
+    subprocess.run(["cp", "-r", str(cache), str(other)], check=True)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["model"] |= {"config_sha256": "0" * 64, "name_or_path": "another-model"}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["eval", str(tmp_path / "run"), "--acts", str(other)]) == 2
+    assert "another-model" in capsys.readouterr().err
+
+
+def test_infinite_activations_name_the_token(
+    tiny_model_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    subprocess.run(["cp", "-r", str(tiny_model_dir), str(broken)], check=True)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"].fill_(torch.inf)
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    options = ["--hookpoint", "model.layers.1", "--text", str(text), "--tokens", "1k", "--context-tokens", "32"]
+    assert main(["collect", str(broken), *options, "--out", str(tmp_path / "acts")]) == 2
+    error = capsys.readouterr().err
+    assert "not finite" in error and "token" in error and "position" in error
+    assert not (tmp_path / "acts").exists()
+
+
+@pytest.mark.parametrize("written, tokens", [("900000", 900_000), ("900k", 900_000), ("10M", 10**7), ("1.5B", 1_500_000_000)])
+def test_token_counts(written: str, tokens: int) -> None:
+    assert parse_count(written) == tokens
+
+
+@pytest.mark.parametrize("written", ["many", "-5", "0", "1.5", "10X"])
+def test_what_is_no_token_count(written: str) -> None:
+    with pytest.raises(ValueError, match="number"):
+        parse_count(written)
+
+
+def test_ctrl_c_saves_and_resume_gives_the_same_result(cache: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "apportion.cli", "train", str(cache), "--k", "4", "--d-sae", "64", "--lr", "3e-3"]
+    command += ["--batch-tokens", "64", "--tokens", "100k", "--log-every-steps", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment)
+
+    process = subprocess.Popen([*command, "--out", str(stopped)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    metrics = stopped / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err.decode()
+    assert b"--resume" in out and b"Traceback" not in err
+    assert len(list(stopped.glob("checkpoint-*"))) == 1
+
+    subprocess.run([*command, "--out", str(stopped), "--resume"], check=True, capture_output=True, env=environment)
+    ours, theirs = load_file(whole / "model.safetensors"), load_file(stopped / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    logged = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, stopped)]
+    assert logged[0] == logged[1]

@@ -1,0 +1,167 @@
+"""The shape of the package: import order, what an import costs, and that the tables reach every file."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import apportion
+from apportion.allocation import RULES
+from apportion.architectures import SAES
+
+PACKAGE = Path(apportion.__file__).parent
+
+ORDER = [
+    {"latents", "metrics", "losses"},
+    {"allocation"},
+    {"kernels"},
+    {"architectures"},
+    {"activations", "intervene"},
+    {"training", "parallel"},
+    {"evals", "explorer", "moe", "interop", "testing"},
+    {"recipes"},
+    {"cli"},
+]
+"""Rooms may import rooms of earlier groups (docs: the design, section 2), and the first group also from itself."""
+
+PUBLIC = "apportion"
+"""`import apportion` brings in everything up to training, so only later groups may write it."""
+
+EXCEPTIONS = {
+    ("intervene", "activations"): "interventions are hooks too: activations.hookpoints owns them",
+}
+
+HELPERS = {
+    "allocation": {"base", "zipf", "reference"},
+    "architectures": {"base", "files", "inputs"},
+}
+"""Files of these rooms that are no rule and no architecture."""
+
+
+def group_of(room: str) -> int:
+    if room == PUBLIC:
+        return group_of("training")
+    return next(i for i, rooms in enumerate(ORDER) if room in rooms)
+
+
+def imported_rooms(source: str, file: str = "x.py") -> set[str]:
+    """Rooms of apportion that a module imports anywhere: at the top, in functions, under TYPE_CHECKING."""
+    rooms = {room for group in ORDER for room in group}
+    found = set()
+    for node in ast.walk(ast.parse(source, file)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute here"
+            names = [node.module or ""]
+            if node.module == "apportion":
+                names = [f"apportion.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            first, *rest = name.split(".")
+            if first == "apportion":
+                found.add(rest[0] if rest and rest[0] in rooms else PUBLIC)
+    return found
+
+
+def violations(room: str, source: str, file: str = "x.py") -> list[str]:
+    here = group_of(room)
+    allowed_within = ORDER[0] if room in ORDER[0] else {room}
+    return [
+        f"{file}: {room} imports {other}"
+        for other in sorted(imported_rooms(source, file))
+        if group_of(other) >= here and other not in allowed_within and (room, other) not in EXCEPTIONS
+    ]
+
+
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_import_order(path):
+    room = room_of(path)
+    assert any(room in group for group in ORDER), f"{room} has no place in the import order"
+    assert not violations(room, path.read_text(encoding="utf-8"), str(path.relative_to(PACKAGE)))
+
+
+def test_the_check_itself_finds_violations():
+    bad = {
+        "import apportion.training": "training",
+        "import apportion as ap": "apportion",
+        "from apportion import create": "apportion",
+        "from apportion import intervene": "intervene",
+        "from apportion.kernels.select import choose": "kernels",
+        "def f():\n    from apportion.kernels import choose": "kernels",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from apportion.training import Trainer": "training",
+    }
+    for source, room in bad.items():
+        assert violations("allocation", source) == [f"x.py: allocation imports {room}"]
+    for fine in ("from apportion.latents import Latents", "from apportion.allocation.base import Rule", "import torch"):
+        assert not violations("allocation", fine)
+    assert not violations("metrics", "from apportion.latents import Latents")
+    assert not violations("cli", "import apportion as ap")
+    assert violations("evals", "from apportion.explorer import page"), "rooms of one group stay apart"
+
+
+def test_exceptions_are_still_needed():
+    used = {(room_of(p), other) for p in MODULES for other in imported_rooms(p.read_text(encoding="utf-8"))}
+    assert set(EXCEPTIONS) <= used
+
+
+def loaded_by_import() -> set[str]:
+    code = "import sys, apportion; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+HEAVY = {
+    "transformers", "tokenizers", "datasets", "pandas", "pyarrow", "matplotlib", "jinja2", "scipy", "sklearn",
+    "tyro", "huggingface_hub", "requests", "transformer_lens", "anndata", "wandb", "triton", "pytest",
+}  # fmt: skip
+
+
+def test_import_loads_nothing_heavy():
+    loaded = loaded_by_import()
+    assert {"torch", "safetensors", "apportion"} <= loaded
+    assert not loaded & HEAVY
+
+
+@pytest.mark.xfail(reason="activations/collect.py imports rich at its top for a progress bar of its own", strict=True)
+def test_import_does_not_load_rich():
+    assert "rich" not in loaded_by_import()
+
+
+@pytest.mark.parametrize(
+    ("room", "reached"),
+    [("allocation", set(RULES.values())), ("architectures", {entry.architecture for entry in SAES.values()})],
+)
+def test_the_tables_reach_every_file(room, reached):
+    files = {p.stem for p in (PACKAGE / room).glob("*.py")} - {"__init__"}
+    assert files == HELPERS[room] | {cls.__module__.rsplit(".", 1)[1] for cls in reached}
+
+
+def test_every_sae_uses_a_rule_of_the_table():
+    assert {entry.rule for entry in SAES.values()} <= set(RULES.values())
+
+
+def test_settings_of_architecture_and_rule_do_not_collide():
+    from dataclasses import fields
+
+    for name, entry in SAES.items():
+        both = [f.name for f in (*fields(entry.architecture.Config), *fields(entry.rule.Config))]
+        assert len(both) == len(set(both)), name
+        assert set(entry.defaults) <= set(both), name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_file_says_what_it_is_for(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))

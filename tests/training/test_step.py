@@ -1,0 +1,250 @@
+"""One training step, in somebody else's loop."""
+
+import pytest
+import torch
+
+import apportion as ap
+from apportion.training.objectives import local_reconstruction
+
+D_IN, D_SAE, K = 8, 24, 3
+
+
+def activations(n: int = 64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, D_IN, generator=torch.Generator().manual_seed(seed)) * 3 + 1
+
+
+def new(name: str = "mutual_choice", **settings: object) -> ap.SAE:
+    return ap.create(name, **{"d_in": D_IN, "d_sae": D_SAE, "k": K, "seed": 0, **settings})
+
+
+def trainer(name: str = "mutual_choice", settings: dict | None = None, **train: object) -> ap.Trainer:
+    return ap.Trainer(new(name, **(settings or {})), ap.TrainConfig(batch_tokens=64, **train))  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=ap.SAES)
+def name(request) -> str:
+    return request.param
+
+
+def test_returns_numbers_and_makes_progress(name):
+    t = trainer(name, lr=1e-2)
+    before = t.sae.state_dict()["W_enc"].clone()
+    x = activations()
+    first = t.step(x)
+    assert {"loss", "reconstruction", "fvu_batch", "l0", "dead", "grad_norm"} <= first.keys()
+    assert all(v.shape == () and not v.requires_grad and bool(v.isfinite()) for v in first.values())
+    assert first["l0"].item() == pytest.approx(K, rel=0.05)
+    assert not torch.equal(t.sae.W_enc, before)
+    for _ in range(60):
+        last = t.step(x)
+    assert last["loss"] < 0.7 * first["loss"]
+    assert (t.steps, t.tokens) == (61, 61 * 64)
+
+
+def test_loss_is_the_sum_of_its_terms(name):
+    t = trainer(name, {"aux": "aux_k", "k_aux": 4, "aux_weight": 0.5}, dead_window_tokens=1)
+    t.activity.silent_tokens[:5] = 10
+    out = t.step(activations())
+    assert out["aux_k"] > 0
+    assert out["loss"].item() == pytest.approx((out["reconstruction"] + out["aux_k"]).item(), rel=1e-6)
+
+
+def test_decoder_rows_stay_of_unit_norm(name):
+    t = trainer(name, lr=0.1)
+    for seed in range(5):
+        t.step(activations(seed=seed))
+        assert torch.allclose(t.sae.W_dec.norm(dim=1), torch.ones(D_SAE), rtol=1e-6)
+
+
+def test_projected_gradients_do_not_change_the_norm():
+    sae = new()
+    sae.W_dec.grad = torch.randn(D_SAE, D_IN, generator=torch.Generator().manual_seed(0))
+    before = sae.W_dec.grad.clone()
+    sae.project_gradients()
+    assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-6
+    along = (before * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
+    assert torch.allclose(sae.W_dec.grad, before - along, atol=1e-6)
+
+
+def test_first_step_fits_the_input_description():
+    t = trainer()
+    x = activations()
+    t.step(x)
+    assert torch.allclose(t.sae.mean, x.mean(0), rtol=1e-5, atol=1e-5)
+    fitted = t.sae.scale.clone()
+    t.step(100 * activations(seed=1))
+    assert torch.equal(t.sae.scale, fitted), "once"
+
+
+def test_a_given_input_description_is_kept():
+    sae = new()
+    sae.fit_input(10 * activations())
+    scale = sae.scale.clone()
+    ap.Trainer(sae, ap.TrainConfig(batch_tokens=64)).step(activations())
+    assert torch.equal(sae.scale, scale)
+
+
+def test_masked_rows_take_no_part(name):
+    x = activations(100)
+    mask = torch.arange(100) % 3 != 0
+    x[~mask] = torch.nan
+    masked, plain = trainer(name), trainer(name)
+    for _ in range(3):
+        a, b = masked.step(ap.Batch(x, mask=mask)), plain.step(x[mask])
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert all(torch.equal(p, q) for p, q in zip(masked.sae.parameters(), plain.sae.parameters(), strict=True))
+    assert masked.tokens == plain.tokens == 3 * int(mask.sum())
+
+
+def test_an_empty_batch_is_refused():
+    for batch in (ap.Batch(activations(), mask=torch.zeros(64, dtype=torch.bool)), activations(0)):
+        with pytest.raises(ValueError, match="at least one row"):
+            trainer().step(batch)
+
+
+def test_another_width_is_refused():
+    with pytest.raises(ValueError, match=r"d_in = 8.*width 5"):
+        trainer().step(torch.ones(10, 5))
+
+
+@pytest.mark.parametrize("input_norm", ["dataset", "none", "token_norm"])
+def test_nan_is_refused(name, input_norm):
+    x = activations()
+    x[3, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN|nan"):
+        trainer(name, {"input_norm": input_norm}).step(x)
+
+
+def test_one_row_does_not_spoil_the_weights(name):
+    t = trainer(name, {"input_norm": "none", "aux": "aux_k"}, dead_window_tokens=1)
+    for seed in range(4):
+        t.step(activations(1, seed))
+    assert all(bool(p.isfinite().all()) for p in t.sae.parameters())
+
+
+def test_leading_dimensions_are_flattened(name):
+    a, b = trainer(name), trainer(name)
+    x = activations()
+    a.step(x.reshape(4, 16, D_IN)), b.step(x)
+    assert all(torch.equal(p, q) for p, q in zip(a.sae.parameters(), b.sae.parameters(), strict=True))
+
+
+def test_step_switches_to_train_mode():
+    t = trainer("topk")
+    t.sae.eval()
+    t.step(activations())
+    assert t.sae.training
+
+
+def test_same_seed_same_result_bit_for_bit(name):
+    results = []
+    for _ in range(2):
+        t = trainer(name, lr=1e-2)
+        metrics = [t.step(activations(seed=s)) for s in range(6)]
+        results.append((t.sae.state_dict(), metrics))
+    (a, metrics_a), (b, metrics_b) = results
+    assert all(torch.equal(a[key].nan_to_num(7), b[key].nan_to_num(7)) for key in a)
+    assert all(torch.equal(m[key], n[key]) for m, n in zip(metrics_a, metrics_b, strict=True) for key in m)
+
+
+def test_learning_rate_is_that_of_the_schedule():
+    t = trainer("topk", lr=1.0, total_tokens=64 * 10, warmup_share=0.5, decay_share=0.2)
+    seen = []
+    for seed in range(10):
+        t.step(activations(seed=seed))
+        seen.append(t.optimizer.param_groups[0]["lr"])
+    assert seen == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 0.5])
+
+
+def test_the_gradient_is_that_of_dense_autograd(name):
+    """The whole objective, in float64, on the matches that the rule chose."""
+    sae = new(name, aux="none").double()
+    sae.fit_input(activations())
+    x = activations().double()
+    grads = []
+    for dense in (False, True):
+        sae.zero_grad()
+        if dense:
+            prepared = sae.input.apply_to(x)
+            mask = sae.encode_scaled(prepared).dense().detach() != 0
+            z = ((prepared - sae.b_dec) @ sae.W_enc.T + sae.b_enc) * mask
+            loss = (z @ sae.W_dec + sae.b_dec - prepared).square().mean()
+        else:
+            context = ap.allocation.StepContext()
+            terms = local_reconstruction([sae], ap.Batch(x), context, ap.allocation.WarmStart()).terms
+            loss = terms["reconstruction"]
+        loss.backward()
+        grads.append({n: p.grad.clone() for n, p in sae.named_parameters()})
+    for key in grads[0]:
+        assert (grads[0][key] - grads[1][key]).abs().max() <= 1e-9 * grads[1][key].abs().max(), key
+
+
+def test_float64_training():
+    t = trainer("feature_choice", dtype="float64")
+    t.step(activations())
+    assert t.sae.dtype == torch.float64 and t.sae(activations(3)).dtype == torch.float32
+
+
+def test_feature_choice_refuses_a_batch_that_is_too_small():
+    with pytest.raises(ValueError, match="batch_tokens >= 8"):
+        ap.Trainer(new("feature_choice"), ap.TrainConfig(batch_tokens=7))
+
+
+def test_a_switch_needs_an_end():
+    sae = new("feature_choice", switch_at=0.5)
+    with pytest.raises(ValueError, match="total_tokens"):
+        ap.Trainer(sae, ap.TrainConfig(batch_tokens=64))
+
+
+def test_the_switch_happens_on_time():
+    t = trainer("feature_choice", {"switch_at": 0.5, "budgets": "zipf"}, total_tokens=64 * 10)
+    switched = []
+    for seed in range(10):
+        t.step(activations(seed=seed))
+        switched.append(t.sae.allocation.mutual is None)
+    assert switched == [False] * 5 + [True] * 5
+    measured = t.activity.density().argsort(descending=True)[0]
+    assert t.sae.allocation.density[measured] > K / D_SAE
+
+
+def test_fine_tuning_a_loaded_sae(name, tmp_path):
+    settings = {"switch_at": 0.5} if name == "feature_choice" else {}
+    t = trainer(name, settings, total_tokens=64 * 4)
+    for seed in range(4):
+        t.step(activations(seed=seed))
+    t.sae.save(tmp_path)
+    sae = ap.load(tmp_path)
+    scale, before = sae.scale.clone(), sae.W_enc.clone()
+    again = ap.Trainer(sae, ap.TrainConfig(batch_tokens=64))
+    again.step(5 * activations(seed=9))
+    assert torch.equal(sae.scale, scale) and not torch.equal(sae.W_enc, before)
+
+
+def test_everything_works_without_the_trainer(name):
+    sae = new(name)
+    sae.fit_input(activations())
+    optimizer = torch.optim.SGD(sae.parameters(), lr=0.1)
+    x, losses = activations(), []
+    for _ in range(20):
+        loss = (sae(x) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        sae.constrain()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_several_threads_give_the_same_result_every_time():
+    results = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(2):
+            t = trainer("feature_choice", lr=1e-2, dead_window_tokens=1)
+            for seed in range(3):
+                t.step(activations(2000, seed))
+            results.append(t.sae.state_dict())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0][key].nan_to_num(7), results[1][key].nan_to_num(7)) for key in results[0])
