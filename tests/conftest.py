@@ -4,8 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for subprocesses
+torch.set_num_threads(1)  # tiny tensors: on a busy machine a second thread costs a hundred times what it gives
 
 SENTENCES = [
     "the cat sat on the mat and looked at the dog",
@@ -18,7 +21,6 @@ SENTENCES = [
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama (3 layers, width 32) and a word-level tokenizer that adds BOS, made offline."""
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from apportion import load
 from apportion.cli import main, parse_count
 
-WORDS = "the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book".split()
+WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,10 @@ MISTAKES = {
         ["collect", "{model}", "--hookpoint", "model.layers.1", "--text", "{text}", "--out", "{cache}"],
         "acts",
     ),
-    "two texts": (["collect", "{model}", "--hookpoint", "model.layers.1", "--dataset", "x", "--text", "{text}"], "--text"),
+    "two texts": (
+        ["collect", "{model}", "--hookpoint", "model.layers.1", "--dataset", "x", "--text", "{text}"],
+        "--text",
+    ),
     "k above d_sae": (["train", "{cache}", "--k", "65", "--d-sae", "64"], "65"),
     "fractional k for topk": (["train", "{cache}", "--sae", "topk", "--k", "4.5", "--d-sae", "64"], "4.5"),
     "k * batch below d_sae": (
@@ -132,7 +135,11 @@ def test_mistakes_get_one_line_and_exit_code_2(
 
 
 def test_too_little_disk(
-    tiny_model_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10**6, used=10**6, free=1000))
     options = ["--hookpoint", "model.layers.1", "--text", str(text), "--context-tokens", "32"]
@@ -175,7 +182,9 @@ def test_infinite_activations_name_the_token(
     assert not (tmp_path / "acts").exists()
 
 
-@pytest.mark.parametrize("written, tokens", [("900000", 900_000), ("900k", 900_000), ("10M", 10**7), ("1.5B", 1_500_000_000)])
+@pytest.mark.parametrize(
+    "written, tokens", [("900000", 900_000), ("900k", 900_000), ("10M", 10**7), ("1.5B", 1_500_000_000)]
+)
 def test_token_counts(written: str, tokens: int) -> None:
     assert parse_count(written) == tokens
 
@@ -193,7 +202,9 @@ def test_ctrl_c_saves_and_resume_gives_the_same_result(cache: Path, tmp_path: Pa
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment)
 
-    process = subprocess.Popen([*command, "--out", str(stopped)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(
+        [*command, "--out", str(stopped)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
     metrics = stopped / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 5):
@@ -207,5 +218,7 @@ def test_ctrl_c_saves_and_resume_gives_the_same_result(cache: Path, tmp_path: Pa
     subprocess.run([*command, "--out", str(stopped), "--resume"], check=True, capture_output=True, env=environment)
     ours, theirs = load_file(whole / "model.safetensors"), load_file(stopped / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    logged = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, stopped)]
+    logged = [
+        [json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, stopped)
+    ]
     assert logged[0] == logged[1]

@@ -135,7 +135,6 @@ def test_import_loads_nothing_heavy():
     assert not loaded & HEAVY
 
 
-@pytest.mark.xfail(reason="activations/collect.py imports rich at its top for a progress bar of its own", strict=True)
 def test_import_does_not_load_rich():
     assert "rich" not in loaded_by_import()
 

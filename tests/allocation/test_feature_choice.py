@@ -51,10 +51,14 @@ def test_a_batch_that_is_accepted_leaves_no_latent_without_budget(tokens):
     assert int(switched.budget(tokens).min()) >= 1
 
 
-@pytest.mark.xfail(reason="without a switch the Zipf densities know no batch size, so they have no floor", strict=True)
 def test_a_batch_that_is_accepted_leaves_no_latent_without_budget_under_zipf_from_the_start():
-    rule().check_batch(13)
-    assert int(rule(budgets="zipf").budget(13).min()) >= 1
+    zipf = rule(budgets="zipf")
+    zipf.check_batch(13)
+    zipf.begin_step(context(1.0, torch.zeros(50), batch_tokens=13))
+    before = zipf.budget(13)
+    assert int(before.min()) >= 1 and int(before.sum()) == 52 and int(before[0]) > 1
+    zipf.begin_step(context(1.0, torch.rand(50), batch_tokens=13))
+    assert zipf.budget(13).equal(before), "ranks stay as they are"
 
 
 def test_check_batch():

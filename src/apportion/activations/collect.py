@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from apportion.activations.filter import TokenFilter, row_norms
 from apportion.activations.hookpoints import capture, expand
+from apportion.activations.progress import progress_bar
 from apportion.activations.store import torch_dtype
 from apportion.activations.text import TextSource
 from apportion.activations.tokens import contexts as packed_contexts
@@ -217,7 +216,7 @@ def _fill(
 ) -> int:
     """Run every batch of contexts through the model and write its rows; returns the number of contexts."""
     num_contexts = 0
-    with _progress(total) as advance:
+    with progress_bar("collecting", total) as show:
         for ids in batches:
             acts = {name: x.to(writer.dtype) for name, x in run_contexts(model, list(writer.stats), ids).items()}
             for name, x in acts.items():
@@ -226,27 +225,5 @@ def _fill(
             context_ids = torch.arange(num_contexts, num_contexts + len(ids)).repeat_interleave(ids.shape[1])
             writer.add(acts, ids.flatten(), positions, context_ids)
             num_contexts += len(ids)
-            advance(ids.numel())
+            show(num_contexts * ids.shape[1])
     return num_contexts
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr for terminals, and a line in the log every 30 s for everyone else."""
-    columns = (TextColumn("collect"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"),
-               TextColumn("{task.fields[rate]:,.0f} tokens/s"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("collect", total=total, rate=0.0)
-        started = logged = perf_counter()
-        done = 0
-
-        def advance(num_tokens: int) -> None:
-            nonlocal done, logged
-            done, now = done + num_tokens, perf_counter()
-            rate = done / (now - started)
-            bar.update(task, advance=num_tokens, rate=rate)
-            if now - logged > 30:
-                logged = now
-                log.info("collected %d of %d tokens, %.0f tokens/s", done, total, rate)
-
-        yield advance

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 FIT_ROWS = 50_000
-REASONS = ("first_position", "special", "norm_outlier")
+REASONS: tuple[str, ...] = ("first_position", "special", "norm_outlier")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class TokenFilter:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> TokenFilter:
-        return TokenFilter(**values | {"special_ids": tuple(values.get("special_ids", ()))})
+        return TokenFilter(**{**values, "special_ids": tuple(values.get("special_ids", ()))})
 
 
 def row_norms(x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows"]:

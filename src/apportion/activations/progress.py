@@ -1,33 +1,50 @@
-"""The progress bar of long work: share done, rate, time left, and the numbers one watches."""
+"""The progress of long work: share done, rate, time left, and the numbers one watches.
+
+A bar on stderr for terminals; for everyone else a line in the log every 30 seconds.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY_S = 30
 
 
 @contextmanager
 def progress_bar(what: str, total: int, done: int = 0, *, show: bool = True) -> Iterator[Callable[..., None]]:
-    """Yields update(done, **numbers); drawn on stderr, and only on a terminal."""
-    from rich.console import Console  # not at the top: `import apportion` stays light
+    """Yields update(done, **numbers), where `done` counts tokens out of `total`."""
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=24),
         TaskProgressColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("{task.fields[numbers]}"),
+        TextColumn("{task.fields[watched]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as progress:
-        task = progress.add_task(what, total=total, completed=done, rate="", numbers="")
+    begun = done
+    started = logged = perf_counter()
+    drawn = show and console.is_terminal
+    with Progress(*columns, console=console, disable=not drawn, transient=True) as progress:
+        task = progress.add_task(what, total=total, completed=done, watched="")
 
         def update(done: int, **numbers: float | str) -> None:
-            speed = progress.tasks[0].speed
+            nonlocal logged
+            now = perf_counter()
+            rate = (done - begun) / max(now - started, 1e-9)
             texts = (f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in numbers.items())
-            rate = f"{speed:,.0f} tokens/s" if speed else ""
-            progress.update(task, completed=done, numbers="  ".join(texts), rate=rate)
+            watched = "  ".join([f"{rate:,.0f} tokens/s", *texts])
+            progress.update(task, completed=done, watched=watched)
+            if show and not drawn and now - logged > LOG_EVERY_S:
+                logged = now
+                left = (total - done) / rate if rate else 0
+                logger.info("%s: %d of %d tokens, %s, %.0f s left", what, done, total, watched, left)
 
         yield update

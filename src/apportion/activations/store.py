@@ -91,7 +91,7 @@ class ActivationStore:
         if hookpoint is None and len(names) == 1:
             return names[0]
         name = None if hookpoint is None else str(Hookpoint.parse(hookpoint))
-        if name not in names:
+        if name is None or name not in names:
             problem = "several hookpoints" if name is None else f"no hookpoint {name!r}"
             raise ValueError(f"the cache {str(self.folder)!r} has {problem}: choose one of {', '.join(names)}")
         return name

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import floor
 from typing import Any, ClassVar
 
 import torch
@@ -82,6 +83,11 @@ class Rule(nn.Module, ABC):
         return getattr(self.config, "k", None)
 
     @property
+    def needs_end(self) -> bool:
+        """True if a schedule of this rule is a share of the run, so that the run must have an end."""
+        return False
+
+    @property
     def row_limit(self) -> int | None:
         """At most this many matches of one token can be chosen; None if there is no such limit."""
         return None
@@ -127,6 +133,20 @@ class Rule(nn.Module, ABC):
         from apportion.allocation.threshold import Threshold
 
         return Threshold.at(threshold, self.d_sae)
+
+
+def total_matches(k: float, tokens: int) -> int:
+    """floor(k * tokens), safe against the rounding of a fractional k."""
+    return floor(k * tokens + 1e-9)
+
+
+def threshold_between(inside: Float[Tensor, " n"], outside: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """A threshold that keeps `inside` and drops `outside` (inside >= outside; equal ones are both dropped).
+
+    Halfway, so that rounding in the product does not move a match across it.
+    """
+    below = torch.nextafter(inside, torch.zeros_like(inside))
+    return torch.maximum(torch.minimum((inside + outside) / 2, below), outside)
 
 
 def check_k(name: str, k: float, d_sae: int) -> None:

@@ -6,7 +6,8 @@ Every latent is used by construction while training. The m_j come from stored *d
 summing to k), turned into whole numbers for the batch at hand by largest remainder:
 
     uniform   every latent has density k / d_sae
-    zipf      the latent of rank r has density C / (r + beta)^alpha; alpha and beta are settings, or fitted
+    zipf      the latent of rank r has density C / (r + beta)^alpha; alpha and beta are settings, or fitted; no latent
+              gets less than one token per training batch
 
 Which latent gets which rank is free at the start (their index). With `switch_at` = f the first share f of training is
 Mutual Choice; then the latents are ranked by measured density, and ranks and densities stay frozen. The phases and the
@@ -19,13 +20,21 @@ m_j / tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import floor
 from typing import Literal, final
 
 import torch
 from torch import Tensor
 
-from apportion.allocation.base import Candidates, Rule, Settled, StepContext, WarmStart, check_k
+from apportion.allocation.base import (
+    Candidates,
+    Rule,
+    Settled,
+    StepContext,
+    WarmStart,
+    check_k,
+    threshold_between,
+    total_matches,
+)
 from apportion.allocation.mutual_choice import MutualChoice, MutualChoiceConfig
 from apportion.allocation.token_choice import rank_within
 from apportion.allocation.zipf import fit_zipf, integer_budgets, zipf_densities
@@ -65,15 +74,24 @@ class FeatureChoice(Rule):
             )
         self.register_buffer("threshold", torch.full((d_sae,), torch.nan))
         self.register_buffer("density", torch.full((d_sae,), torch.nan))
-        self.mutual: MutualChoice | None = MutualChoice(MutualChoiceConfig(k=config.k), d_sae)
-        self.mutual.threshold = None  # type: ignore[assignment]  # the phase borrows the rule, not its state
+        self.mutual = self._mutual_phase()
+        self._has_floor = False
         if config.switch_at == 0:
             self.freeze(torch.arange(d_sae, 0, -1, dtype=torch.float64), batch_tokens=None)
         self.register_load_state_dict_post_hook(FeatureChoice._after_load)
 
+    def _mutual_phase(self) -> MutualChoice | None:
+        """The rule of the first phase; this rule borrows it, not its threshold."""
+        rule = MutualChoice(MutualChoiceConfig(k=self.config.k), self.d_sae)
+        rule.threshold = None  # type: ignore[assignment]
+        return rule
+
     def _after_load(self, _: object) -> None:
-        if not bool(self.density.isnan().any()):
-            self.mutual = None
+        self.mutual = self._mutual_phase() if bool(self.density.isnan().any()) else None
+
+    @property
+    def needs_end(self) -> bool:
+        return self.mutual is not None
 
     def freeze(self, measured: Tensor, batch_tokens: int | None) -> None:
         """Fix the latents' ranks by measured density and give each rank its density; ends a Mutual Choice phase."""
@@ -89,14 +107,17 @@ class FeatureChoice(Rule):
             floor_density = 1 / batch_tokens if batch_tokens else 0.0
             self.density[ranked.indices] = zipf_densities(d_sae, config.k, alpha, beta, floor_density).to(self.density)
         self.mutual = None
+        self._has_floor = batch_tokens is not None
 
     def begin_step(self, context: StepContext) -> None:
         if self.mutual is not None and context.progress >= self.config.switch_at:
             assert context.density is not None, "the trainer supplies measured densities"
             self.freeze(context.density, context.batch_tokens)
+        elif self.mutual is None and self.config.switch_at == 0 and not self._has_floor:
+            self.freeze(self.density, context.batch_tokens)
 
     def check_batch(self, batch_tokens: int) -> None:
-        if floor(self.config.k * batch_tokens) < self.d_sae:
+        if total_matches(self.config.k, batch_tokens) < self.d_sae:
             enough = -(-self.d_sae // self.config.k)
             raise ValueError(
                 f"Feature Choice: k * batch_tokens = {self.config.k:g} * {batch_tokens} is less than "
@@ -106,7 +127,7 @@ class FeatureChoice(Rule):
     def budget(self, tokens: int) -> int | Tensor:
         if self.mutual is not None:
             return self.mutual.budget(tokens)
-        return integer_budgets(self.density, floor(self.config.k * tokens), cap=tokens)
+        return integer_budgets(self.density, total_matches(self.config.k, tokens), cap=tokens)
 
     def bounds(self, warm: WarmStart | None) -> Tensor | None:
         bounds = super().bounds(warm)
@@ -150,10 +171,15 @@ class FeatureChoice(Rule):
             return
         # A latent that has too few positive affinities leaves its share to the others, so that the expected L0 is k.
         available = torch.bincount(latents, minlength=self.d_sae)
-        wanted = integer_budgets(self.density, floor(self.config.k * tokens), cap=available)
-        at_cut = rank_within(latents, affinity, self.d_sae) == wanted[latents]
-        self.threshold.zero_()
-        self.threshold[latents[at_cut]] = affinity[at_cut].to(self.threshold.dtype)
+        wanted = integer_budgets(self.density, total_matches(self.config.k, tokens), cap=available)
+        rank = rank_within(latents, affinity, self.d_sae)
+        inside, outside = affinity.new_zeros(2, self.d_sae)
+        for place, at in ((inside, rank == wanted[latents] - 1), (outside, rank == wanted[latents])):
+            place[latents[at]] = affinity[at]
+        inside[wanted == 0] = torch.inf
+        # All matches found are wanted: stay just below the smallest, for there may be more beyond the pool.
+        outside = torch.where(wanted == available, torch.nextafter(inside, torch.zeros_like(inside)), outside)
+        self.threshold.copy_(threshold_between(inside, outside))
 
 
 @final

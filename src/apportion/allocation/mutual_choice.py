@@ -10,13 +10,12 @@ exceeds one scalar threshold, calibrated so that the expected L0 is k.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import floor
 from typing import final
 
 import torch
 from torch import Tensor
 
-from apportion.allocation.base import Candidates, Rule, Settled, check_k, largest
+from apportion.allocation.base import Candidates, Rule, Settled, check_k, largest, threshold_between, total_matches
 
 MARGIN = 0.9
 """The next batch is scanned above this share of the last cut: lower means more candidates, higher more second looks."""
@@ -40,7 +39,7 @@ class MutualChoice(Rule):
         self.register_buffer("threshold", torch.tensor(torch.nan))
 
     def budget(self, tokens: int) -> int:
-        return floor(self.config.k * tokens)
+        return total_matches(self.config.k, tokens)
 
     def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
         assert isinstance(budget, int)
@@ -58,6 +57,8 @@ class MutualChoice(Rule):
 
     def set_threshold(self, latents: Tensor, affinity: Tensor, tokens: int) -> None:
         wanted = self.budget(tokens)
-        # Strictly above the (wanted + 1)-th largest lie exactly `wanted` matches.
-        above = affinity.topk(wanted + 1, sorted=False).values.min() if affinity.numel() > wanted else 0.0
-        self.threshold.fill_(above)
+        if 0 < wanted < affinity.numel():
+            best = affinity.topk(wanted + 1).values
+            self.threshold.fill_(threshold_between(best[-2], best[-1]))
+        else:
+            self.threshold.fill_(0.0 if wanted else torch.inf)

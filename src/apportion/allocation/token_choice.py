@@ -44,6 +44,8 @@ class TokenChoice(Rule):
         return self.row_limit * tokens
 
     def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
+        if not candidates.tokens or int(torch.bincount(candidates.rows, minlength=1).max()) <= self.row_limit:
+            return Settled(keep=torch.ones_like(candidates.rows, dtype=torch.bool))
         rank = rank_within(candidates.rows, candidates.affinity, candidates.tokens)
         return Settled(keep=rank < self.row_limit)
 

@@ -75,7 +75,7 @@ def choose(
     settled = scan.settle(rule, found, budget)
     if bounds is not None and bounds.ndim == 0:
         for lower in (0.5 * bounds, torch.zeros_like(bounds)):
-            if settled.cut is None or not bool(settled.cut < bounds):
+            if bounds is None or settled.cut is None or not bool(settled.cut < bounds):
                 break
             found, bounds = scan.rows(rule, lower, budget)
             settled = scan.settle(rule, found, budget)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -112,9 +111,12 @@ class Compare:
             density_window_tokens=self.window_tokens,
             seed=seed,
         )
-        started = time.perf_counter()
-        Trainer(sae, config).fit(source, folder, resume=(folder / "run.json").exists())
-        seconds = time.perf_counter() - started
+        if (folder / "config.json").exists():
+            sae, seconds = load(folder), None
+        else:
+            trainer = Trainer(sae, config)
+            sae = trainer.fit(source, folder, resume=(folder / "run.json").exists())
+            seconds = trainer.seconds
         rows = held_out_rows(store, source.held_out_share)
         held_out = evaluate_rows({method: sae}, store, rows, progress=False)[method].result()
         measured = {
@@ -127,7 +129,7 @@ class Compare:
         }
         write_json(record, measured)
         shown = {name: f"{measured[name]:.4f}" for name in ("held_out_fvu", "fvu", "l0", "dead")}
-        logger.info("%s lr %g seed %d: %s, %.0f s", method, lr, seed, shown, seconds)
+        logger.info("%s lr %g seed %d: %s, %s s", method, lr, seed, shown, seconds)
         return measured
 
     def add_delta_ce(self, chosen: list[dict[str, Any]]) -> None:

@@ -31,7 +31,7 @@ class TrainConfig:
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the weights."""
     seed: int = 0
-    """Seed of the data order."""
+    """Seed of the data order where fit is given a tensor; other sources bring their own."""
     log_every_steps: int = 10
     """Steps between lines in metrics.jsonl and updates of the progress bar."""
     checkpoint_every_tokens: int = 20_000_000

@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apportion.activations.batch import Batch, Source
+from apportion.activations.batch import ArraySource, Batch, Source
 from apportion.activations.progress import progress_bar
 from apportion.allocation import StepContext, WarmStart
 from apportion.architectures import SAE
@@ -50,7 +51,7 @@ class Trainer:
         self.sae = sae.to(getattr(torch, self.config.dtype))
         self.objective = objective
         sae.allocation.check_batch(self.config.batch_tokens)
-        if self.config.total_tokens is None and getattr(sae.allocation, "mutual", None) is not None:
+        if self.config.total_tokens is None and sae.allocation.needs_end:
             raise ValueError("switch_at is a share of the run, so it needs total_tokens; set it, or use switch_at = 0.")
         device = sae.mean.device
         self.activity = Activity(sae.d_sae, self.config.dead_window, self.config.density_window).to(device)
@@ -60,6 +61,7 @@ class Trainer:
         )
         self.steps = 0
         self.tokens = 0
+        self.seconds = 0.0
         self._input_ready = not sae.input.needs_fit
 
     def step(self, batch: Batch | Float[Tensor, "*lead d_in"]) -> dict[str, Tensor]:
@@ -129,13 +131,18 @@ class Trainer:
             density=self.activity.density(),
         )
 
-    def fit(self, source: Source, out: str | Path | None = None, *, resume: bool = False, progress: bool = True) -> SAE:
+    def fit(
+        self, source: Source | Tensor, out: str | Path | None = None, *, resume: bool = False, progress: bool = True
+    ) -> SAE:
         """Train on `total_tokens` rows of `source`, calibrate on its held-out rows, return the SAE in eval mode.
 
+        A tensor [rows, d_in] counts as filtered; a tenth of it is held out and `seed` orders the rest.
         `out` is the run folder: run.json (the whole configuration), metrics.jsonl, checkpoints, and at the end the SAE.
         Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; `resume` goes on from there, with the
         same result as an uninterrupted run.
         """
+        if isinstance(source, Tensor):
+            source = ArraySource(source, seed=self.config.seed)
         total_steps = self._check_run(source)
         run = None if out is None else RunFolder(Path(out), self._describe(source), resume)
         self.sae.info["source"] = source.describe()
@@ -144,12 +151,21 @@ class Trainer:
         if not self._input_ready:
             self.sae.fit_input(source.sample(FIT_INPUT_ROWS))
             self._input_ready = True
+        self._train(source, run, total_steps, progress)
+        l0 = self.sae.calibrate(source.held_out(CALIBRATION_ROWS))
+        logger.info("calibrated: L0 %.2f on held-out rows", l0)
+        if run is not None:
+            run.finish(self)
+        return self.sae.eval()
 
+    def _train(self, source: Source, run: RunFolder | None, total_steps: int, progress: bool) -> None:
+        """All remaining steps, with log lines and checkpoints."""
         bar = progress_bar("training", total_steps * self.config.batch_tokens, self.tokens, show=progress)
         with bar as show, finish_step_on_interrupt() as interrupted:
-            started, last_checkpoint = time.perf_counter(), self.tokens
+            started, last_checkpoint = time.perf_counter() - self.seconds, self.tokens
             for batch in self._remaining(source, total_steps):
                 metrics = self.step(batch)
+                self.seconds = time.perf_counter() - started
                 last, stop = self.steps == total_steps, interrupted()
                 log = last or self.steps % self.config.log_every_steps == 0
                 save = last or stop or self.tokens - last_checkpoint >= self.config.checkpoint_every_tokens
@@ -159,18 +175,12 @@ class Trainer:
                     values = {name: value.item() for name, value in metrics.items()}
                     show(self.tokens, fvu=values["fvu_batch"], l0=values["l0"], dead=f"{values['dead']:.2%}")
                     if run is not None:
-                        seconds = time.perf_counter() - started
-                        run.log({"step": self.steps, "tokens": self.tokens, "seconds": seconds, **values})
+                        run.log({"step": self.steps, "tokens": self.tokens, "seconds": self.seconds, **values})
                 if run is not None and save:
                     run.save_checkpoint(self, source)
                     last_checkpoint = self.tokens
                 if stop:
                     raise KeyboardInterrupt
-        l0 = self.sae.calibrate(source.held_out(CALIBRATION_ROWS))
-        logger.info("calibrated: L0 %.2f on held-out rows", l0)
-        if run is not None:
-            run.finish(self)
-        return self.sae.eval()
 
     def _remaining(self, source: Source, total_steps: int) -> Iterator[Batch]:
         if self.steps >= total_steps:
@@ -196,8 +206,6 @@ class Trainer:
         return total
 
     def _describe(self, source: Source) -> dict[str, Any]:
-        from dataclasses import asdict
-
         return {
             "sae": {"name": self.sae.name, "settings": self.sae.settings()},
             "train": asdict(self.config),
@@ -212,7 +220,7 @@ class Trainer:
                 tensors[f"adam.{name}.{key}"] = value
         if self.warm.bounds is not None:
             tensors["warm.bounds"] = self.warm.bounds
-        return tensors, {"steps": self.steps, "tokens": self.tokens}
+        return tensors, {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Restore what `state` returned; the SAE itself is restored separately."""
@@ -225,5 +233,5 @@ class Trainer:
             if state:
                 self.optimizer.state[p] = state
         self.warm.bounds = tensors.get("warm.bounds")
-        self.steps, self.tokens = values["steps"], values["tokens"]
+        self.steps, self.tokens, self.seconds = values["steps"], values["tokens"], values["seconds"]
         self._input_ready = True
