@@ -7,10 +7,15 @@ import torch
 
 import apportion as ap
 from apportion.allocation import StepContext, reference
+from apportion.allocation.zipf import zipf_densities
 from apportion.losses import underutilised
 
 D_IN, D_SAE, TOKENS = 12, 30, 25
 ROWS = ("W_enc", "b_enc", "W_dec")
+
+
+CURVE = {"aux_zipf_alpha": 1.0, "aux_zipf_beta": 7.0}
+"""A given Zipf curve, steeper than most measured ones."""
 
 
 def new(aux: str = "aux_k", **settings: object) -> ap.SAE:
@@ -83,12 +88,12 @@ def test_equals_dense_autograd(silent, k_aux, affinity):
 
 @pytest.mark.parametrize("aux", ["aux_k", "aux_zipf"])
 def test_reaches_the_silent_latents_and_nothing_else(aux):
-    sae = new(aux, k_aux=3)
+    sae = new(aux, k_aux=3, **CURVE)
     at = context([4, 7, 8, 20, 29])
     grads = gradients(sae, own_term(sae, at))
     silent = at.dead
     if aux == "aux_zipf":
-        silent = underutilised(at.density, at.dead, sae.expected_density, sae.config.aux_c)
+        silent = underutilised(at.density, at.dead, sae._expected_densities(at.density), sae.config.aux_c)
         assert bool((silent & ~at.dead).any()) and not bool(silent.all())
     for name in ROWS:
         reached = grads[name].reshape(D_SAE, -1).ne(0).any(1)
@@ -107,7 +112,7 @@ def test_aux_zipf_with_c_0_is_aux_k():
     (a, grads_a), (b, grads_b) = results
     assert torch.equal(a, b) and bool(a > 0)
     assert all(torch.equal(grads_a[n], grads_b[n]) for n in grads_a)
-    far = own_term(new("aux_zipf", aux_weight=0.1, k_aux=4, aux_c=0.5), context([4, 7, 8, 20, 29]))
+    far = own_term(new("aux_zipf", aux_weight=0.1, k_aux=4, aux_c=0.5, **CURVE), context([4, 7, 8, 20, 29]))
     assert not torch.equal(far.detach(), a), "c = 0.5 revives more"
 
 
@@ -142,8 +147,32 @@ def test_default_k_aux_is_half_the_width_rounded_to_a_power_of_two(d_in, wanted)
     assert ap.create("topk", d_in=d_in, d_sae=4, k=1).config.aux_matches == wanted
 
 
-def test_expected_densities_sum_to_k():
-    sae = new("aux_zipf")
-    assert sae.expected_density.sum().item() == pytest.approx(3)
-    assert bool((sae.expected_density.diff() <= 0).all())
-    assert "expected_density" not in sae.state_dict()
+@pytest.mark.parametrize("curve", [CURVE, {}])
+def test_expected_densities_sum_to_k(curve):
+    expected = new("aux_zipf", **curve)._expected_densities(zipf_densities(D_SAE, 3, 1.2, 4.0))
+    assert expected.sum().item() == pytest.approx(3)
+    assert bool((expected.diff() <= 0).all())
+
+
+def test_a_fitted_curve_blames_only_the_tail_that_falls_below_it():
+    """Densities on a Zipf curve are nobody's fault, whatever its constants; latents below half of it are revived."""
+    sae = ap.create("mutual_choice", d_in=12, d_sae=2000, k=20, aux="aux_zipf")
+    density = zipf_densities(2000, 20, 1.6, 130.0)[torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
+    alive = torch.zeros(2000, dtype=torch.bool)
+    assert sae._silent(StepContext(dead=alive, density=density)).numel() == 0
+    weak = density.argsort()[:100].sort().values
+    density[weak] *= 0.1
+    blamed = set(sae._silent(StepContext(dead=alive, density=density)).tolist())
+    assert len(blamed & set(weak.tolist())) > 90 and len(blamed) < 130
+    fixed = ap.create("mutual_choice", d_in=12, d_sae=2000, k=20, aux="aux_zipf", **CURVE)
+    most = int(density.argmax())
+    assert most in fixed._silent(StepContext(dead=alive, density=density)).tolist(), "a steeper curve blames the head"
+
+
+def test_feature_choice_expects_its_own_budgets():
+    """Once ranks are frozen, a latent is underutilised only below its own budget."""
+    sae = ap.create("feature_choice", d_in=12, d_sae=40, k=4)
+    density = torch.full((40,), 0.1)
+    density[7] = 0.04
+    silent = sae._silent(StepContext(dead=torch.zeros(40, dtype=torch.bool), density=density))
+    assert silent.tolist() == [7]

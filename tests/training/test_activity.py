@@ -86,7 +86,7 @@ def test_windows_follow_the_length_of_the_run():
         ({"total_tokens": 100}, "total_tokens = 100.*2048"),
         ({"warmup_share": 0.7, "decay_share": 0.5}, "warmup_share"),
         ({"decay_share": -0.1}, "decay_share"),
-        ({"max_grad_norm": -1}, "max_grad_norm"),
+        ({"clip_ratio": -1}, "clip_ratio"),
         ({"dead_window_tokens": -5}, "dead_window_tokens"),
         ({"density_window_tokens": 0}, "density_window_tokens"),
         ({"dtype": "float16"}, "float32"),

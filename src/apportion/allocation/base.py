@@ -105,6 +105,10 @@ class Rule(nn.Module, ABC):
         """A guess from the first row block, for a cold start; too high is mended, too low is slow."""
         return None
 
+    def expected_densities(self) -> Float[Tensor, " d_sae"] | None:
+        """The density that the rule gives to each rank, most frequent first; None if it does not decide that."""
+        return None
+
     def begin_step(self, context: StepContext) -> None:
         """Advance schedules; called once at the start of every training step."""
 

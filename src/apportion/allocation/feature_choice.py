@@ -109,6 +109,9 @@ class FeatureChoice(Rule):
         self.mutual = None
         self._has_floor = batch_tokens is not None
 
+    def expected_densities(self) -> Tensor | None:
+        return None if self.mutual is not None else self.density.sort(descending=True).values
+
     def begin_step(self, context: StepContext) -> None:
         if self.mutual is not None and context.progress >= self.config.switch_at:
             assert context.density is not None, "the trainer supplies measured densities"

@@ -57,19 +57,23 @@ def fit_zipf(
     at = torch.unique(torch.logspace(0, torch.log10(torch.tensor(float(n))), min(n, 500), dtype=torch.float64).round())
     at = at.clamp(1, n).long()
     y = ranked[at - 1].log10()
-    betas = [beta] if beta is not None else [0.0, *torch.logspace(-1, 4, 201, dtype=torch.float64).tolist()]
-    best: ZipfFit | None = None
-    for b in betas:
-        u = -(at.double() + b).log10()
-        slope = alpha if alpha is not None else ((u - u.mean()) @ (y - y.mean()) / ((u - u.mean()) ** 2).sum()).item()
-        level = (y - slope * u).mean()
-        residual = y - slope * u - level
-        error = residual.square().mean().sqrt().item()
-        if best is None or error < best.error:
-            r2 = 1 - (residual.square().sum() / (y - y.mean()).square().sum().clamp_min(1e-30)).item()
-            best = ZipfFit(slope, b, (10**level).item(), error, r2, n)
-    assert best is not None
-    return best
+    betas = torch.tensor([beta]) if beta is not None else torch.cat([torch.zeros(1), torch.logspace(-1, 4, 201)])
+    u = -(at + betas.double()[:, None]).log10()  # one row for each beta; in each, y is linear in u
+    u_mean, y_mean = u.mean(1, keepdim=True), y.mean()
+    fitted = ((u - u_mean) * (y - y_mean)).sum(1) / (u - u_mean).square().sum(1)
+    slopes = fitted if alpha is None else torch.full_like(fitted, alpha)
+    levels = y_mean - slopes * u_mean.squeeze(1)
+    errors = (y - slopes[:, None] * u - levels[:, None]).square().mean(1)
+    best = int(errors.argmin())
+    r2 = 1 - errors[best] / (y - y_mean).square().mean().clamp_min(1e-30)
+    return ZipfFit(
+        alpha=slopes[best].item(),
+        beta=float(betas[best]),
+        scale=(10 ** levels[best]).item(),
+        error=errors[best].sqrt().item(),
+        r2=r2.item(),
+        ranks=n,
+    )
 
 
 def zipf_densities(d_sae: int, k: float, alpha: float, beta: float, floor: float = 0.0) -> Float[Tensor, " d_sae"]:

@@ -24,10 +24,15 @@ from torch import Tensor, nn
 from apportion import losses
 from apportion.allocation import Rule, StepContext, TokenChoice, WarmStart
 from apportion.allocation.token_choice import TokenChoiceConfig
-from apportion.allocation.zipf import zipf_densities
+from apportion.allocation.zipf import fit_zipf, zipf_densities
 from apportion.architectures.base import SAE, SAEConfig
 from apportion.kernels import choose, decode_matches, encode_matches
 from apportion.latents import Latents, from_matches
+
+NOISE_SHARE = 0.01
+"""Latents that fire less often than this share of the mean latent do not take part in the Zipf fit."""
+MIN_RANKS = 16
+"""With fewer latents above the noise no curve is fitted, and only dead latents count as underutilised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +47,10 @@ class PlainConfig(SAEConfig):
     """Silent latents per token in the auxiliary reconstruction; None: d_in / 2, rounded to a power of two."""
     aux_c: float = 0.5
     """aux_zipf: a latent is underutilised below this share of the density expected at its rank; 0 is aux_k."""
-    aux_zipf_alpha: float = 1.0
-    """aux_zipf: exponent of the expected densities."""
-    aux_zipf_beta: float = 7.0
-    """aux_zipf: offset of the expected densities."""
+    aux_zipf_alpha: float | None = None
+    """aux_zipf: exponent of the expected densities; None fits it to the measured ones at every step."""
+    aux_zipf_beta: float | None = None
+    """aux_zipf: offset of the expected densities; None fits it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,10 +69,11 @@ class PlainConfig(SAEConfig):
 class Plain(SAE):
     Config = PlainConfig
     config: PlainConfig
-    expected_density: Tensor
 
     def __init__(self, config: PlainConfig, allocation: Rule) -> None:
         super().__init__(config, allocation)
+        if config.aux == "aux_zipf" and allocation.k is None:
+            raise ValueError("aux_zipf compares densities with a curve that sums to k, and this rule has no k.")
         generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
         rows = torch.randn(config.d_sae, config.d_in, generator=generator)
         rows /= rows.norm(dim=1, keepdim=True)
@@ -75,10 +81,6 @@ class Plain(SAE):
         self.W_enc = nn.Parameter(rows.clone())
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
-        expected = torch.zeros(0)
-        if config.aux == "aux_zipf" and allocation.k is not None:
-            expected = zipf_densities(config.d_sae, allocation.k, config.aux_zipf_alpha, config.aux_zipf_beta)
-        self.register_buffer("expected_density", expected, persistent=False)
 
     def encode_scaled(self, x: Float[Tensor, "tokens d_in"], warm: WarmStart | None = None) -> Latents:
         return self.encode_scaled_by(self.allocation.in_force(), x, warm)
@@ -127,8 +129,24 @@ class Plain(SAE):
         if self.config.aux == "aux_k":
             return context.dead.nonzero().squeeze(-1)
         assert context.density is not None
-        low = losses.underutilised(context.density, context.dead, self.expected_density, self.config.aux_c)
+        expected = self._expected_densities(context.density)
+        low = losses.underutilised(context.density, context.dead, expected, self.config.aux_c)
         return low.nonzero().squeeze(-1)
+
+    def _expected_densities(self, measured: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+        """By rank: what the rule hands out, or else a Zipf curve that sums to k."""
+        decided = self.allocation.expected_densities()
+        if decided is not None:
+            return decided
+        k, alpha, beta = self.allocation.k, self.config.aux_zipf_alpha, self.config.aux_zipf_beta
+        assert k is not None, "checked when the SAE was created"
+        if alpha is None or beta is None:
+            noise = NOISE_SHARE * k / self.d_sae
+            if int((measured > noise).sum()) < MIN_RANKS:
+                return torch.zeros_like(measured)
+            fit = fit_zipf(measured, alpha=alpha, beta=beta, min_density=noise)
+            alpha, beta = fit.alpha, fit.beta
+        return zipf_densities(self.d_sae, k, alpha, beta).to(measured)
 
     @torch.no_grad()
     def project_gradients(self) -> None:

@@ -18,8 +18,9 @@ class TrainConfig:
     """Share of the run in which the learning rate rises linearly from zero."""
     decay_share: float = 0.2
     """Share of the run, at its end, in which the learning rate falls linearly to zero."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
+    clip_ratio: float = 1.0
+    """Gradients are scaled down to this multiple of their typical (running geometric mean) global norm. A few batches
+    with unusually large activations would otherwise spoil Adam's averages for hundreds of steps and kill latents."""
     beta1: float = 0.9
     """Adam's average of gradients."""
     beta2: float = 0.999
@@ -38,7 +39,7 @@ class TrainConfig:
     """Tokens between checkpoints; one is also written on Ctrl-C."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "batch_tokens", "max_grad_norm", "log_every_steps", "checkpoint_every_tokens"):
+        for name in ("lr", "batch_tokens", "clip_ratio", "log_every_steps", "checkpoint_every_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         for name in ("dead_window_tokens", "density_window_tokens"):

@@ -26,6 +26,7 @@ from apportion.activations.progress import progress_bar
 from apportion.allocation import StepContext, WarmStart
 from apportion.architectures import SAE
 from apportion.training.activity import Activity
+from apportion.training.clipping import RelativeClipping
 from apportion.training.config import TrainConfig
 from apportion.training.interrupt import finish_step_on_interrupt
 from apportion.training.objectives import Objective, local_reconstruction
@@ -55,6 +56,7 @@ class Trainer:
             raise ValueError("switch_at is a share of the run, so it needs total_tokens; set it, or use switch_at = 0.")
         device = sae.mean.device
         self.activity = Activity(sae.d_sae, self.config.dead_window, self.config.density_window).to(device)
+        self.clipping = RelativeClipping(self.config.clip_ratio).to(device)
         self.warm = WarmStart()
         self.optimizer = torch.optim.Adam(
             sae.parameters(), lr=self.config.lr, betas=(self.config.beta1, self.config.beta2), fused=True
@@ -80,7 +82,7 @@ class Trainer:
         loss = torch.stack(list(outcome.terms.values())).sum()
         loss.backward()
         sae.project_gradients()
-        grad_norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), self.config.max_grad_norm)
+        grad_norm = self.clipping.clip(sae.parameters())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         sae.constrain()
@@ -215,6 +217,7 @@ class Trainer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything besides the SAE that the next step depends on: tensors and plain values."""
         tensors = {f"activity.{name}": t for name, t in self.activity.state_dict().items()}
+        tensors |= {f"clipping.{name}": t for name, t in self.clipping.state_dict().items()}
         for name, p in self.sae.named_parameters():
             for key, value in self.optimizer.state[p].items():
                 tensors[f"adam.{name}.{key}"] = value
@@ -224,9 +227,8 @@ class Trainer:
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Restore what `state` returned; the SAE itself is restored separately."""
-        self.activity.load_state_dict(
-            {name.removeprefix("activity."): t for name, t in tensors.items() if name.startswith("activity.")}
-        )
+        for part, module in (("activity.", self.activity), ("clipping.", self.clipping)):
+            module.load_state_dict({n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)})
         for name, p in self.sae.named_parameters():
             prefix = f"adam.{name}."
             state = {key.removeprefix(prefix): t.to(p.device) for key, t in tensors.items() if key.startswith(prefix)}
