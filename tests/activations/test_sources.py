@@ -125,13 +125,13 @@ def test_batches_that_do_not_fit_are_refused(make: Make, batch_tokens: int) -> N
 
 def test_samples_and_held_out_rows_do_not_depend_on_the_position(make: Make) -> None:
     source = make()
-    sample, held_out = source.sample(50), torch.cat(list(source.held_out(30, chunk=7)))
+    sample, held_out = source.sample(50), torch.cat(list(source.held_out(20, chunk=7)))
     take(source, 13, 5)
     assert torch.equal(source.sample(50), sample)
-    assert torch.equal(torch.cat(list(source.held_out(30, chunk=7))), held_out)
+    assert torch.equal(torch.cat(list(source.held_out(20, chunk=7))), held_out)
     assert len(sample) == 50
-    assert len(held_out) == 30
-    assert all(len(part) <= 7 for part in source.held_out(30, chunk=7))
+    assert len(held_out) == 20
+    assert all(len(part) <= 7 for part in source.held_out(20, chunk=7))
     rows = {tuple(row) for row in held_out.tolist()}
     assert not rows & {tuple(row) for row in sample.tolist()}
 
@@ -164,11 +164,13 @@ def test_an_epoch_visits_each_training_row_once_and_no_other(folder: Path) -> No
     assert one != two
 
 
-def test_held_out_contexts_are_every_tenth_and_filtered(folder: Path) -> None:
+def test_held_out_contexts_are_every_tenth_half_of_them_to_calibrate(folder: Path) -> None:
     store = ActivationStore(folder)
     held_out = torch.cat(list(CacheSource(store).held_out(10**6)))
-    expected = store.gather((store.mask & (store.contexts % 10 == 9)).nonzero().squeeze(1))
+    expected = store.gather((store.mask & (store.contexts % 20 == 9)).nonzero().squeeze(1))
     assert sorted(held_out.tolist()) == sorted(expected.tolist())
+    evaluate = held_out_rows(store, 0.1)
+    assert evaluate.tolist() == (store.contexts % 20 == 19).nonzero().squeeze(1).tolist(), "filtered rows included"
     none = CacheSource(store, held_out_share=0)
     assert none.num_rows == int(store.mask.sum())
     assert list(none.held_out(10)) == []

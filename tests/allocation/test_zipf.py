@@ -121,7 +121,7 @@ def test_fit_recovers_the_constants(alpha, beta):
     assert fit.alpha == pytest.approx(alpha, rel=0.02)
     assert fit.beta == pytest.approx(beta, rel=0.06, abs=0.1)
     assert fit.error < 0.01 and fit.r2 > 0.999 and fit.ranks == 4000
-    assert torch.allclose(fit.curve(4000).log10(), (0.4 * (r + beta) ** -alpha).log10(), atol=0.03)
+    assert torch.allclose(fit.curve(torch.arange(1, 4001)).log10(), (0.4 * (r + beta) ** -alpha).log10(), atol=0.03)
 
 
 def test_fit_ignores_the_order():
@@ -135,7 +135,7 @@ def test_fit_keeps_given_constants():
     density = 0.4 * (r + 7) ** -1.0
     exact = fit_zipf(density, alpha=1.0, beta=7.0)
     assert (exact.alpha, exact.beta) == (1.0, 7.0)
-    assert exact.scale == pytest.approx(0.4, rel=1e-9) and exact.error < 1e-9 and exact.r2 == pytest.approx(1)
+    assert 10**exact.log10_scale == pytest.approx(0.4, rel=1e-9) and exact.error < 1e-9 and exact.r2 == pytest.approx(1)
     assert fit_zipf(density, alpha=1.0).beta == pytest.approx(7, rel=0.06)
     assert fit_zipf(density, beta=7.0).alpha == pytest.approx(1, rel=1e-6)
 
@@ -144,7 +144,7 @@ def test_fit_reports_its_error_in_decades():
     """Three decades about a flat line: errors of 1, 0 and -1 decade."""
     flat = fit_zipf(torch.tensor([1.0, 0.1, 0.01]), alpha=0.0, beta=0.0)
     assert flat.error == pytest.approx((2 / 3) ** 0.5, rel=1e-6)
-    assert flat.scale == pytest.approx(0.1, rel=1e-6) and flat.r2 == pytest.approx(0, abs=1e-6)
+    assert 10**flat.log10_scale == pytest.approx(0.1, rel=1e-6) and flat.r2 == pytest.approx(0, abs=1e-6)
 
 
 def test_fit_leaves_out_the_noisy_tail():
@@ -160,3 +160,12 @@ def test_fit_needs_three_ranks():
     with pytest.raises(ValueError, match=r"three latents .* got 2"):
         fit_zipf(torch.tensor([0.5, 0.1, 0.0, 0.0]))
     assert fit_zipf(torch.tensor([0.5, 0.1, 0.05])).ranks == 3
+
+
+def test_densities_steeper_than_any_power_law_still_give_a_curve_that_sums_to_k():
+    """Exponential densities drive alpha and beta to their limits; the curve made from them must stay usable."""
+    density = torch.exp(-torch.arange(512, dtype=torch.float64) / 40)
+    fit = fit_zipf(density)
+    densities = zipf_densities(512, 8.0, fit.alpha, fit.beta)
+    assert densities.sum().item() == pytest.approx(8) and bool(densities.isfinite().all())
+    assert bool((zipf_densities(5000, 4.0, 300.0, 1e4).diff() <= 0).all())

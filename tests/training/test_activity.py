@@ -57,15 +57,22 @@ def test_learning_rate_schedule():
     config = ap.TrainConfig(lr=2.0, batch_tokens=10, total_tokens=1000, warmup_share=0.05, decay_share=0.2)
     steps = {0: 0.2, 1: 0.4, 3: 0.8, 4: 1, 50: 1, 80: 1, 81: 0.95, 90: 0.5, 99: 0.05}
     for step, share in steps.items():
-        assert config.lr_at(step) == pytest.approx(2.0 * share), step
+        assert config.lr_at(step * config.batch_tokens) == pytest.approx(2.0 * share), step
 
 
 def test_learning_rate_without_an_end_or_without_schedule():
     assert {ap.TrainConfig(lr=2.0).lr_at(s) for s in (0, 1, 10**6)} == {2.0}
     flat = ap.TrainConfig(lr=2.0, batch_tokens=10, total_tokens=1000, warmup_share=0, decay_share=0)
-    assert {flat.lr_at(s) for s in range(100)} == {2.0}
+    assert {flat.lr_at(10 * s) for s in range(100)} == {2.0}
+    assert flat.lr_at(1000) == 0, "behind the end"
     all_of_it = ap.TrainConfig(lr=1.0, batch_tokens=10, total_tokens=100, warmup_share=0.5, decay_share=0.5)
-    assert [all_of_it.lr_at(s) for s in range(10)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert [all_of_it.lr_at(10 * s) for s in range(10)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_behind_the_end_nothing_is_learnt():
+    config = ap.TrainConfig(lr=1.0, batch_tokens=10, total_tokens=100)
+    assert config.lr_at(99) > 0 and {config.lr_at(t) for t in (100, 101, 10**6)} == {0.0}
+    assert config.progress_at(50) == 0.5 and config.progress_at(1000) == 1.0
 
 
 def test_windows_follow_the_length_of_the_run():

@@ -201,7 +201,7 @@ def test_the_switch_happens_on_time():
     switched = []
     for seed in range(10):
         t.step(activations(seed=seed))
-        switched.append(t.sae.allocation.mutual is None)
+        switched.append(not t.sae.allocation.in_mutual_phase)
     assert switched == [False] * 5 + [True] * 5
     measured = t.activity.density().argsort(descending=True)[0]
     assert t.sae.allocation.density[measured] > K / D_SAE

@@ -136,6 +136,6 @@ class ArraySource:
             "dtype": str(self.x.dtype).removeprefix("torch."),
             "rows": len(self.x),
             "rows_train": self.num_rows,
-            "rows_held_out": len(self._held_out),
+            "rows_calibrate": len(self._held_out),
             "seed": self.seed,
         }

@@ -29,7 +29,7 @@ from apportion.activations.collect import (
 )
 from apportion.activations.filter import FIT_ROWS, REASONS, TokenFilter, row_norms
 from apportion.activations.hookpoints import expand
-from apportion.activations.order import check_same_source, held_out_groups, permutation
+from apportion.activations.order import check_same_source, held_out_groups, permutation, split_held_out
 
 
 class LivePosition(NamedTuple):
@@ -90,7 +90,8 @@ class LiveSource:
         self.batch_contexts, self.seed, self.held_out_share = batch_contexts, seed, held_out_share
         self.block_contexts = buffer_tokens // contexts.shape[1]
         is_held_out = held_out_groups(len(contexts), held_out_share)
-        self._held_out, self._train = is_held_out.nonzero().squeeze(1), (~is_held_out).nonzero().squeeze(1)
+        self._train = (~is_held_out).nonzero().squeeze(1)
+        self._held_out = split_held_out(is_held_out)[0].nonzero().squeeze(1)
         self._special_ids = tuple(sorted(tokenizer.all_special_ids))
         self._settings = token_filter or TokenFilter()
         self._filter: TokenFilter | None = None

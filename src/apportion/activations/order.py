@@ -39,6 +39,12 @@ def held_out_groups(num_groups: int, share: float) -> Bool[Tensor, " num_groups"
     return held_out
 
 
+def split_held_out(is_held_out: Bool[Tensor, " n"]) -> tuple[Bool[Tensor, " n"], Bool[Tensor, " n"]]:
+    """Of the groups held out, every other one is for calibration, beginning with the first; the rest for evaluation."""
+    first = is_held_out & (is_held_out.cumsum(0) % 2 == 1)
+    return first, is_held_out & ~first
+
+
 class Position(NamedTuple):
     """How far one has come: `row` rows of epoch `epoch` have been handed out."""
 

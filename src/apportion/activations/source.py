@@ -1,7 +1,7 @@
 """Training rows from a cache on disk, globally shuffled.
 
 Whole contexts are held out, evenly spread over the text (every tenth by default), so held-out rows share no context
-with training rows. A thread reads up to two batches ahead; the position counts batches handed out, not batches read,
+with training rows. Half of them serve to calibrate, the other half is left for evaluation (`evals.rows`). A thread reads up to two batches ahead; the position counts batches handed out, not batches read,
 so resuming is exact whatever the thread was doing.
 """
 
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.activations.batch import Batch, read_held_out
-from apportion.activations.order import EpochOrder, Position, held_out_groups
+from apportion.activations.order import EpochOrder, Position, held_out_groups, split_held_out
 from apportion.activations.store import ActivationStore
 
 PREFETCH = 2
@@ -30,9 +30,9 @@ class CacheSource:
         self.store, self.held_out_share, self.seed = store, held_out_share, seed
         contexts = store.contexts
         num_contexts = int(contexts.max()) + 1
-        is_held_out = held_out_groups(num_contexts, held_out_share)[contexts]
-        self._held_out = (store.mask & is_held_out).nonzero().squeeze(1)
-        self._order = EpochOrder((store.mask & ~is_held_out).nonzero().squeeze(1), seed)
+        held_out = held_out_groups(num_contexts, held_out_share)
+        self._held_out = (store.mask & split_held_out(held_out)[0][contexts]).nonzero().squeeze(1)
+        self._order = EpochOrder((store.mask & ~held_out[contexts]).nonzero().squeeze(1), seed)
 
     @property
     def d_in(self) -> int:
@@ -64,9 +64,15 @@ class CacheSource:
         self._order.load_state_dict(state)
 
     def describe(self) -> dict[str, Any]:
-        counts = {"rows_train": self.num_rows, "rows_held_out": len(self._held_out)}
+        counts = {"rows_train": self.num_rows, "rows_calibrate": len(self._held_out)}
         split = {"held_out_share": self.held_out_share, "seed": self.seed}
-        return {"source": "cache", "folder": str(self.store.folder), **self.store.describe(), **counts, **split}
+        return {
+            "source": "cache",
+            "folder": str(self.store.folder.resolve()),
+            **self.store.describe(),
+            **counts,
+            **split,
+        }
 
 
 def _read_ahead(read: Any, upcoming: Iterable[tuple[Tensor, Position]]) -> Iterator[tuple[Batch, Position]]:

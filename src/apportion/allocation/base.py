@@ -71,6 +71,8 @@ class Rule(nn.Module, ABC):
     Config: ClassVar[type]
     batch_coupled: ClassVar[bool]
     """True if, in train mode, a token's code depends on the other tokens; such rules need thresholds in eval mode."""
+    threshold: Tensor
+    """Eval-mode threshold, a scalar or one per latent; NaN until calibrated. Rules without one leave it out."""
 
     def __init__(self, config: Any, d_sae: int) -> None:
         super().__init__()
@@ -127,16 +129,14 @@ class Rule(nn.Module, ABC):
         """The rule that selects now: itself, or in eval mode its thresholds if it is coupled across the batch."""
         if self.training or not self.batch_coupled:
             return self
-        threshold = self.threshold
-        assert isinstance(threshold, Tensor)
-        if bool(threshold.isnan().any()):
+        if bool(self.threshold.isnan().any()):
             raise ValueError(
                 f"{type(self).__name__} has no thresholds yet, and eval mode needs them. "
                 "Call sae.calibrate(x) with some 100,000 rows of activations (fit does it), or use sae.train()."
             )
         from apportion.allocation.threshold import Threshold
 
-        return Threshold.at(threshold, self.d_sae)
+        return Threshold.at(self.threshold, self.d_sae)
 
 
 def total_matches(k: float, tokens: int) -> int:

@@ -19,10 +19,12 @@ m_j / tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import logging
+from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.allocation.base import (
@@ -35,9 +37,17 @@ from apportion.allocation.base import (
     threshold_between,
     total_matches,
 )
-from apportion.allocation.mutual_choice import MutualChoice, MutualChoiceConfig
+from apportion.allocation.mutual_choice import (
+    MutualChoice,
+    MutualChoiceConfig,
+    best_anywhere,
+    likely_bound,
+    scalar_threshold,
+)
 from apportion.allocation.token_choice import rank_within
-from apportion.allocation.zipf import fit_zipf, integer_budgets, zipf_densities
+from apportion.allocation.zipf import NOISE_SHARE, ZipfFit, fit_zipf, integer_budgets, zipf_densities
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +68,8 @@ class FeatureChoiceConfig:
 class FeatureChoice(Rule):
     Config = FeatureChoiceConfig
     batch_coupled = True
-    threshold: Tensor
     density: Tensor
+    """Expected share of tokens of each latent; NaN during a Mutual Choice phase, frozen after it."""
 
     def __init__(self, config: FeatureChoiceConfig, d_sae: int) -> None:
         super().__init__(config, d_sae)
@@ -74,26 +84,21 @@ class FeatureChoice(Rule):
             )
         self.register_buffer("threshold", torch.full((d_sae,), torch.nan))
         self.register_buffer("density", torch.full((d_sae,), torch.nan))
-        self.mutual = self._mutual_phase()
-        self._has_floor = False
-        if config.switch_at == 0:
+        self.in_mutual_phase = config.switch_at > 0
+        self.fit: ZipfFit | None = None
+        self._floored_for: int | None = None
+        self._budgets: dict[int, Tensor] = {}
+        if not self.in_mutual_phase:
             self.freeze(torch.arange(d_sae, 0, -1, dtype=torch.float64), batch_tokens=None)
         self.register_load_state_dict_post_hook(FeatureChoice._after_load)
 
-    def _mutual_phase(self) -> MutualChoice | None:
-        """The rule of the first phase; this rule borrows it, not its threshold."""
-        rule = MutualChoice(MutualChoiceConfig(k=self.config.k), self.d_sae)
-        rule.threshold = None  # type: ignore[assignment]
-        return rule
-
     def _after_load(self, _: object) -> None:
-        self.mutual = self._mutual_phase() if bool(self.density.isnan().any()) else None
+        self.in_mutual_phase = bool(self.density.isnan().any())
+        self._budgets.clear()
 
-    @property
-    def needs_end(self) -> bool:
-        return self.mutual is not None
+    # Densities: who gets how much
 
-    def freeze(self, measured: Tensor, batch_tokens: int | None) -> None:
+    def freeze(self, measured: Float[Tensor, " d_sae"], batch_tokens: int | None) -> None:
         """Fix the latents' ranks by measured density and give each rank its density; ends a Mutual Choice phase."""
         config, d_sae = self.config, self.d_sae
         if config.budgets == "uniform":
@@ -102,22 +107,28 @@ class FeatureChoice(Rule):
             ranked = measured.double().sort(descending=True, stable=True)
             alpha, beta = config.zipf_alpha, config.zipf_beta
             if alpha is None or beta is None:
-                fit = fit_zipf(ranked.values, alpha=alpha, beta=beta)
-                alpha, beta = fit.alpha, fit.beta
-            floor_density = 1 / batch_tokens if batch_tokens else 0.0
-            self.density[ranked.indices] = zipf_densities(d_sae, config.k, alpha, beta, floor_density).to(self.density)
-        self.mutual = None
-        self._has_floor = batch_tokens is not None
-
-    def expected_densities(self) -> Tensor | None:
-        return None if self.mutual is not None else self.density.sort(descending=True).values
+                self.fit = fit_zipf(ranked.values, alpha=alpha, beta=beta, min_density=NOISE_SHARE * config.k / d_sae)
+                alpha, beta = self.fit.alpha, self.fit.beta
+                logger.info("Feature Choice from here on; Zipf budgets fitted to the measured densities: %s", self.fit)
+            floor = 1 / batch_tokens if batch_tokens else 0.0
+            self.density[ranked.indices] = zipf_densities(d_sae, config.k, alpha, beta, floor).to(self.density)
+        self.in_mutual_phase, self._floored_for = False, batch_tokens
+        self._budgets.clear()
 
     def begin_step(self, context: StepContext) -> None:
-        if self.mutual is not None and context.progress >= self.config.switch_at:
-            assert context.density is not None, "the trainer supplies measured densities"
-            self.freeze(context.density, context.batch_tokens)
-        elif self.mutual is None and self.config.switch_at == 0 and not self._has_floor:
+        if self.in_mutual_phase:
+            if context.progress >= self.config.switch_at:
+                assert context.density is not None, "the trainer supplies measured densities"
+                self.freeze(context.density, context.batch_tokens)
+        elif self.config.switch_at == 0 and self._floored_for != context.batch_tokens:
             self.freeze(self.density, context.batch_tokens)
+
+    @property
+    def needs_end(self) -> bool:
+        return self.in_mutual_phase
+
+    def expected_densities(self) -> Tensor | None:
+        return None if self.in_mutual_phase else self.density.sort(descending=True).values
 
     def check_batch(self, batch_tokens: int) -> None:
         if total_matches(self.config.k, batch_tokens) < self.d_sae:
@@ -127,54 +138,47 @@ class FeatureChoice(Rule):
                 f"d_sae = {self.d_sae}, so some latents would never fire. Use batch_tokens >= {enough:.0f}."
             )
 
+    # Selection in training
+
     def budget(self, tokens: int) -> int | Tensor:
-        if self.mutual is not None:
-            return self.mutual.budget(tokens)
-        return integer_budgets(self.density, total_matches(self.config.k, tokens), cap=tokens)
+        total = total_matches(self.config.k, tokens)
+        if self.in_mutual_phase:
+            return total
+        if tokens not in self._budgets or self._budgets[tokens].device != self.density.device:
+            self._budgets = {tokens: integer_budgets(self.density, total, cap=tokens)}
+        return self._budgets[tokens]
 
     def bounds(self, warm: WarmStart | None) -> Tensor | None:
         bounds = super().bounds(warm)
-        if self.mutual is not None or (bounds is not None and bounds.ndim == 1):
+        if self.in_mutual_phase or (bounds is not None and bounds.ndim == 1):
             return bounds
         # Cold: nothing is known, so every latent is looked up on its own.
         return self.threshold.new_full((self.d_sae,), torch.inf)
 
     def first_bounds(self, affinity: Tensor) -> Tensor | None:
-        return self.mutual.first_bounds(affinity) if self.mutual is not None else None
+        return likely_bound(affinity, total_matches(self.config.k, len(affinity))) if self.in_mutual_phase else None
 
     def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
-        if self.mutual is not None:
-            return self.mutual.settle(candidates, budget)
-        assert isinstance(budget, Tensor)
-        affinity, latents = candidates.affinity, candidates.latents
-        rank = rank_within(latents, affinity, self.d_sae)
-        keep = rank < budget[latents]
-        cut = affinity.new_zeros(self.d_sae)
-        cut[latents[rank == budget[latents] - 1]] = affinity[rank == budget[latents] - 1]
-        cut[budget == 0] = torch.inf
-        # Scan the next batch from twice the budget down; a latent that had fewer candidates than that goes lower.
-        reach = 2 * budget + 4
-        lowest = affinity.new_zeros(self.d_sae).scatter_reduce(0, latents, affinity, "amin", include_self=False)
-        next_bounds = 0.8 * lowest
-        next_bounds[latents[rank == reach[latents]]] = affinity[rank == reach[latents]]
-        return Settled(keep=keep, cut=cut, next_bounds=next_bounds)
+        if isinstance(budget, int):
+            return best_anywhere(candidates, budget)
+        assert budget is not None
+        return best_of_each_latent(candidates, budget)
+
+    # Thresholds for eval mode
 
     def generous(self) -> Rule:
-        if self.mutual is not None:
-            return self.mutual.generous()
-        more = FeatureChoice(replace(self.config, switch_at=0.0, budgets="uniform"), self.d_sae)
-        more.density.copy_(self.density)
-        return _Generous(more, self.d_sae)
+        if self.in_mutual_phase:
+            return MutualChoice(MutualChoiceConfig(k=self.config.k), self.d_sae).generous()
+        return _Generous(self.config, self.d_sae, self.density)
 
     def set_threshold(self, latents: Tensor, affinity: Tensor, tokens: int) -> None:
-        if self.mutual is not None:
-            scalar = MutualChoice(self.mutual.config, self.d_sae)
-            scalar.set_threshold(latents, affinity, tokens)
-            self.threshold.fill_(scalar.threshold)
+        total = total_matches(self.config.k, tokens)
+        if self.in_mutual_phase:
+            self.threshold.fill_(scalar_threshold(affinity, total))
             return
         # A latent that has too few positive affinities leaves its share to the others, so that the expected L0 is k.
         available = torch.bincount(latents, minlength=self.d_sae)
-        wanted = integer_budgets(self.density, total_matches(self.config.k, tokens), cap=available)
+        wanted = integer_budgets(self.density, total, cap=available)
         rank = rank_within(latents, affinity, self.d_sae)
         inside, outside = affinity.new_zeros(2, self.d_sae)
         for place, at in ((inside, rank == wanted[latents] - 1), (outside, rank == wanted[latents])):
@@ -185,23 +189,41 @@ class FeatureChoice(Rule):
         self.threshold.copy_(threshold_between(inside, outside))
 
 
+def best_of_each_latent(candidates: Candidates, budget: Int[Tensor, " d_sae"]) -> Settled:
+    """The budget[j] largest affinities of each latent j."""
+    affinity, latents = candidates.affinity, candidates.latents
+    rank = rank_within(latents, affinity, candidates.d_sae)
+    last = rank == budget[latents] - 1
+    cut = affinity.new_zeros(candidates.d_sae)
+    cut[latents[last]] = affinity[last]
+    cut[budget == 0] = torch.inf
+    # Scan the next batch from twice the budget down; a latent that had fewer candidates than that goes lower.
+    reach = rank == (2 * budget + 4)[latents]
+    next_bounds = 0.8 * affinity.new_zeros(candidates.d_sae).scatter_reduce(
+        0, latents, affinity, "amin", include_self=False
+    )
+    next_bounds[latents[reach]] = affinity[reach]
+    return Settled(keep=rank < budget[latents], cut=cut, next_bounds=next_bounds)
+
+
 @final
 class _Generous(Rule):
     """Feature Choice with room to spare for every latent: twice its budget, and at least eight tokens more."""
 
     batch_coupled = True
 
-    def __init__(self, rule: FeatureChoice, d_sae: int) -> None:
-        super().__init__(rule.config, d_sae)
-        self.rule = rule
+    def __init__(self, config: FeatureChoiceConfig, d_sae: int, density: Tensor) -> None:
+        super().__init__(config, d_sae)
+        self.density = density
 
     def budget(self, tokens: int) -> Tensor:
-        budget = self.rule.budget(tokens)
-        assert isinstance(budget, Tensor)
+        budget = integer_budgets(self.density, total_matches(self.config.k, tokens), cap=tokens)
         return (2 * budget + 8).clamp_max(tokens)
 
-    def bounds(self, warm: WarmStart | None) -> Tensor | None:
-        return self.rule.bounds(warm)
+    def bounds(self, warm: WarmStart | None) -> Tensor:
+        bounds = super().bounds(warm)
+        return self.density.new_full((self.d_sae,), torch.inf) if bounds is None else bounds
 
     def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
-        return self.rule.settle(candidates, budget)
+        assert isinstance(budget, Tensor)
+        return best_of_each_latent(candidates, budget)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from apportion.allocation.base import Candidates, Rule, Settled, check_k, largest, threshold_between, total_matches
@@ -31,7 +32,6 @@ class MutualChoiceConfig:
 class MutualChoice(Rule):
     Config = MutualChoiceConfig
     batch_coupled = True
-    threshold: Tensor
 
     def __init__(self, config: MutualChoiceConfig, d_sae: int) -> None:
         super().__init__(config, d_sae)
@@ -43,22 +43,37 @@ class MutualChoice(Rule):
 
     def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
         assert isinstance(budget, int)
-        keep, cut = largest(candidates.affinity, budget)
-        return Settled(keep=keep, cut=cut, next_bounds=MARGIN * cut)
+        return best_anywhere(candidates, budget)
 
     def first_bounds(self, affinity: Tensor) -> Tensor:
-        count = min(self.budget(affinity.shape[0]), affinity.numel())
-        if not count:
-            return affinity.new_zeros(())
-        return MARGIN * affinity.flatten().topk(count, sorted=False).values.min().clamp_min(0)
+        return likely_bound(affinity, self.budget(affinity.shape[0]))
 
     def generous(self) -> MutualChoice:
         return MutualChoice(replace(self.config, k=min(2 * self.config.k, self.d_sae)), self.d_sae)
 
     def set_threshold(self, latents: Tensor, affinity: Tensor, tokens: int) -> None:
-        wanted = self.budget(tokens)
-        if 0 < wanted < affinity.numel():
-            best = affinity.topk(wanted + 1).values
-            self.threshold.fill_(threshold_between(best[-2], best[-1]))
-        else:
-            self.threshold.fill_(0.0 if wanted else torch.inf)
+        self.threshold.copy_(scalar_threshold(affinity, self.budget(tokens)))
+
+
+def best_anywhere(candidates: Candidates, budget: int) -> Settled:
+    """The `budget` largest affinities of the batch."""
+    keep, cut = largest(candidates.affinity, budget)
+    return Settled(keep=keep, cut=cut, next_bounds=MARGIN * cut)
+
+
+def likely_bound(affinity: Float[Tensor, "rows d_sae"], budget: int) -> Float[Tensor, ""]:
+    """Somewhat below what these rows alone would need to keep `budget` matches."""
+    count = min(budget, affinity.numel())
+    if not count:
+        return affinity.new_zeros(())
+    return MARGIN * affinity.flatten().topk(count, sorted=False).values.min().clamp_min(0)
+
+
+def scalar_threshold(affinity: Float[Tensor, " n"], wanted: int) -> Float[Tensor, ""]:
+    """The threshold that exactly `wanted` of these affinities exceed."""
+    if wanted == 0:
+        return affinity.new_tensor(torch.inf)
+    if wanted >= affinity.numel():
+        return affinity.new_zeros(())
+    best = affinity.topk(wanted + 1).values
+    return threshold_between(best[-2], best[-1])

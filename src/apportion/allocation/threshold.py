@@ -26,7 +26,6 @@ class ThresholdConfig:
 class Threshold(Rule):
     Config = ThresholdConfig
     batch_coupled = False
-    threshold: Tensor
 
     def __init__(self, config: ThresholdConfig, d_sae: int) -> None:
         super().__init__(config, d_sae)

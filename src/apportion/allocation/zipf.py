@@ -15,22 +15,30 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+NOISE_SHARE = 0.01
+"""Latents that fire less often than this share of the mean latent are left out of a fit: their densities are noise."""
+MAX_ALPHA = 20.0
+"""Densities that fall faster than any power law would be fitted by ever larger exponents; this one is steep enough."""
+
 
 @dataclass(frozen=True)
 class ZipfFit:
-    """density(r) = scale / (r + beta)^alpha; `error` is the root mean square error of log10 density (decades)
-    over the `ranks` most frequent latents that the fit used, `r2` its coefficient of determination there."""
+    """density(r) = 10^log10_scale / (r + beta)^alpha.
+
+    `error` is the root mean square error of log10 density (decades) over the `ranks` most frequent latents that the
+    fit used, `r2` its coefficient of determination there.
+    """
 
     alpha: float
     beta: float
-    scale: float
+    log10_scale: float
     error: float
     r2: float
     ranks: int
 
-    def curve(self, ranks: int) -> Float[Tensor, " ranks"]:
-        r = torch.arange(1, ranks + 1, dtype=torch.float64)
-        return self.scale / (r + self.beta) ** self.alpha
+    def curve(self, ranks: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The fitted density at each of these ranks (1, 2, ...)."""
+        return 10 ** (self.log10_scale - self.alpha * (ranks.double() + self.beta).log10())
 
 
 def fit_zipf(
@@ -61,7 +69,7 @@ def fit_zipf(
     u = -(at + betas.double()[:, None]).log10()  # one row for each beta; in each, y is linear in u
     u_mean, y_mean = u.mean(1, keepdim=True), y.mean()
     fitted = ((u - u_mean) * (y - y_mean)).sum(1) / (u - u_mean).square().sum(1)
-    slopes = fitted if alpha is None else torch.full_like(fitted, alpha)
+    slopes = fitted.clamp_max(MAX_ALPHA) if alpha is None else torch.full_like(fitted, alpha)
     levels = y_mean - slopes * u_mean.squeeze(1)
     errors = (y - slopes[:, None] * u - levels[:, None]).square().mean(1)
     best = int(errors.argmin())
@@ -69,7 +77,7 @@ def fit_zipf(
     return ZipfFit(
         alpha=slopes[best].item(),
         beta=float(betas[best]),
-        scale=(10 ** levels[best]).item(),
+        log10_scale=levels[best].item(),
         error=errors[best].sqrt().item(),
         r2=r2.item(),
         ranks=n,
@@ -82,7 +90,8 @@ def zipf_densities(d_sae: int, k: float, alpha: float, beta: float, floor: float
     The floor (one token per batch) is granted first; the rest is shared in proportion to (r + beta)^-alpha, and what a
     latent cannot take (no latent can fire on more than every token) goes to the others.
     """
-    weights = (torch.arange(1, d_sae + 1, dtype=torch.float64) + beta) ** -alpha
+    steps = torch.arange(d_sae, dtype=torch.float64) / (1 + beta)
+    weights = (-alpha * steps.log1p()).exp()  # ((r + beta) / (1 + beta))^-alpha, which cannot underflow as a whole
     floor = floor if floor * d_sae <= k else 0.0
     return floor + _water_fill(weights, k - floor * d_sae, torch.full_like(weights, 1 - floor))
 

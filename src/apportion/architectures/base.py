@@ -214,7 +214,6 @@ class SAE(nn.Module, ABC):
         pooled, latents = torch.cat(affinities), torch.cat(ids).long()
         self.allocation.set_threshold(latents, pooled, tokens)
         theta = self.allocation.threshold
-        assert isinstance(theta, Tensor)
         return tokens, int((pooled > (theta if theta.ndim == 0 else theta[latents])).sum())
 
     @abstractmethod

@@ -7,6 +7,7 @@ model.safetensors   parameters, input description, thresholds and densities, und
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,17 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Atomic: a crash leaves the old file or the new one."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(file)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -24,13 +24,11 @@ from torch import Tensor, nn
 from apportion import losses
 from apportion.allocation import Rule, StepContext, TokenChoice, WarmStart
 from apportion.allocation.token_choice import TokenChoiceConfig
-from apportion.allocation.zipf import fit_zipf, zipf_densities
+from apportion.allocation.zipf import NOISE_SHARE, fit_zipf, zipf_densities
 from apportion.architectures.base import SAE, SAEConfig
 from apportion.kernels import choose, decode_matches, encode_matches
 from apportion.latents import Latents, from_matches
 
-NOISE_SHARE = 0.01
-"""Latents that fire less often than this share of the mean latent do not take part in the Zipf fit."""
 MIN_RANKS = 16
 """With fewer latents above the noise no curve is fitted, and only dead latents count as underutilised."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import log10
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from apportion.allocation.zipf import ZipfFit
 from apportion.evals.measure import Measurement
 
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#777777")
@@ -49,10 +51,9 @@ def _density(axes: Any, measurements: Mapping[str, Measurement]) -> None:
         axes.plot(range(1, len(alive) + 1), alive, color=colour, linewidth=1.8, label=name)
         fit = m.result()["zipf"]
         if fit is not None:
-            ranks = torch.logspace(0, torch.log10(torch.tensor(float(fit["ranks"]))), 200)
-            curve = fit["scale"] / (ranks + fit["beta"]) ** fit["alpha"]
+            ranks = torch.logspace(0, log10(fit["ranks"]), 200)
             label = f"  Zipf: α {fit['alpha']:.2f}, β {fit['beta']:.0f}"
-            axes.plot(ranks, curve, color=colour, linewidth=1, linestyle=(0, (4, 3)), label=label)
+            axes.plot(ranks, ZipfFit(**fit).curve(ranks), color=colour, linewidth=1, linestyle=(0, (4, 3)), label=label)
     tokens = next(iter(measurements.values())).activations.tokens
     axes.set(xscale="log", yscale="log", xlabel="rank of the latent", ylabel="density (share of tokens it fires on)")
     axes.set_title(f"Firing density against rank, {tokens:,} tokens", loc="left", fontsize=10)

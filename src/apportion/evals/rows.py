@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from apportion.activations.order import held_out_groups
+from apportion.activations.order import held_out_groups, split_held_out
 from apportion.activations.progress import progress_bar
 from apportion.activations.store import ActivationStore
 from apportion.architectures import SAE
@@ -18,9 +18,15 @@ CHUNK = 4096
 
 
 def held_out_rows(store: ActivationStore, held_out_share: float) -> Int[Tensor, " n"]:
-    """The rows of contexts that a `CacheSource` with this share never trains on, filtered ones included."""
+    """Rows of contexts that a `CacheSource` with this share neither trains nor calibrates on, filtered ones included."""
     groups = held_out_groups(int(store.contexts.max()) + 1, held_out_share)
-    return groups[store.contexts].nonzero().squeeze(1)
+    rows = split_held_out(groups)[1][store.contexts].nonzero().squeeze(1)
+    if not len(rows):
+        raise ValueError(
+            f"With held_out_share = {held_out_share} the cache {store.folder} keeps no context for evaluation. "
+            "Evaluate on another cache or on text."
+        )
+    return rows
 
 
 def evaluate_rows(

@@ -14,6 +14,7 @@ SmolLM2-135M, layer 15, 900k tokens, d_sae 4608, k 32: about 40 s a run on two C
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import sys
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import tyro
 
 from apportion.activations import ActivationStore, CacheSource, load_model, read_contexts
 from apportion.activations.filter import TokenFilter
-from apportion.architectures import create, load
+from apportion.architectures import SAE, create, load
 from apportion.architectures.files import read_json, write_json
 from apportion.evals import evaluate_model, evaluate_rows, held_out_rows
 from apportion.training import TrainConfig, Trainer
@@ -37,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mutual_choice aux_k": {"sae": "mutual_choice", "aux": "aux_k"},
     "mutual_choice aux_zipf": {"sae": "mutual_choice", "aux": "aux_zipf"},
     "feature_choice uniform": {"sae": "feature_choice"},
-    "feature_choice zipf(1, 7)": {"sae": "feature_choice", "budgets": "zipf", "switch_at": 0.3, "aux_weight": 0.25},
+    "feature_choice zipf(1, 7)": {"sae": "feature_choice", "budgets": "zipf", "switch_at": 0.3},
     "feature_choice zipf fitted": {
         "sae": "feature_choice",
         "budgets": "zipf",
@@ -62,11 +63,11 @@ class Compare:
     """The language model, for delta-CE."""
     text: Path | None = None
     """The text of the evaluation cache, for delta-CE."""
-    ce_tokens: int = 32_768
+    ce_tokens: int = 16_384
     """Tokens over which delta-CE is measured."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Which methods."""
-    lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    lrs: tuple[float, ...] = (1e-3, 2e-3, 3e-3, 5e-3)
     """The grid of learning rates."""
     seeds: int = 3
     """Seeds at each method's best learning rate."""
@@ -82,6 +83,8 @@ class Compare:
         chosen = []
         for method in self.methods:
             best = min((r for r in grid if r["method"] == method), key=lambda r: r["held_out_fvu"])
+            if best["lr"] in (min(self.lrs), max(self.lrs)):
+                logger.warning("%s: the best learning rate %g lies at the edge of the grid", method, best["lr"])
             chosen += [self.trained(method, best["lr"], seed) for seed in range(self.seeds)]
         self.add_delta_ce(chosen)
         table = self.table(grid, chosen)
@@ -97,8 +100,6 @@ class Compare:
         """Train and measure one run, or read it if it is there."""
         folder = self.folder(method, lr, seed)
         record = folder / "measured.json"
-        if record.exists():
-            return read_json(record)
         settings = dict(METHODS[method])
         store, evaluation = ActivationStore(self.acts), ActivationStore(self.eval_acts)
         source = CacheSource(store, seed=seed)
@@ -112,7 +113,10 @@ class Compare:
             seed=seed,
         )
         if (folder / "config.json").exists():
-            sae, seconds = load(folder), None
+            same_run(folder, sae, config)
+            if record.exists():
+                return read_json(record)
+            sae, seconds = load(folder), seconds_of(folder)
         else:
             trainer = Trainer(sae, config)
             sae = trainer.fit(source, folder, resume=(folder / "run.json").exists())
@@ -165,6 +169,20 @@ class Compare:
             cells = " | ".join(spread(runs, key, style) for key, style in styles.items())
             lines.append(f"| {method} | {runs[0]['lr']:g} | {cells} |")
         return "\n".join(lines) + "\n"
+
+
+def same_run(folder: Path, sae: SAE, config: TrainConfig) -> None:
+    """Refuse finished runs that were made with other settings."""
+    found = read_json(folder / "run.json")
+    wanted = json.loads(json.dumps({"settings": sae.settings(), "train": dataclasses.asdict(config)}))
+    if found["sae"]["settings"] | {"hookpoint": None} != wanted["settings"] or found["train"] != wanted["train"]:
+        raise ValueError(f"{folder} was made with other settings. Choose another --out, or remove it.")
+
+
+def seconds_of(folder: Path) -> float:
+    """Training time of a finished run."""
+    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+    return json.loads(last)["seconds"]
 
 
 def spread(runs: list[dict[str, Any]], key: str, style: str) -> str:

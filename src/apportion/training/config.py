@@ -18,7 +18,7 @@ class TrainConfig:
     """Share of the run in which the learning rate rises linearly from zero."""
     decay_share: float = 0.2
     """Share of the run, at its end, in which the learning rate falls linearly to zero."""
-    clip_ratio: float = 1.0
+    clip_ratio: float = 2.0
     """Gradients are scaled down to this multiple of their typical (running geometric mean) global norm. A few batches
     with unusually large activations would otherwise spoil Adam's averages for hundreds of steps and kill latents."""
     beta1: float = 0.9
@@ -70,11 +70,17 @@ class TrainConfig:
     def density_window(self) -> int:
         return self.density_window_tokens or max(1, min(1_000_000, (self.total_tokens or 10_000_000) // 10))
 
-    def lr_at(self, step: int) -> float:
-        """Learning rate of a step (0, 1, ...): linear warm-up, constant, linear decay to zero."""
+    def progress_at(self, tokens: int) -> float:
+        """Share of the run that is done after so many tokens; 1 for a run without an end."""
+        return 1.0 if self.total_steps is None else min(1.0, tokens / (self.total_steps * self.batch_tokens))
+
+    def lr_at(self, tokens: int) -> float:
+        """Learning rate after so many tokens: linear warm-up, constant, linear decay to zero."""
         if self.total_steps is None:
             return self.lr
+        step = tokens / self.batch_tokens
         warmup, decay = self.warmup_share * self.total_steps, self.decay_share * self.total_steps
         rise = (step + 1) / warmup if step + 1 < warmup else 1.0
-        fall = (self.total_steps - step) / decay if self.total_steps - step < decay else 1.0
+        left = max(0.0, self.total_steps - step)
+        fall = left / decay if left < decay else float(left > 0)
         return self.lr * min(rise, fall)

@@ -76,7 +76,7 @@ class Trainer:
         context = self._context(len(batch.x))
         sae.allocation.begin_step(context)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr_at(self.steps)
+            group["lr"] = self.config.lr_at(self.tokens)
 
         outcome = self.objective([sae], batch, context, self.warm)
         loss = torch.stack(list(outcome.terms.values())).sum()
@@ -125,9 +125,8 @@ class Trainer:
         return batch
 
     def _context(self, batch_tokens: int) -> StepContext:
-        total = self.config.total_steps
         return StepContext(
-            progress=1.0 if total is None else self.steps / total,
+            progress=self.config.progress_at(self.tokens),
             batch_tokens=batch_tokens,
             dead=self.activity.dead(),
             density=self.activity.density(),
@@ -154,8 +153,7 @@ class Trainer:
             self.sae.fit_input(source.sample(FIT_INPUT_ROWS))
             self._input_ready = True
         self._train(source, run, total_steps, progress)
-        l0 = self.sae.calibrate(source.held_out(CALIBRATION_ROWS))
-        logger.info("calibrated: L0 %.2f on held-out rows", l0)
+        self.sae.calibrate(source.held_out(CALIBRATION_ROWS))
         if run is not None:
             run.finish(self)
         return self.sae.eval()
@@ -203,7 +201,7 @@ class Trainer:
                 f"The source has {source.num_rows} training rows, fewer than batch_tokens = "
                 f"{self.config.batch_tokens}. Collect more tokens or lower batch_tokens."
             )
-        if source.describe().get("rows_held_out") == 0:
+        if source.describe().get("rows_calibrate") == 0:
             raise ValueError("The source keeps no rows held out, and calibration at the end needs some.")
         return total
 
