@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ class ToySAE:
 def identity_sae(scale: float = 1.0) -> ToySAE:
     W = torch.cat([torch.eye(32), -torch.eye(32)])
     return ToySAE(W, W, scale)
+
+
+def half_sae() -> Any:
+    W = torch.cat([torch.eye(32), -torch.eye(32)])
+    return ToySAE(W, W / 2)
 
 
 def lossy_sae(scale: float = 0.5) -> ToySAE:
@@ -212,3 +218,33 @@ def test_one_column_equals_the_dense_one() -> None:
     z[1] = 0
     for latent in range(6):
         assert torch.equal(latent_column(Latents.from_dense(z), latent), z[..., latent])
+
+
+@torch.no_grad()
+def test_splice_leaves_the_rows_alone_that_the_sae_was_not_trained_on(model: Any) -> None:
+    """The filter travels with the SAE: position 0 and special tokens pass through untouched by default."""
+    sae = half_sae()
+    sae.info = {"source": {"filter": {"special_tokens": True, "norm_outlier": 0, "special_ids": [2]}}}
+    ids = torch.tensor([[1, 5, 2, 7, 3]])
+    place = "model.layers.1"
+    clean = capture(model, [place], input_ids=ids)[place]
+    with splice(model, {place: sae}):
+        seen = capture(model, [place], input_ids=ids)[place]
+    untouched = torch.tensor([[True, False, True, False, False]])
+    assert torch.equal(seen[untouched], clean[untouched])
+    assert torch.allclose(seen[~untouched], clean[~untouched] / 2)
+    with splice(model, {place: sae}, mask=None):
+        assert torch.allclose(capture(model, [place], input_ids=ids)[place], clean / 2)
+    assert not model._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_position_0_is_counted_from_the_beginning_of_a_cached_text(model: Any) -> None:
+    sae = half_sae()
+    sae.info = {"source": {"filter": {"special_tokens": False, "norm_outlier": 0}}}
+    place = "model.layers.1"
+    cache = model(input_ids=torch.tensor([[1, 5, 4]]), use_cache=True).past_key_values
+    clean = capture(model, [place], input_ids=torch.tensor([[7]]), past_key_values=copy.deepcopy(cache))[place]
+    with splice(model, {place: sae}):
+        seen = capture(model, [place], input_ids=torch.tensor([[7]]), past_key_values=copy.deepcopy(cache))[place]
+    assert torch.allclose(seen, clean / 2), "the fourth token, not the first"

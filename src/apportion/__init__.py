@@ -11,6 +11,7 @@ from apportion.architectures import SAES as SAES
 from apportion.architectures import create as create
 from apportion.architectures import load as load
 from apportion.architectures.base import SAE as SAE
+from apportion.intervene import ablate as ablate
 from apportion.intervene import splice as splice
 from apportion.intervene import steer as steer
 from apportion.latents import Latents as Latents

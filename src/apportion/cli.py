@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import signal
 import sys
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -37,7 +38,7 @@ def parse_count(text: str) -> int:
         number = float(text if factor == 1 else text[:-1]) * factor
     except ValueError:
         raise ValueError(f"{text!r} is not a number of tokens; write 900000, 900k, 10M or 1.5B.") from None
-    if number < 1 or number != int(number):
+    if not 1 <= number < 1e18 or number != int(number):
         raise ValueError(f"{text!r} is not a whole, positive number of tokens.")
     return int(number)
 
@@ -186,16 +187,21 @@ class TrainBase:
         from apportion.architectures import create
         from apportion.training import Trainer
 
+        self._check_out()
         settings = {n: getattr(self, n) for n in SAES[self.sae].settings() if n not in SAE_FLAGS_OWN}
         k = int(self.k) if self.k == int(self.k) else self.k
         settings |= {"d_sae": self.d_sae, "seed": self.seed} | ({"k": k} if "k" in SAES[self.sae].settings() else {})
-        create(self.sae, d_in=1, **settings)  # a mistake in the settings shows before anything is loaded
-        self._check_out()
-        source = self._source()
-        sae = create(self.sae, d_in=source.d_in, hookpoint=source.describe()["hookpoint"], **settings)
         train = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(self, f.name)}
+        device = best_device(self.device)
+        # Mistakes in the settings show before anything is loaded.
+        create(self.sae, d_in=1, **settings).allocation.check_batch(TrainConfig(**train).batch_tokens)
+        source = self._source()
+        sae = create(self.sae, d_in=source.d_in, hookpoint=source.hookpoint, **settings)
         config = TrainConfig(**train | {"total_tokens": self.tokens or source.num_rows, "seed": self.seed})
-        trainer = Trainer(sae.to(best_device(self.device)), config)
+        if source.num_rows and config.total_tokens and config.total_tokens > source.num_rows:
+            epochs = config.total_tokens / source.num_rows
+            logging.getLogger("apportion").warning("--tokens asks for %.1f epochs of the training rows", epochs)
+        trainer = Trainer(sae.to(device), config)
         try:
             trainer.fit(source, self.out, resume=self.resume)
         except KeyboardInterrupt:
@@ -211,11 +217,18 @@ class TrainBase:
             raise ValueError(f"There is no run to resume in {self.out}. Leave --resume out, or check the folder.")
         if not self.resume and (self.out / "run.json").exists():
             raise ValueError(f"{self.out} already holds a run. Resume it (--resume) or choose another folder.")
+        if not 0 < self.held_out_share < 1:
+            raise ValueError(f"--held-out-share must lie between 0 and 1, got {self.held_out_share}.")
 
     def _source(self) -> Any:
         from apportion.activations import ActivationStore, CacheSource, LiveSource, load_model, read_contexts
+        from apportion.activations.hookpoints import expand
 
+        if not Path(self.source).exists() and self.source.count("/") != 1:
+            raise ValueError(f"There is no cache or model at {self.source!r}.")
         if (Path(self.source) / "manifest.json").exists():
+            if self.corpus != Text() or self.filter != Filter():
+                raise ValueError(f"{self.source} is a cache: its text and filter were chosen when it was collected.")
             store = ActivationStore(self.source, self.hookpoint)
             return CacheSource(store, self.held_out_share, self.seed)
         if Path(self.source).is_dir() and not (Path(self.source) / "config.json").exists():
@@ -225,6 +238,7 @@ class TrainBase:
         text = self.corpus.source()
         model, tokenizer = load_model(self.source)
         model.to(best_device(self.device))
+        expand(model, self.hookpoint)
         wanted = int(self.tokens / max(1 - self.held_out_share, 1e-9) * 1.05) + self.context_tokens
         contexts = read_contexts(tokenizer, text, tokens=wanted, context_tokens=self.context_tokens)
         return LiveSource(
@@ -235,6 +249,7 @@ class TrainBase:
             token_filter=self.filter.token_filter(),
             held_out_share=self.held_out_share,
             seed=self.seed,
+            text=text.describe(),
         )
 
 
@@ -292,20 +307,25 @@ class Eval:
     def run(self) -> None:
         from apportion.architectures import load
         from apportion.architectures.files import write_json
+        from apportion.evals.plots import check_plots, save_plots
         from apportion.evals.table import print_table
 
-        if self.json is not None and not self.json.parent.is_dir():
-            raise ValueError(f"There is no folder {self.json.parent} for --json.")
+        in_model = self.corpus != Text()
+        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
+            raise ValueError(f"--json {self.json} is not a file in an existing folder.")
+        if in_model and self.acts is not None:
+            raise ValueError("Give either --acts (a cache) or --text / --dataset (inside the model), not both.")
+        if self.model is not None and not in_model:
+            raise ValueError("--model is used together with --text or --dataset: on which text shall it run?")
+        if self.plots is not None:
+            check_plots()
         sae = load(self.run_folder).to(best_device(self.device))
         name = sae.name
-        in_model = self.corpus.text is not None or self.corpus.dataset is not None
         measurements, ce = self._in_model(name, sae) if in_model else (self._on_rows(name, sae), None)
         result = measurements[name].result() | {"hookpoint": sae.hookpoint} | (ce.of(name) if ce else {})
         if self.json is not None:
             write_json(self.json, result)
         if self.plots is not None:
-            from apportion.evals.plots import save_plots
-
             save_plots(measurements, self.plots)
         print_table({str(self.run_folder): result})
 
@@ -331,7 +351,7 @@ class Eval:
 
     def _in_model(self, name: str, sae: Any) -> Any:
         from apportion.activations import TokenFilter, load_model, read_contexts
-        from apportion.activations.collect import model_fingerprint
+        from apportion.activations.collect import check_context_tokens, model_fingerprint
         from apportion.evals import evaluate_model
 
         trained_on = sae.info.get("source", {})
@@ -343,13 +363,10 @@ class Eval:
         check_same_model(trained_on, {"model": model_fingerprint(model)}, model_name)
         model.to(best_device(self.device))
         token_filter = TokenFilter.from_dict(trained_on.get("filter", {"norm_outlier": 0.0}))
-        contexts = read_contexts(
-            tokenizer,
-            text,
-            tokens=self.tokens,
-            context_tokens=self.context_tokens or trained_on.get("context_tokens", 256),
-            bos=trained_on.get("bos", "auto"),
-        )
+        context_tokens = self.context_tokens or trained_on.get("context_tokens", 256)
+        check_context_tokens(model, context_tokens)
+        bos = trained_on.get("bos", "auto")
+        contexts = read_contexts(tokenizer, text, tokens=self.tokens, context_tokens=context_tokens, bos=bos)
         return evaluate_model({name: sae}, model, contexts, token_filter, hookpoint=sae.hookpoint)
 
 
@@ -400,9 +417,13 @@ def describe_filter(about: dict[str, Any]) -> str:
 def best_device(name: str) -> str:
     import torch
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}). Use cpu.") from None
+    return name
 
 
 def say(text: str) -> None:
@@ -428,12 +449,19 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("apportion").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being told to end is like Ctrl-C: clean up
     try:
         commands = {"collect": Collect, "train": train_command(chosen_sae(argv)), "eval": Eval, "info": Info}
         union = Union[tuple(Annotated[c, subcommand(name)] for name, c in commands.items())]  # noqa: UP007
         tyro.cli(cast(Any, union), args=argv, prog="apportion", description=DESCRIPTION).run()
-    except ValueError as error:
-        sys.stderr.write(f"apportion: {error}\n")
+    except BrokenPipeError:
+        sys.stdout = None  # whoever read our output has gone; nothing may be written at exit
+        return 1
+    except ImportError as error:
+        sys.stderr.write(f"apportion: {error}. Install what this needs: pip install 'apportion[all]'\n")
+        return 2
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"apportion: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
         return 130

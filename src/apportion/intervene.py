@@ -8,20 +8,21 @@
     with ablate(model, sae, latent=123):                        as if code 123 were 0
 
 All of them are plain forward hooks for the length of a ``with`` block, removed again after an exception too. Rows that
-`mask` excludes (the token filter: attention sinks, special tokens) pass through untouched and are not shown to the SAE,
-so that they cannot take part in an allocation that couples tokens.
+a mask excludes (attention sinks, special tokens) pass through untouched and are not shown to the SAE, so that they
+cannot take part in an allocation that couples tokens. `splice` applies the token filter that an SAE was trained with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol, cast, runtime_checkable
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from apportion.activations.filter import TokenFilter
 from apportion.activations.hookpoints import hooked
 
 Mask = Bool[Tensor, "*lead"] | Callable[[Tensor], Tensor]
@@ -52,22 +53,61 @@ def splice(
     saes: Mapping[str, Codec | Callable[[Tensor], Tensor]],
     edit: Callable[[Any], Any] | None = None,
     keep_error: bool = False,
-    mask: Mask | None = None,
+    mask: Mask | Literal["filter"] | None = "filter",
 ) -> Iterator[None]:
     """Within the block, replace the activations at each hookpoint by ``sae.decode(edit(sae.encode(x)), x)``.
 
-    `keep_error` adds back x minus the unedited reconstruction, so that only the edit changes the model. Without a mask
-    `edit` sees latents in the leading shape of x; with one it sees the rows that take part, [rows, d_sae].
+    `mask` says which rows: "filter" (default) those that pass the token filter the SAE was trained with, if it has one;
+    None all; or a tensor or function. `keep_error` adds back x minus the unedited reconstruction, so that only the edit
+    changes the model. Where a mask applies, `edit` sees the latents of the rows that take part, [rows, d_sae];
+    otherwise it sees them in the leading shape of x.
     """
     plain = [name for name, sae in saes.items() if not isinstance(sae, Codec)]
     if edit is not None and plain:
         raise ValueError(f"edit needs latents, but a plain function is spliced in at {plain[0]!r}: give an SAE there")
 
-    def change(sae: Codec | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: on_rows(x, mask, lambda rows: reconstruct(rows, sae, edit, keep_error))
+    def change(sae: Codec | Callable[[Tensor], Tensor], rows: Mask | None) -> Callable[[Tensor], Tensor]:
+        return lambda x: on_rows(x, rows, lambda part: reconstruct(part, sae, edit, keep_error))
 
-    with hooked(model, {name: change(sae) for name, sae in saes.items()}):
+    with ExitStack() as stack:
+        changes = {}
+        for name, sae in saes.items():
+            rows = stack.enter_context(own_filter(model, sae)) if isinstance(mask, str) else mask
+            changes[name] = change(sae, rows)
+        stack.enter_context(hooked(model, changes))
         yield
+
+
+@contextmanager
+def own_filter(model: nn.Module, sae: Any) -> Iterator[Mask | None]:
+    """The token filter that `sae` was trained with as a mask; None if it has none.
+
+    A hook on the model reads the tokens of each forward pass, and where they stand behind a key-value cache.
+    """
+    settings = getattr(sae, "info", {}).get("source", {}).get("filter")
+    if settings is None:
+        yield None
+        return
+    token_filter = TokenFilter.from_dict(settings)
+    current: dict[str, Any] = {}
+
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        current["tokens"] = kwargs.get("input_ids", args[0] if args else None)
+        length = getattr(kwargs.get("past_key_values"), "get_seq_length", lambda: 0)
+        current["past"] = length()
+
+    def mask(x: Tensor) -> Tensor:
+        positions = (torch.arange(x.shape[-2], device=x.device) + current.get("past", 0)).expand(x.shape[:-1])
+        tokens = current.get("tokens")
+        if not isinstance(tokens, Tensor) or tokens.shape != x.shape[:-1]:
+            return token_filter.mask(x, None, positions)
+        return token_filter.mask(x, tokens.to(x.device), positions)
+
+    handle = model.register_forward_pre_hook(read, with_kwargs=True)
+    try:
+        yield mask
+    finally:
+        handle.remove()
 
 
 def reconstruct(

@@ -23,6 +23,7 @@ from apportion.activations import (
     read_contexts,
 )
 from apportion.activations.collect import collect
+from apportion.evals import held_out_rows
 
 TEXT = ["the cat sat on the mat and looked at the dog by the old house and the sea was calm " * 40]
 CONTEXT = 8

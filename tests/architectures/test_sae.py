@@ -414,3 +414,34 @@ def test_latents_can_be_edited_between_encode_and_decode(name):
     wanted = sae.decode(latents) + (latents.dense() @ sae.W_dec) / sae.scale
     assert torch.allclose(sae.decode(doubled), wanted, rtol=1e-10)
     assert isinstance(doubled, Latents)
+
+
+def test_calibrating_on_contexts_of_unequal_difficulty():
+    """Short chunks are joined, so that a hard context among easy ones does not spoil the threshold or the count."""
+    xs = activations(400 * 32).reshape(400, 32, D_IN).clone()
+    xs[::5] *= 5
+    sae = new("mutual_choice")
+    assert sae.calibrate(iter(xs)) == pytest.approx(K, rel=1e-3)
+    assert sae.eval().encode(xs).l0().double().mean().item() == pytest.approx(K, rel=1e-3)
+
+
+def test_rows_far_from_random_order_are_refused():
+    xs = activations(4 * 4096)
+    hard = torch.cat([xs[:4096] * 20, xs[4096:] * 0.01])
+    sae = new("mutual_choice")
+    with pytest.raises(ValueError, match="random order"):
+        sae.calibrate(iter(hard.split(4096)))
+    with pytest.raises(ValueError, match="calibrate"):
+        sae.eval().encode(xs[:2])
+    assert sae.calibrate(hard) == pytest.approx(K, rel=1e-3), "one tensor is taken in random order"
+
+
+def test_calibrate_takes_batches_and_their_masks(name):
+    xs, mask = activations(6000), torch.arange(6000) % 3 > 0
+    one, other = new(name), new(name)
+    poisoned = torch.where(mask[:, None], xs, torch.full_like(xs, 1e3))
+    batches = [ap.Batch(x, mask=m) for x, m in zip(poisoned.split(1000), mask.split(1000), strict=True)]
+    assert one.calibrate(batches) == pytest.approx(other.calibrate(iter(xs[mask].split(500))), rel=1e-9)
+    assert one.info["calibration"]["tokens"] == 4000
+    for (key, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key

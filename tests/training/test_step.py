@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion.training.objectives import local_reconstruction
+from apportion.training.objectives import TrainingContext, local_reconstruction
 
 D_IN, D_SAE, K = 8, 24, 3
 
@@ -103,7 +103,7 @@ def test_an_empty_batch_is_refused():
 
 
 def test_another_width_is_refused():
-    with pytest.raises(ValueError, match=r"d_in = 8.*width 5"):
+    with pytest.raises(ValueError, match=r"d_in = 8.*\[10, 5\]"):
         trainer().step(torch.ones(10, 5))
 
 
@@ -170,8 +170,7 @@ def test_the_gradient_is_that_of_dense_autograd(name):
             z = ((prepared - sae.b_dec) @ sae.W_enc.T + sae.b_enc) * mask
             loss = (z @ sae.W_dec + sae.b_dec - prepared).square().mean()
         else:
-            context = ap.allocation.StepContext()
-            terms = local_reconstruction([sae], ap.Batch(x), context, ap.allocation.WarmStart()).terms
+            terms = local_reconstruction([sae], ap.Batch(x), TrainingContext())
             loss = terms["reconstruction"]
         loss.backward()
         grads.append({n: p.grad.clone() for n, p in sae.named_parameters()})
@@ -248,3 +247,31 @@ def test_several_threads_give_the_same_result_every_time():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0][key].nan_to_num(7), results[1][key].nan_to_num(7)) for key in results[0])
+
+
+@pytest.mark.parametrize("name", ["mutual_choice", "feature_choice"])
+def test_a_step_makes_thresholds_invalid(name):
+    t = trainer(name)
+    t.sae.calibrate(activations())
+    t.sae.eval().encode(activations())
+    t.step(activations())
+    with pytest.raises(ValueError, match="calibrate"):
+        t.sae.eval().encode(activations())
+
+
+def test_an_objective_of_ones_own():
+    """(saes, batch, context) -> named losses; the context is told what was seen."""
+    calls = []
+
+    def doubled(saes, batch, context):
+        calls.append((len(saes), len(batch.x), context.progress))
+        return {name: 2 * term for name, term in ap.training.local_reconstruction(saes, batch, context).items()}
+
+    sae = ap.create("topk", d_in=D_IN, d_sae=D_SAE, k=K, seed=0)
+    plain = ap.create("topk", d_in=D_IN, d_sae=D_SAE, k=K, seed=0)
+    config = ap.TrainConfig(batch_tokens=64, total_tokens=640)
+    metrics = ap.Trainer(sae, config, doubled).step(activations())
+    once = ap.Trainer(plain, config).step(activations())
+    assert metrics["reconstruction"].item() == pytest.approx(2 * once["reconstruction"].item())
+    assert metrics["l0"] == once["l0"] and metrics["fvu_batch"] == once["fvu_batch"]
+    assert calls == [(1, len(activations()), 0.0)]

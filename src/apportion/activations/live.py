@@ -76,7 +76,9 @@ class LiveSource:
         token_filter: TokenFilter | None = None,
         held_out_share: float = 0.1,
         seed: int = 0,
+        text: dict[str, Any] | None = None,
     ) -> None:
+        """`text` describes where the contexts come from (source, BOS policy); it is kept in the run's record."""
         names = expand(model, hookpoint)
         if len(names) > 1:
             raise ValueError(f"hookpoint {hookpoint!r} stands for {len(names)} modules: a source has one, name it")
@@ -97,6 +99,7 @@ class LiveSource:
         self._filter: TokenFilter | None = None
         self._filtered = dict.fromkeys(REASONS, 0)
         self._rows_seen = 0
+        self._text = text or {}
         self._d_in = run_contexts(model, names, contexts[:1, :2])[self.hookpoint].shape[1]
         self._position = LivePosition()
 
@@ -233,7 +236,7 @@ class LiveSource:
             "source": "live",
             "model": model_fingerprint(self.model),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "text": {"contexts": len(self.contexts)},
+            "text": {"contexts": len(self.contexts), **self._text},
             "context_tokens": self.contexts.shape[1],
             "hookpoint": self.hookpoint,
             "d_in": self.d_in,
@@ -244,5 +247,7 @@ class LiveSource:
             "filtered_share": sum(self._filtered.values()) / max(1, self._rows_seen),
             "rows_seen": self._rows_seen,
             "rows_train": self.num_rows,
+            "rows_calibrate": len(self._held_out) * self.contexts.shape[1],
+            "held_out_share": self.held_out_share,
             "seed": self.seed,
         }

@@ -1,8 +1,10 @@
 """Training rows from a cache on disk, globally shuffled.
 
 Whole contexts are held out, evenly spread over the text (every tenth by default), so held-out rows share no context
-with training rows. Half of them serve to calibrate, the other half is left for evaluation (`evals.rows`). A thread reads up to two batches ahead; the position counts batches handed out, not batches read,
-so resuming is exact whatever the thread was doing.
+with training rows. Half of them serve to calibrate, the other half is left for evaluation (`evals.rows`).
+
+A thread reads up to two batches ahead; the position counts batches handed out, not batches read, so resuming is exact
+whatever the thread was doing.
 """
 
 from __future__ import annotations
@@ -37,6 +39,10 @@ class CacheSource:
     @property
     def d_in(self) -> int:
         return self.store.d_in
+
+    @property
+    def hookpoint(self) -> str:
+        return self.store.hookpoint
 
     @property
     def num_rows(self) -> int:

@@ -63,6 +63,8 @@ class StepContext:
     """Latents that have been silent for the whole dead window."""
     density: Float[Tensor, " d_sae"] | None = None
     """Running average of each latent's firing rate per token."""
+    warm: WarmStart | None = None
+    """Bounds of the selection, carried from step to step."""
 
 
 class Rule(nn.Module, ABC):
@@ -124,6 +126,11 @@ class Rule(nn.Module, ABC):
     def set_threshold(self, latents: Int[Tensor, " n"], affinity: Float[Tensor, " n"], tokens: int) -> None:
         """Set the eval-mode threshold from pooled matches of `tokens` tokens so that the expected L0 is k."""
         raise TypeError(f"{type(self).__name__} has no threshold to set.")
+
+    def forget_threshold(self) -> None:
+        """Thresholds do not outlive a change of the weights: eval mode asks for calibration again."""
+        if self.batch_coupled:
+            self.threshold.fill_(torch.nan)
 
     def in_force(self) -> Rule:
         """The rule that selects now: itself, or in eval mode its thresholds if it is coupled across the batch."""

@@ -49,6 +49,9 @@ from apportion.allocation.zipf import NOISE_SHARE, ZipfFit, fit_zipf, integer_bu
 
 logger = logging.getLogger(__name__)
 
+POOL_PARTS = 8
+"""The pool of a calibration is ranked in so many parts, which bounds the memory that sorting takes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureChoiceConfig:
@@ -179,10 +182,13 @@ class FeatureChoice(Rule):
         # A latent that has too few positive affinities leaves its share to the others, so that the expected L0 is k.
         available = torch.bincount(latents, minlength=self.d_sae)
         wanted = integer_budgets(self.density, total, cap=available)
-        rank = rank_within(latents, affinity, self.d_sae)
         inside, outside = affinity.new_zeros(2, self.d_sae)
-        for place, at in ((inside, rank == wanted[latents] - 1), (outside, rank == wanted[latents])):
-            place[latents[at]] = affinity[at]
+        for first in range(0, self.d_sae, step := -(-self.d_sae // POOL_PARTS)):
+            part = ((latents >= first) & (latents < first + step)).nonzero().squeeze(1)
+            ids, values = latents[part].long(), affinity[part]
+            rank = rank_within(ids, values, self.d_sae)
+            for place, at in ((inside, rank == wanted[ids] - 1), (outside, rank == wanted[ids])):
+                place[ids[at]] = values[at]
         inside[wanted == 0] = torch.inf
         # All matches found are wanted: stay just below the smallest, for there may be more beyond the pool.
         outside = torch.where(wanted == available, torch.nextafter(inside, torch.zeros_like(inside)), outside)

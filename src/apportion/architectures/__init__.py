@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from apportion.allocation import RULES, Rule
@@ -65,8 +66,11 @@ def create(name: str, **settings: Any) -> SAE:
 
 
 def _check_choices(config: Any) -> None:
-    """Refuse words that are none of a setting's choices."""
+    """Refuse words that are none of a setting's choices, and words where a number belongs."""
     for setting, kind in get_type_hints(type(config)).items():
+        value = getattr(config, setting)
+        if {int, float} & {kind, *get_args(kind)} and not isinstance(value, int | float | NoneType):
+            raise ValueError(f"{setting} must be a number, got {value!r}.")
         if get_origin(kind) is Literal and getattr(config, setting) not in get_args(kind):
             nearest = _nearest(str(getattr(config, setting)), get_args(kind))
             raise ValueError(f"{setting} cannot be {getattr(config, setting)!r}; {nearest}")

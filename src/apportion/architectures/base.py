@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -170,8 +171,9 @@ class SAE(nn.Module, ABC):
         """Set the eval-mode thresholds so that the expected L0 on data like `xs` is k; returns the measured L0.
 
         `xs` are raw, filtered activations, best 100,000 rows or more that were not trained on: one tensor (taken in
-        random order), or an iterable of chunks of some thousand rows in random order. For TopK no parameter changes.
-        The measured L0 and the number of rows are recorded in `sae.info` and saved. Memory: about 16 k bytes a row.
+        random order), or an iterable of tensors or Batches (their mask says which rows take part) in random order. For
+        TopK no parameter changes. The measured L0 and the number of rows are recorded in `sae.info` and saved. Memory:
+        about 40 k bytes a row. Raises ValueError for no rows, NaN, or rows so far from random order that it would fail.
         """
         was_training = self.training
         try:
@@ -182,14 +184,23 @@ class SAE(nn.Module, ABC):
         return matches / tokens
 
     def _chunks(self, xs: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        tokens = 0
+        """Prepared rows, CALIBRATION_CHUNK at a time."""
         if isinstance(xs, Tensor):
             rows = self._rows(xs)
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(rows.device)
             xs = (rows[ids] for ids in order.split(CALIBRATION_CHUNK))
-        for x in xs:
-            tokens += x.shape[:-1].numel()
-            yield self.input.apply_to(self._finite_rows(x).to(self.mean.device))
+        waiting: list[Tensor] = []
+        count = tokens = 0
+        for x in chain(xs, [None]):
+            if x is not None:
+                more = self._finite_rows(x if isinstance(x, Tensor) else x.rows().x)
+                waiting.append(more)
+                count, tokens = count + len(more), tokens + len(more)
+            while count >= CALIBRATION_CHUNK or (x is None and count):
+                joined = torch.cat(waiting)
+                yield self.input.apply_to(joined[:CALIBRATION_CHUNK].to(self.mean.device))
+                waiting = [joined[CALIBRATION_CHUNK:]]
+                count = len(waiting[0])
         if not tokens:
             raise ValueError("calibrate needs at least one row of activations, got none.")
 
@@ -204,16 +215,25 @@ class SAE(nn.Module, ABC):
     def _set_thresholds(self, chunks: Iterator[Tensor]) -> tuple[int, int]:
         """Pool the matches of a generous budget; the thresholds lie among them."""
         generous = self.allocation.generous().to(self.mean.device)
-        warm, tokens = WarmStart(), 0
+        warm, tokens, highest_cut = WarmStart(), 0, 0.0
         ids, affinities = [], []
         for x in chunks:
             found = self.encode_scaled_by(generous, x, warm)
             ids.append(found.indices.int())
             affinities.append(self.affinities(found))
             tokens += found.tokens
-        pooled, latents = torch.cat(affinities), torch.cat(ids).long()
+            budget = generous.budget(found.tokens)
+            if isinstance(budget, int) and found.nnz == budget:
+                highest_cut = max(highest_cut, affinities[-1].min().item())
+        pooled, latents = torch.cat(affinities), torch.cat(ids)
         self.allocation.set_threshold(latents, pooled, tokens)
         theta = self.allocation.threshold
+        if theta.ndim == 0 and highest_cut > theta.item():
+            self.allocation.forget_threshold()
+            raise ValueError(
+                "calibrate: some stretches of the rows need more than twice the budget, which spoils the threshold. "
+                "Give the rows in random order, or as one tensor."
+            )
         return tokens, int((pooled > (theta if theta.ndim == 0 else theta[latents])).sum())
 
     @abstractmethod

@@ -39,6 +39,8 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
     folder = Path(path) / subfolder if subfolder else Path(path)
     config_file, tensor_file = folder / "config.json", folder / "model.safetensors"
     for file in (config_file, tensor_file):
+        if not file.is_file() and (folder / "run.json").is_file():
+            raise ValueError(f"{folder} is a run that has not finished. Go on with it: apportion train ... --resume")
         if not file.is_file():
             raise ValueError(f"{folder} is not a saved SAE: {file.name} is missing. Give a folder that sae.save wrote.")
     config = read_json(config_file)

@@ -24,7 +24,7 @@ class Measurement:
     """Streaming measurements of one SAE: `add` rows, then read `result`."""
 
     def __init__(self, sae: SAE) -> None:
-        self.sae = sae.eval()
+        self.sae = sae
         self.filtered, self.unfiltered = FVU(sae.d_in), FVU(sae.d_in)
         self.activations = Activations(sae.d_sae)
         self.rows = 0
@@ -39,8 +39,10 @@ class Measurement:
 
         `difficulty` is the model's cross-entropy of the prediction made at each row (NaN where there is none).
         """
-        latents = self.sae.encode(x)
+        was_training = self.sae.training
+        latents = self.sae.eval().encode(x)
         x_hat = self.sae.decode(latents, x)
+        self.sae.train(was_training)
         self.unfiltered.add(x, x_hat)
         self.filtered.add(x[mask], x_hat[mask])
         kept = latents[mask.to(latents.offsets.device)]

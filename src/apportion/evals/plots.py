@@ -18,16 +18,21 @@ COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#7
 
 def save_plots(measurements: Mapping[str, Measurement], folder: Path) -> list[Path]:
     """density.png, l0.png and, where the model's losses are known, difficulty.png."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("Plots need matplotlib: pip install 'apportion[plots]', or leave --plots out.") from None
-    matplotlib.use("Agg")
+    check_plots()
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [_draw(folder / "density.png", _density, measurements), _draw(folder / "l0.png", _l0, measurements)]
     if all(m.difficulty() is not None for m in measurements.values()):
         drawn.append(_draw(folder / "difficulty.png", _difficulty, measurements))
     return drawn
+
+
+def check_plots() -> None:
+    """ValueError if plots cannot be drawn."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("Plots need matplotlib: pip install 'apportion[plots]', or leave --plots out.") from None
+    matplotlib.use("Agg")
 
 
 def _draw(file: Path, draw: Any, measurements: Mapping[str, Measurement]) -> Path:

@@ -18,7 +18,7 @@ CHUNK = 4096
 
 
 def held_out_rows(store: ActivationStore, held_out_share: float) -> Int[Tensor, " n"]:
-    """Rows of contexts that a `CacheSource` with this share neither trains nor calibrates on, filtered ones included."""
+    """Rows of contexts that a `CacheSource` with this share neither trains nor calibrates on, filtered or not."""
     groups = held_out_groups(int(store.contexts.max()) + 1, held_out_share)
     rows = split_held_out(groups)[1][store.contexts].nonzero().squeeze(1)
     if not len(rows):

@@ -4,11 +4,13 @@
         --model MODEL --text valid.txt
 
 For every method: the same grid of learning rates with one seed, the best chosen by FVU on rows of the training cache
-that were not trained on; then further seeds at that rate. The table is over the evaluation cache and, for delta-CE,
-over its text, all in eval mode. Each finished run is written to disk at once and skipped when the command is started
-again.
+that were neither trained nor calibrated on; then further seeds at that rate. The table is over every other context of
+the evaluation cache and, for delta-CE, over its text, all in eval mode: once as fitted (thresholds calibrated on
+held-out rows of the training cache), and once with thresholds calibrated on the contexts in between, because other
+text has another difficulty and methods are compared at equal L0.
 
-SmolLM2-135M, layer 15, 900k tokens, d_sae 4608, k 32: about 40 s a run on two CPU cores.
+Each finished run is written to disk at once and skipped when the command is started again. SmolLM2-135M, layer 15, 900k
+tokens, d_sae 4608, k 32: about a minute and a half for a run on one CPU core.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
 import tyro
+from torch import Tensor
 
 from apportion.activations import ActivationStore, CacheSource, load_model, read_contexts
 from apportion.activations.filter import TokenFilter
@@ -79,29 +83,37 @@ class Compare:
     """Window of the dead counter and of the density averages."""
 
     def run(self) -> None:
+        self._check()
         grid = [self.trained(method, lr, seed=0) for method in self.methods for lr in self.lrs]
         chosen = []
         for method in self.methods:
-            best = min((r for r in grid if r["method"] == method), key=lambda r: r["held_out_fvu"])
+            best = min((r for r in grid if r["method"] == method), key=lambda r: r["held_out"]["fvu"])
             if best["lr"] in (min(self.lrs), max(self.lrs)):
                 logger.warning("%s: the best learning rate %g lies at the edge of the grid", method, best["lr"])
-            chosen += [self.trained(method, best["lr"], seed) for seed in range(self.seeds)]
+            chosen += [self.evaluated(self.trained(method, best["lr"], seed)) for seed in range(self.seeds)]
         self.add_delta_ce(chosen)
         table = self.table(grid, chosen)
         (self.out / "table.md").write_text(table)
         write_json(self.out / "results.json", {"settings": to_json(self), "grid": grid, "chosen": chosen})
         sys.stdout.write(table)
 
-    def folder(self, method: str, lr: float, seed: int) -> Path:
-        name = "".join(c if c.isalnum() else "_" for c in method)
-        return self.out / "runs" / f"{name}-lr{lr:g}-seed{seed}"
+    def _check(self) -> None:
+        train, evaluation = ActivationStore(self.acts).describe(), ActivationStore(self.eval_acts).describe()
+        for key in ("model", "hookpoint"):
+            if train[key] != evaluation[key]:
+                raise ValueError(f"{self.acts} and {self.eval_acts} differ in {key}. Use caches of one hookpoint.")
+
+    def folder(self, run: dict[str, Any]) -> Path:
+        name = "".join(c if c.isalnum() else "_" for c in run["method"])
+        return self.out / "runs" / f"{name}-lr{run['lr']:g}-seed{run['seed']}"
 
     def trained(self, method: str, lr: float, seed: int) -> dict[str, Any]:
-        """Train and measure one run, or read it if it is there."""
-        folder = self.folder(method, lr, seed)
-        record = folder / "measured.json"
+        """Train one run and measure it on held-out rows of its own cache, or read it if it is there."""
+        run: dict[str, Any] = {"method": method, "lr": lr, "seed": seed}
+        folder = self.folder(run)
+        record = folder / "trained.json"
         settings = dict(METHODS[method])
-        store, evaluation = ActivationStore(self.acts), ActivationStore(self.eval_acts)
+        store = ActivationStore(self.acts)
         source = CacheSource(store, seed=seed)
         sae = create(settings.pop("sae"), d_in=source.d_in, d_sae=self.d_sae, k=self.k, seed=seed, **settings)
         config = TrainConfig(
@@ -116,59 +128,86 @@ class Compare:
             same_run(folder, sae, config)
             if record.exists():
                 return read_json(record)
-            sae, seconds = load(folder), seconds_of(folder)
+            sae, run["seconds"] = load(folder), seconds_of(folder)
         else:
             trainer = Trainer(sae, config)
             sae = trainer.fit(source, folder, resume=(folder / "run.json").exists())
-            seconds = trainer.seconds
+            run["seconds"] = trainer.seconds
         rows = held_out_rows(store, source.held_out_share)
-        held_out = evaluate_rows({method: sae}, store, rows, progress=False)[method].result()
-        measured = {
-            "method": method,
-            "lr": lr,
-            "seed": seed,
-            "seconds": seconds,
-            "held_out_fvu": held_out["fvu"],
-            **evaluate_rows({method: sae}, evaluation, progress=False)[method].result(),
+        run["held_out"] = evaluate_rows({method: sae}, store, rows, progress=False)[method].result()
+        write_json(record, run)
+        shown = {name: f"{run['held_out'][name]:.4f}" for name in ("fvu", "l0", "dead")}
+        logger.info("%s lr %g seed %d, held-out rows: %s, %.0f s", method, lr, seed, shown, run["seconds"])
+        return run
+
+    def evaluated(self, run: dict[str, Any]) -> dict[str, Any]:
+        """Measure one run on half of the evaluation cache: as fitted, and calibrated on the other half."""
+        folder = self.folder(run)
+        record = folder / "evaluated.json"
+        if record.exists():
+            return read_json(record)
+        store = ActivationStore(self.eval_acts)
+        sae, (calibrate, evaluate) = load(folder), halves(store)
+        as_fitted = evaluate_rows({"sae": sae}, store, evaluate, progress=False)["sae"].result()
+        self.recalibrate(sae, store, calibrate)
+        run = {
+            **run,
+            "as_fitted": as_fitted,
+            **evaluate_rows({"sae": sae}, store, evaluate, progress=False)["sae"].result(),
         }
-        write_json(record, measured)
-        shown = {name: f"{measured[name]:.4f}" for name in ("held_out_fvu", "fvu", "l0", "dead")}
-        logger.info("%s lr %g seed %d: %s, %s s", method, lr, seed, shown, seconds)
-        return measured
+        write_json(record, run)
+        return run
+
+    def recalibrate(self, sae: SAE, store: ActivationStore, rows: Tensor) -> None:
+        kept = rows[store.mask[rows]]
+        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))
+        sae.calibrate(store.gather(kept[part]) for part in order.split(4096))
 
     def add_delta_ce(self, chosen: list[dict[str, Any]]) -> None:
-        """delta-CE of the chosen runs, in one pass over the text; clean and ablated passes are shared."""
-        missing = {str(self.folder(r["method"], r["lr"], r["seed"])): r for r in chosen if "delta_ce" not in r}
+        """delta-CE of the chosen runs on contexts of the evaluation half; clean and ablated passes are shared."""
+        missing = {str(self.folder(run)): run for run in chosen if "delta_ce" not in run}
         if not missing or self.model is None or self.text is None:
             return
+        store = ActivationStore(self.eval_acts)
+        about, calibrate = store.describe(), halves(store)[0]
         model, tokenizer = load_model(self.model)
-        about = ActivationStore(self.eval_acts).describe()
         contexts = read_contexts(
-            tokenizer, self.text, tokens=self.ce_tokens, context_tokens=about["context_tokens"], bos=about["bos"]
-        )
+            tokenizer, self.text, tokens=2 * self.ce_tokens, context_tokens=about["context_tokens"], bos=about["bos"]
+        )[1::2]
         saes = {folder: load(folder) for folder in missing}
+        for sae in saes.values():
+            self.recalibrate(sae, store, calibrate)
         measurements, entropies = evaluate_model(
             saes, model, contexts, TokenFilter.from_dict(about["filter"]), hookpoint=about["hookpoint"]
         )
-        for folder, record in missing.items():
+        for folder, run in missing.items():
             correlation = measurements[folder].result()["l0_difficulty_correlation"]
-            record |= entropies.of(folder) | {"l0_difficulty_correlation": correlation}
-            write_json(Path(folder) / "measured.json", record)
+            run |= entropies.of(folder) | {"l0_difficulty_correlation": correlation}
+            write_json(Path(folder) / "evaluated.json", run)
 
     def table(self, grid: list[dict[str, Any]], chosen: list[dict[str, Any]]) -> str:
-        """Two markdown tables: held-out FVU over the grid, and every figure at the chosen rate over seeds."""
+        """Two markdown tables: FVU and dead latents over the grid, and every figure at the chosen rate over seeds."""
         head = " | ".join(f"lr {lr:g}" for lr in self.lrs)
         lines = [f"| method | {head} |", "| --- " * (len(self.lrs) + 1) + "|"]
         for method in self.methods:
-            cells = {r["lr"]: f"{r['held_out_fvu']:.4f} ({r['dead']:.1%})" for r in grid if r["method"] == method}
-            lines.append(f"| {method} | " + " | ".join(cells[lr] for lr in self.lrs) + " |")
-        lines += ["", "| method | lr | FVU | L0 | dead | delta CE | seconds |", "| --- " * 7 + "|"]
+            found = {run["lr"]: run["held_out"] for run in grid if run["method"] == method}
+            cells = " | ".join(f"{found[lr]['fvu']:.4f} ({found[lr]['dead']:.1%})" for lr in self.lrs)
+            lines.append(f"| {method} | {cells} |")
+        titles = ("method", "lr", "FVU", "L0", "dead", "ΔCE", "seconds", "FVU as fitted", "L0 as fitted")
+        lines += ["", f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
         for method in self.methods:
-            runs = [r for r in chosen if r["method"] == method]
+            runs = [run for run in chosen if run["method"] == method]
             styles = {"fvu": ".4f", "l0": ".2f", "dead": ".2%", "delta_ce": ".4f", "seconds": ".0f"}
-            cells = " | ".join(spread(runs, key, style) for key, style in styles.items())
-            lines.append(f"| {method} | {runs[0]['lr']:g} | {cells} |")
+            cells = [spread(runs, key, style) for key, style in styles.items()]
+            cells += [spread([run["as_fitted"] for run in runs], key, styles[key]) for key in ("fvu", "l0")]
+            lines.append(f"| {method} | {runs[0]['lr']:g} | {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
+
+
+def halves(store: ActivationStore) -> tuple[Tensor, Tensor]:
+    """The rows of every other context, to calibrate, and those of the contexts in between, to evaluate."""
+    odd = store.contexts % 2 == 1
+    return (~odd).nonzero().squeeze(1), odd.nonzero().squeeze(1)
 
 
 def same_run(folder: Path, sae: SAE, config: TrainConfig) -> None:

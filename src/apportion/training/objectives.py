@@ -6,38 +6,41 @@ Local reconstruction is the plain case: each SAE reconstructs its input (or the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from apportion import losses
 from apportion.activations.batch import Batch
-from apportion.allocation import StepContext, WarmStart
+from apportion.allocation import StepContext
 from apportion.architectures import SAE
 from apportion.latents import Latents
 from apportion.metrics import batch_fvu
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Losses (their sum is minimised), and what the step measured on the way."""
+class TrainingContext(StepContext):
+    """The step's context with a place for what the objective sees on the way."""
 
-    terms: dict[str, Tensor]
-    latents: Latents
-    fvu_batch: Tensor
+    seen: list[tuple[Latents, Tensor]] = field(default_factory=list)
+
+    def observe(self, latents: Latents, x: Tensor, x_hat: Tensor) -> None:
+        """To be called once for each SAE: the trainer counts firings and reports L0 and FVU from it."""
+        self.seen.append((latents, batch_fvu(x.detach(), x_hat.detach())))
 
 
 class Objective(Protocol):
-    def __call__(self, saes: Sequence[SAE], batch: Batch, context: StepContext, warm: WarmStart) -> Outcome: ...
+    """Named, weighted losses; their sum is minimised. Calls `context.observe` for each SAE."""
+
+    def __call__(self, saes: Sequence[SAE], batch: Batch, context: TrainingContext) -> dict[str, Tensor]: ...
 
 
-def local_reconstruction(saes: Sequence[SAE], batch: Batch, context: StepContext, warm: WarmStart) -> Outcome:
+def local_reconstruction(saes: Sequence[SAE], batch: Batch, context: TrainingContext) -> dict[str, Tensor]:
     """mean ||x~ - x~_hat||^2 / d_in on scaled data, and the SAE's own terms."""
     (sae,) = saes
     x = sae.input.apply_to(batch.x.to(sae.mean.device, sae.dtype))
-    latents = sae.encode_scaled(x, warm)
+    latents = sae.encode_scaled(x, context.warm)
     x_hat = sae.decode_scaled(latents)
-    terms = {"reconstruction": losses.reconstruction(x, x_hat)}
-    terms |= sae.own_terms(x, x_hat, latents, context)
-    return Outcome(terms, latents, batch_fvu(x.detach(), x_hat.detach()))
+    context.observe(latents, x, x_hat)
+    return {"reconstruction": losses.reconstruction(x, x_hat)} | sae.own_terms(x, x_hat, latents, context)

@@ -36,7 +36,7 @@ class RunFolder:
                 raise ValueError(f"{folder} already holds a run. Resume it (--resume) or choose another folder.")
             self._check_same(read_json(record), description)
             return
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} exists and is not a run of apportion. Choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         versions = {name: version(name) for name in ("apportion", "torch")} | {"python": sys.version.split()[0]}

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from apportion.activations.batch import ArraySource, Batch, Source
 from apportion.activations.progress import progress_bar
-from apportion.allocation import StepContext, WarmStart
+from apportion.allocation import WarmStart
 from apportion.architectures import SAE
 from apportion.training.activity import Activity
 from apportion.training.clipping import RelativeClipping
 from apportion.training.config import TrainConfig
 from apportion.training.interrupt import finish_step_on_interrupt
-from apportion.training.objectives import Objective, local_reconstruction
+from apportion.training.objectives import Objective, TrainingContext, local_reconstruction
 from apportion.training.run import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -75,11 +75,12 @@ class Trainer:
         sae = self.sae.train()
         context = self._context(len(batch.x))
         sae.allocation.begin_step(context)
+        sae.allocation.forget_threshold()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.tokens)
 
-        outcome = self.objective([sae], batch, context, self.warm)
-        loss = torch.stack(list(outcome.terms.values())).sum()
+        terms = self.objective([sae], batch, context)
+        loss = torch.stack(list(terms.values())).sum()
         loss.backward()
         sae.project_gradients()
         grad_norm = self.clipping.clip(sae.parameters())
@@ -87,14 +88,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         sae.constrain()
 
-        self.activity.update(outcome.latents.counts(), len(batch.x))
+        ((latents, fvu),) = context.seen
+        self.activity.update(latents.counts(), len(batch.x))
         self.steps += 1
         self.tokens += len(batch.x)
         metrics = {
             "loss": loss.detach(),
-            **{name: term.detach() for name, term in outcome.terms.items()},
-            "fvu_batch": outcome.fvu_batch,
-            "l0": torch.tensor(outcome.latents.nnz / len(batch.x)),
+            **{name: term.detach() for name, term in terms.items()},
+            "fvu_batch": fvu,
+            "l0": torch.tensor(latents.nnz / len(batch.x)),
             "dead": self.activity.dead().double().mean(),
             "grad_norm": grad_norm.detach(),
         }
@@ -115,8 +117,8 @@ class Trainer:
             batch = Batch(batch.reshape(-1, batch.shape[-1]))
         if batch.mask is not None:
             batch = batch.rows()
-        if batch.x.shape[-1] != self.sae.d_in:
-            raise ValueError(f"The SAE has d_in = {self.sae.d_in}, this batch has width {batch.x.shape[-1]}.")
+        if batch.x.ndim != 2 or batch.x.shape[-1] != self.sae.d_in:
+            raise ValueError(f"This SAE trains on rows [n, d_in = {self.sae.d_in}], got {list(batch.x.shape)}.")
         if not len(batch.x):
             raise ValueError("A training step needs at least one row; all rows of this batch are masked out.")
         if not self._input_ready:
@@ -124,12 +126,13 @@ class Trainer:
             self._input_ready = True
         return batch
 
-    def _context(self, batch_tokens: int) -> StepContext:
-        return StepContext(
+    def _context(self, batch_tokens: int) -> TrainingContext:
+        return TrainingContext(
             progress=self.config.progress_at(self.tokens),
             batch_tokens=batch_tokens,
             dead=self.activity.dead(),
             density=self.activity.density(),
+            warm=self.warm,
         )
 
     def fit(
@@ -145,6 +148,8 @@ class Trainer:
         if isinstance(source, Tensor):
             source = ArraySource(source, seed=self.config.seed)
         total_steps = self._check_run(source)
+        if self.steps >= total_steps:
+            raise ValueError(f"This trainer has already done its {total_steps} steps. Make a new one to train further.")
         run = None if out is None else RunFolder(Path(out), self._describe(source), resume)
         self.sae.info["source"] = source.describe()
         if run is not None and resume and run.load_checkpoint(self, source):
@@ -153,6 +158,7 @@ class Trainer:
             self.sae.fit_input(source.sample(FIT_INPUT_ROWS))
             self._input_ready = True
         self._train(source, run, total_steps, progress)
+        self.sae.info["source"] = source.describe()  # with the counts of a source that filters as it goes
         self.sae.calibrate(source.held_out(CALIBRATION_ROWS))
         if run is not None:
             run.finish(self)
