@@ -69,7 +69,7 @@ def test_from_text_to_an_evaluated_sae(
     assert {p.name for p in plots.iterdir()} == {"density.png", "l0.png", "difficulty.png"}
     assert "FVU" in capsys.readouterr().out
 
-    assert main(["info", str(run)]) == 0 and main(["info", str(cache)]) == 0
+    assert main(["info", str(run)]) == 0 and main(["info", str(cache), "--verify"]) == 0
     assert sae in capsys.readouterr().out
 
 
@@ -146,6 +146,54 @@ def test_too_little_disk(
     assert main(["collect", str(tiny_model_dir), *options, "--out", str(tmp_path / "acts")]) == 2
     assert "GB" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+MORE_MISTAKES = {
+    "infinite tokens": (["--tokens", "inf"], "inf"),
+    "unknown device": (["--device", "nowhere"], "nowhere"),
+    "text for a cache": (["--text", "x.txt"], "is a cache"),
+    "nothing held out": (["--held-out-share", "0"], "held-out-share"),
+    "batch larger than the cache": (["--batch-tokens", "100000"], "100000"),
+}
+
+
+@pytest.mark.parametrize("name", MORE_MISTAKES)
+def test_mistakes_in_train(name: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options, expected = MORE_MISTAKES[name]
+    try:
+        code = train(cache, tmp_path / "run", *options)
+    except SystemExit as refused_by_the_parser:
+        code = refused_by_the_parser.code
+    assert code == 2
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_out_is_a_file(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("something")
+    assert train(cache, tmp_path / "file") == 2
+    assert train(cache, tmp_path / "file" / "below") == 2
+    assert capsys.readouterr().err.count("\n") == 2
+    assert (tmp_path / "file").read_text() == "something"
+
+
+def test_eval_says_what_does_not_go_together(
+    cache: Path, text: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(cache, run, "--tokens", "512") == 0
+    for options, expected in (
+        (["--acts", str(cache), "--text", str(text)], "not both"),
+        (["--model", str(tiny_model_dir)], "--text"),
+        (["--json", str(tmp_path)], "--json"),
+        (["--text", str(text), "--context-tokens", "100"], "64"),
+    ):
+        capsys.readouterr()
+        assert main(["eval", str(run), *options]) == 2
+        assert expected in capsys.readouterr().err
+    (run / "config.json").unlink()
+    assert main(["eval", str(run)]) == 2
+    assert "not finished" in capsys.readouterr().err
 
 
 def test_a_run_folder_is_not_overwritten(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -376,16 +376,21 @@ class Info:
 
     path: Positional[Path]
     """The folder."""
+    verify: bool = False
+    """For a cache: read all of it and compare with the checksums in its manifest."""
 
     def run(self) -> None:
         if (self.path / "manifest.json").exists():
-            from apportion.activations.store import read_manifest
+            from apportion.activations.store import ActivationStore, read_manifest
 
             manifest = read_manifest(self.path)
+            if self.verify:
+                ActivationStore(self.path, next(iter(manifest["hookpoints"]))).verify()
             say(f"{self.path}: activation cache, {manifest['rows']:,} tokens, {manifest['dtype']}")
             say(f"  model {manifest['model']['name_or_path']}, text {manifest['text']}")
             for name, about in manifest["hookpoints"].items():
                 say(f"  {name}: width {about['d_in']}, {describe_filter(about)}")
+            say("  all checksums agree" if self.verify else "  checksums not compared (--verify)")
         elif (self.path / "config.json").exists():
             from apportion.architectures import load
 

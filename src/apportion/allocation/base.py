@@ -113,6 +113,10 @@ class Rule(nn.Module, ABC):
         """The density that the rule gives to each rank, most frequent first; None if it does not decide that."""
         return None
 
+    def findings(self) -> dict[str, Any]:
+        """What the rule found out while training (a fit, say), to be kept with the SAE; JSON-able."""
+        return {}
+
     def begin_step(self, context: StepContext) -> None:
         """Advance schedules; called once at the start of every training step."""
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float, Int
@@ -132,6 +132,9 @@ class FeatureChoice(Rule):
 
     def expected_densities(self) -> Tensor | None:
         return None if self.in_mutual_phase else self.density.sort(descending=True).values
+
+    def findings(self) -> dict[str, Any]:
+        return {} if self.fit is None else {"zipf_fit_at_switch": vars(self.fit)}
 
     def check_batch(self, batch_tokens: int) -> None:
         if total_matches(self.config.k, batch_tokens) < self.d_sae:

@@ -90,6 +90,7 @@ class RunFolder:
         folder = checkpoints[-1]
         saved = load(folder)
         trainer.sae.load_state_dict(saved.state_dict())
+        trainer.sae.info |= saved.info
         values = read_json(folder / "trainer.json")
         trainer.load_state(load_file(folder / "trainer.safetensors"), values)
         source.load_state_dict(values["source"])

@@ -76,6 +76,7 @@ class Trainer:
         context = self._context(len(batch.x))
         sae.allocation.begin_step(context)
         sae.allocation.forget_threshold()
+        sae.info |= sae.allocation.findings()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.tokens)
 
