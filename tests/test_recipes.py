@@ -68,6 +68,7 @@ def test_every_method_is_compared_and_finished_runs_are_not_repeated(
         assert run["delta_ce"] == pytest.approx(run["ce_spliced"] - run["ce_clean"])
         assert run["l0"] == pytest.approx(4, rel=0.1)
         assert run["tokens"] + run["filtered_share"] * 752 == pytest.approx(736, abs=16), "every other context of 47"
+    assert {p.name for p in (compare.out / "plots").iterdir()} == {"density.png", "l0.png"}
     written = {p: p.stat().st_mtime_ns for p in compare.out.rglob("model.safetensors")}
     assert len(written) >= 3 * len(METHODS)
     compare.run()

@@ -33,6 +33,7 @@ from apportion.activations.filter import TokenFilter
 from apportion.architectures import SAE, create, load
 from apportion.architectures.files import read_json, write_json
 from apportion.evals import evaluate_model, evaluate_rows, held_out_rows
+from apportion.evals.plots import save_plots
 from apportion.training import TrainConfig, Trainer
 
 logger = logging.getLogger("apportion.compare")
@@ -92,6 +93,7 @@ class Compare:
                 logger.warning("%s: the best learning rate %g lies at the edge of the grid", method, best["lr"])
             chosen += [self.evaluated(self.trained(method, best["lr"], seed)) for seed in range(self.seeds)]
         self.add_delta_ce(chosen)
+        self.draw([run for run in chosen if run["seed"] == 0])
         table = self.table(grid, chosen)
         (self.out / "table.md").write_text(table)
         write_json(self.out / "results.json", {"settings": to_json(self), "grid": grid, "chosen": chosen})
@@ -157,6 +159,15 @@ class Compare:
         }
         write_json(record, run)
         return run
+
+    def draw(self, runs: list[dict[str, Any]]) -> None:
+        """Densities and L0 of one run of each method, on the evaluation half."""
+        store = ActivationStore(self.eval_acts)
+        calibrate, evaluate = halves(store)
+        saes = {run["method"]: load(self.folder(run)) for run in runs}
+        for sae in saes.values():
+            self.recalibrate(sae, store, calibrate)
+        save_plots(evaluate_rows(saes, store, evaluate, progress=False), self.out / "plots")
 
     def recalibrate(self, sae: SAE, store: ActivationStore, rows: Tensor) -> None:
         kept = rows[store.mask[rows]]
