@@ -4,8 +4,8 @@
     typical  geometric mean of the norms so far, with a window of WINDOW steps
     scale    min(1, clip_ratio * typical / norm_t)
 
-Norms of language-model activations are heavy-tailed even behind the token filter: a batch that holds one token of five
-times the usual norm has a gradient many times the usual. Adam keeps the square of it for a thousand steps.
+Gradients are heavy-tailed even behind the token filter: at layer 15 of SmolLM2 about one batch of 1024 tokens in a
+hundred has a gradient six times the usual. Adam keeps the square of it for a thousand steps, and latents die meanwhile.
 """
 
 from __future__ import annotations

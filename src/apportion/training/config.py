@@ -20,7 +20,7 @@ class TrainConfig:
     """Share of the run, at its end, in which the learning rate falls linearly to zero."""
     clip_ratio: float = 2.0
     """Gradients are scaled down to this multiple of their typical (running geometric mean) global norm. A few batches
-    with unusually large activations would otherwise spoil Adam's averages for hundreds of steps and kill latents."""
+    with unusually large gradients would otherwise spoil Adam's averages for hundreds of steps and kill latents."""
     beta1: float = 0.9
     """Adam's average of gradients."""
     beta2: float = 0.999
