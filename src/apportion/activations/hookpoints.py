@@ -35,6 +35,7 @@ class Hookpoint:
 
     @staticmethod
     def parse(text: str) -> Hookpoint:
+        """Read "path" or "path:side"; ValueError for anything else."""
         path, colon, side = text.partition(":")
         side = side if colon else "out"
         if not path or side not in SIDES:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -173,7 +172,7 @@ class SAE(nn.Module, ABC):
         `xs` are raw, filtered activations, best 100,000 rows or more that were not trained on: one tensor (taken in
         random order), or an iterable of tensors or Batches (their mask says which rows take part) in random order. For
         TopK no parameter changes. The measured L0 and the number of rows are recorded in `sae.info` and saved. Memory:
-        about 40 k bytes a row. Raises ValueError for no rows, NaN, or rows so far from random order that it would fail.
+        about 80 k bytes a row. Raises ValueError for no rows, NaN, or rows so far from random order that it would fail.
         """
         was_training = self.training
         try:
@@ -186,22 +185,25 @@ class SAE(nn.Module, ABC):
     def _chunks(self, xs: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """Prepared rows, CALIBRATION_CHUNK at a time."""
         if isinstance(xs, Tensor):
-            rows = self._rows(xs)
+            rows = self._finite_rows(xs)
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(rows.device)
             xs = (rows[ids] for ids in order.split(CALIBRATION_CHUNK))
-        waiting: list[Tensor] = []
-        count = tokens = 0
-        for x in chain(xs, [None]):
-            if x is not None:
-                more = self._finite_rows(x if isinstance(x, Tensor) else x.rows().x)
-                waiting.append(more)
-                count, tokens = count + len(more), tokens + len(more)
-            while count >= CALIBRATION_CHUNK or (x is None and count):
-                joined = torch.cat(waiting)
-                yield self.input.apply_to(joined[:CALIBRATION_CHUNK].to(self.mean.device))
-                waiting = [joined[CALIBRATION_CHUNK:]]
-                count = len(waiting[0])
-        if not tokens:
+        parts = (
+            part
+            for x in xs
+            for part in self._finite_rows(x if isinstance(x, Tensor) else x.rows().x).split(CALIBRATION_CHUNK)
+        )
+        waiting = self.mean.new_zeros(0, self.d_in, dtype=self.dtype)
+        empty = True
+        for part in parts:
+            waiting = torch.cat([waiting, part.to(waiting.device)])
+            empty = empty and not len(part)
+            if len(waiting) >= CALIBRATION_CHUNK:
+                yield self.input.apply_to(waiting[:CALIBRATION_CHUNK])
+                waiting = waiting[CALIBRATION_CHUNK:]
+        if len(waiting):
+            yield self.input.apply_to(waiting)
+        if empty:
             raise ValueError("calibrate needs at least one row of activations, got none.")
 
     def _count(self, chunks: Iterator[Tensor]) -> tuple[int, int]:
