@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from apportion import load
-from apportion.cli import main, parse_count
+from apportion.cli import main
+from apportion.cli.arguments import parse_count
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
 
@@ -244,7 +245,7 @@ def test_what_is_no_token_count(written: str) -> None:
 
 
 def test_ctrl_c_saves_and_resume_gives_the_same_result(cache: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "apportion.cli", "train", str(cache), "--k", "4", "--d-sae", "64", "--lr", "3e-3"]
+    command = [sys.executable, "-m", "apportion", "train", str(cache), "--k", "4", "--d-sae", "64", "--lr", "3e-3"]
     command += ["--batch-tokens", "64", "--tokens", "100k", "--log-every-steps", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

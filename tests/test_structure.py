@@ -25,6 +25,7 @@ ORDER = [
     {"evals", "explorer", "moe", "interop", "testing"},
     {"recipes"},
     {"cli"},
+    {"__main__"},
 ]
 """Rooms may import rooms of earlier groups (docs: the design, section 2), and the first group also from itself."""
 

@@ -84,6 +84,15 @@ def expand(model: nn.Module, hookpoints: str | Iterable[str]) -> list[str]:
     return list(found)
 
 
+def middle_layer(model: nn.Module) -> str:
+    """The hookpoint at the output of the middle layer: of the longest list of modules in the model."""
+    stacks = [(len(m), name) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not stacks:
+        raise ValueError(f"{type(model).__name__} has no list of layers to find the middle of: give a hookpoint")
+    length, name = max(stacks, key=lambda stack: stack[0])
+    return f"{name}.{(length - 1) // 2}"
+
+
 def _first(value: Any, hookpoint: Hookpoint) -> Tensor:
     """The tensor in what a module returned."""
     tensor = value[0] if isinstance(value, (tuple, list)) and value else value

@@ -131,6 +131,15 @@ class Rule(nn.Module, ABC):
         """Set the eval-mode threshold from pooled matches of `tokens` tokens so that the expected L0 is k."""
         raise TypeError(f"{type(self).__name__} has no threshold to set.")
 
+    def relaxed(self, factor: float) -> Rule:
+        """The rule of eval mode made `factor` times as generous (thresholds divided by it), for sweeps over L0."""
+        from apportion.allocation.threshold import Threshold
+
+        rule = self.in_force()
+        if not isinstance(rule, Threshold):
+            raise TypeError(f"{type(self).__name__} cannot be relaxed; call eval() first.")
+        return Threshold.at(rule.threshold / factor, self.d_sae)
+
     def forget_threshold(self) -> None:
         """Thresholds do not outlive a change of the weights: eval mode asks for calibration again."""
         if self.batch_coupled:

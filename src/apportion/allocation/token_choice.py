@@ -43,6 +43,10 @@ class TokenChoice(Rule):
     def budget(self, tokens: int) -> int:
         return self.row_limit * tokens
 
+    def relaxed(self, factor: float) -> TokenChoice:
+        k = min(max(1, round(self.config.k * factor)), self.d_sae)
+        return TokenChoice(TokenChoiceConfig(k=k), self.d_sae)
+
     def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
         if not candidates.tokens or int(torch.bincount(candidates.rows, minlength=1).max()) <= self.row_limit:
             return Settled(keep=torch.ones_like(candidates.rows, dtype=torch.bool))

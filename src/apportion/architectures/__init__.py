@@ -21,6 +21,8 @@ from apportion.architectures.plain import Plain
 class NamedSAE:
     architecture: type[SAE]
     rule: type[Rule]
+    summary: str
+    """Who gets how much of the budget, in one line."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Settings whose default differs from that of the architecture or the rule."""
 
@@ -31,9 +33,19 @@ class NamedSAE:
 
 
 SAES: dict[str, NamedSAE] = {
-    "topk": NamedSAE(Plain, RULES["topk"]),
-    "mutual_choice": NamedSAE(Plain, RULES["mutual_choice"], {"aux": "aux_zipf"}),
-    "feature_choice": NamedSAE(Plain, RULES["feature_choice"], {"aux": "aux_zipf"}),
+    "topk": NamedSAE(Plain, RULES["topk"], "every token keeps its k strongest latents"),
+    "mutual_choice": NamedSAE(
+        Plain,
+        RULES["mutual_choice"],
+        "the strongest matches win, whichever token they belong to: tokens take as many latents as they need",
+        {"aux": "aux_zipf"},
+    ),
+    "feature_choice": NamedSAE(
+        Plain,
+        RULES["feature_choice"],
+        "every latent keeps a fixed share of tokens, those it matches best: tokens take what they need, no latent dies",
+        {"aux": "aux_zipf"},
+    ),
 }
 
 

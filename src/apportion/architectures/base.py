@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -241,6 +242,16 @@ class SAE(nn.Module, ABC):
     @abstractmethod
     def encode_scaled_by(self, rule: Rule, x: Float[Tensor, "tokens d_in"], warm: WarmStart | None) -> Latents:
         """Codes of prepared rows by a given rule."""
+
+    @contextmanager
+    def in_eval_mode(self) -> Iterator[None]:
+        """Eval mode within the block; the mode is restored at its end."""
+        was_training = self.training
+        try:
+            self.eval()
+            yield
+        finally:
+            self.train(was_training)
 
     def settings(self) -> dict[str, Any]:
         """Everything `create` needs to build it again."""

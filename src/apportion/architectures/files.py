@@ -76,8 +76,13 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Atomic: a crash leaves the old file or the new one."""
+    write_text(file, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(file: Path, content: str) -> None:
+    """Atomic: a crash leaves the old file or the new one."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(content, encoding="utf-8")
     partial.replace(file)
 
 

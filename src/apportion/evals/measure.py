@@ -39,18 +39,18 @@ class Measurement:
 
         `difficulty` is the model's cross-entropy of the prediction made at each row (NaN where there is none).
         """
-        was_training = self.sae.training
-        latents = self.sae.eval().encode(x)
-        x_hat = self.sae.decode(latents, x)
-        self.sae.train(was_training)
+        x, mask = x.to(self.sae.mean.device), mask.to(self.sae.mean.device)
+        with self.sae.in_eval_mode():
+            latents = self.sae.encode(x)
+            x_hat = self.sae.decode(latents, x)
         self.unfiltered.add(x, x_hat)
         self.filtered.add(x[mask], x_hat[mask])
-        kept = latents[mask.to(latents.offsets.device)]
+        kept = latents[mask]
         self.activations.add(kept)
         self.rows += len(x)
         self._distances.append((x[mask].float() - self.sae.mean).norm(dim=1).cpu())
         if difficulty is not None:
-            self._difficulty.append(difficulty[mask].cpu())
+            self._difficulty.append(difficulty.to(mask.device)[mask].cpu())
         return x_hat
 
     def l0_of_tokens(self) -> Tensor:

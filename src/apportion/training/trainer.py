@@ -160,6 +160,7 @@ class Trainer:
             self._input_ready = True
         self._train(source, run, total_steps, progress)
         self.sae.info["source"] = source.describe()  # with the counts of a source that filters as it goes
+        self.sae.info["training"] = asdict(self.config) | {"tokens": self.tokens, "seconds": round(self.seconds, 1)}
         self.sae.calibrate(source.held_out(CALIBRATION_ROWS))
         if run is not None:
             run.finish(self)

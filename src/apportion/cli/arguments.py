@@ -1,0 +1,113 @@
+"""What several commands share: kinds of arguments, checks of what was given, and how results are said."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+
+def parse_count(text: str) -> int:
+    """A number of tokens such as 900000, 900k, 10M or 1.5B."""
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
+    try:
+        number = float(text if factor == 1 else text[:-1]) * factor
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number of tokens; write 900000, 900k, 10M or 1.5B.") from None
+    if not 1 <= number < 1e18 or number != int(number):
+        raise ValueError(f"{text!r} is not a whole, positive number of tokens.")
+    return int(number)
+
+
+Count = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="COUNT",
+        instance_from_str=lambda words: parse_count(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+@dataclass(kw_only=True)
+class Text:
+    """Where text comes from."""
+
+    text: str | None = None
+    """A .txt, .md or .jsonl file, or a folder of them."""
+    dataset: str | None = None
+    """A datasets id on the Hugging Face Hub, streamed, instead of --text."""
+    field: str = "text"
+    """Field of a .jsonl line, or column of a dataset, that holds the text."""
+    split: str = "train"
+    """Split of the dataset."""
+
+    def source(self) -> Any:
+        from apportion.activations import TextSource
+
+        if (self.text is None) == (self.dataset is None):
+            raise ValueError("Give either --text FILE_OR_FOLDER or --dataset ID.")
+        if self.text is not None and not Path(self.text).exists():
+            raise ValueError(f"There is no text at {self.text!r}. Give a file or folder, or use --dataset ID.")
+        source = TextSource(self.text or self.dataset or "", field=self.field, split=self.split)
+        if source.num_bytes() == 0:
+            raise ValueError(f"The text {self.text!r} is empty. Give a text with at least one context of tokens.")
+        return source
+
+
+@dataclass(kw_only=True)
+class Filter:
+    """Which tokens are left out of training, calibration and evaluation."""
+
+    norm_outlier: float = 10.0
+    """Leave out rows with a norm above this many times the median; 0 keeps them."""
+    keep_first_position: bool = False
+    """Keep position 0 of each context (an attention sink in most models)."""
+    keep_special_tokens: bool = False
+    """Keep BOS, EOS and other special tokens."""
+
+    def token_filter(self) -> Any:
+        from apportion.activations import TokenFilter
+
+        return TokenFilter(
+            special_tokens=not self.keep_special_tokens,
+            first_position=not self.keep_first_position,
+            norm_outlier=self.norm_outlier,
+        )
+
+
+def best_device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}). Use cpu.") from None
+    return name
+
+
+def check_same_model(trained_on: dict[str, Any], found: dict[str, Any], where: str) -> None:
+    """Refuse activations of another model than the SAE was trained on."""
+    ours, theirs = trained_on.get("model", {}), found.get("model", {})
+    if ours and theirs and ours.get("config_sha256") != theirs.get("config_sha256"):
+        raise ValueError(
+            f"{where} belongs to another model ({theirs.get('name_or_path')}) than the SAE was trained on "
+            f"({ours.get('name_or_path')}). Use the same model."
+        )
+
+
+def describe_filter(about: dict[str, Any]) -> str:
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in about["filtered"].items())
+    return f"left out {about['filtered_share']:.2%} ({left_out})"
+
+
+def say(text: str) -> None:
+    """Results go to stdout; progress and errors to stderr."""
+    sys.stdout.write(text + "\n")

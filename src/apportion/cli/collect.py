@@ -1,0 +1,61 @@
+"""`apportion collect`: activations of a language model, kept in a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from apportion.cli.arguments import Count, Filter, Text, describe_filter, say
+
+
+@dataclass(kw_only=True)
+class Collect:
+    """Run a language model over text and keep its activations in a cache on disk."""
+
+    model: Positional[str]
+    """A transformers model: a local folder or a Hub id."""
+    hookpoint: tuple[str, ...]
+    """Where to read: module paths such as model.layers.8, model.layers.8.mlp:in; globs such as model.layers.* work."""
+    out: Path
+    """The cache folder to create."""
+    tokens: Count = 10_000_000
+    """How many tokens to collect."""
+    corpus: Annotated[Text, arg(name="")] = field(default_factory=Text)
+    filter: Annotated[Filter, arg(name="")] = field(default_factory=Filter)
+    context_tokens: int = 256
+    """Length of the contexts that the text is cut into."""
+    batch_contexts: int = 16
+    """Contexts per forward pass."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Whether every context begins with the BOS token; auto does what the tokenizer does."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of the cache."""
+    model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision in which the model runs."""
+
+    def run(self) -> None:
+        from apportion.activations.collect import collect, load_model
+        from apportion.activations.writer import refuse_existing
+
+        source = self.corpus.source()
+        refuse_existing(self.out)
+        model, tokenizer = load_model(self.model, self.model_dtype)
+        manifest = collect(
+            model,
+            tokenizer,
+            self.hookpoint,
+            source,
+            tokens=self.tokens,
+            out=self.out,
+            context_tokens=self.context_tokens,
+            batch_contexts=self.batch_contexts,
+            dtype=self.dtype,
+            bos=self.bos,
+            token_filter=self.filter.token_filter(),
+        )
+        say(f"{self.out}: {manifest['rows']:,} tokens at {', '.join(manifest['hookpoints'])}")
+        for name, about in manifest["hookpoints"].items():
+            say(f"  {name}: {describe_filter(about)}")

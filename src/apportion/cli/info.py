@@ -1,0 +1,45 @@
+"""`apportion info`: what a folder holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from apportion.cli.arguments import describe_filter, say
+
+
+@dataclass(kw_only=True)
+class Info:
+    """Say what a folder holds: a cache, a run, or a saved SAE."""
+
+    path: Positional[Path]
+    """The folder."""
+    verify: bool = False
+    """For a cache: read all of it and compare with the checksums in its manifest."""
+
+    def run(self) -> None:
+        if (self.path / "manifest.json").exists():
+            from apportion.activations.store import ActivationStore, read_manifest
+
+            manifest = read_manifest(self.path)
+            if self.verify:
+                ActivationStore(self.path, next(iter(manifest["hookpoints"]))).verify()
+            say(f"{self.path}: activation cache, {manifest['rows']:,} tokens, {manifest['dtype']}")
+            say(f"  model {manifest['model']['name_or_path']}, text {manifest['text']}")
+            for name, about in manifest["hookpoints"].items():
+                say(f"  {name}: width {about['d_in']}, {describe_filter(about)}")
+            say("  all checksums agree" if self.verify else "  checksums not compared (--verify)")
+        elif (self.path / "config.json").exists():
+            from apportion.architectures import load
+
+            sae = load(self.path)
+            about = f"{sae.name}, d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}, {sae.hookpoint or 'no hookpoint'}"
+            say(f"{self.path}: {about}")
+            say(json.dumps({"settings": sae.settings(), **sae.info}, indent=2))
+        elif (self.path / "run.json").exists():
+            say(f"{self.path}: a run that has not finished. Go on with apportion train ... --resume")
+        else:
+            raise ValueError(f"{self.path} holds no cache, run or SAE of apportion (no manifest.json, config.json).")

@@ -1,0 +1,131 @@
+"""apportion report: figures and a page about one or several trained SAEs of one hookpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from apportion.cli.arguments import Count, Text, best_device, check_same_model, say
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Write report.html, a page to look at, and report.json about trained SAEs of one hookpoint."""
+
+    run_folders: Annotated[Positional[tuple[Path, ...]], arg(name="runs")]
+    """Run folders or saved SAEs, one or several to compare."""
+    out: Path | None = None
+    """The folder for report.html and report.json; default: the first run's."""
+    acts: Path | None = None
+    """A cache to evaluate on. Default without text: held-out rows of the cache that the SAE was trained on."""
+    corpus: Annotated[Text, arg(name="")] = field(default_factory=Text)
+    tokens: Count = 100_000
+    """How many tokens to evaluate."""
+    ce_tokens: int = 16_384
+    """Tokens on which the language model is run with each SAE spliced in; 0 leaves that out."""
+    model: str | None = None
+    """The language model; default: the one that the cache was made with."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU if there is one."""
+
+    def run(self) -> None:
+        from apportion.activations import load_model
+        from apportion.activations.collect import model_fingerprint
+        from apportion.architectures import load
+        from apportion.evals.report import check_report, make_report
+
+        if not self.run_folders:
+            raise ValueError("Name at least one run folder.")
+        check_report()
+        device = best_device(self.device)
+        saes = self._named([load(folder).to(device) for folder in self.run_folders])
+        trained_on = self._trained_on(list(saes.values()))
+        name = self.model or trained_on.get("model", {}).get("name_or_path")
+        if name is None:
+            raise ValueError("The SAE does not say which model it belongs to. Give --model.")
+        text = None if self.corpus == Text() else self.corpus.source()
+        cache = self._cache(trained_on, text)
+        model, tokenizer = load_model(name)
+        check_same_model(trained_on, {"model": model_fingerprint(model)}, name)
+        out = self.out or self.run_folders[0]
+        out.mkdir(parents=True, exist_ok=True)
+        model.to(device)
+        with TemporaryDirectory() as temporary:
+            if cache is None:
+                cache = self._collect(trained_on, text, model, tokenizer, Path(temporary) / "acts")
+            store, rows = self._rows(cache, trained_on)
+            report = make_report(saes, store, rows, model, tokenizer, ce_tokens=self.ce_tokens)
+        report.write(out / "report.html", out / "report.json")
+        say(f"{out / 'report.html'}")
+
+    def _named(self, saes: list[Any]) -> dict[str, Any]:
+        """A name for each SAE: what it is if that tells them apart, else its folder."""
+        kinds = [sae.name for sae in saes]
+        names = kinds if len(set(kinds)) == len(kinds) else [str(folder) for folder in self.run_folders]
+        if len(set(names)) < len(names):
+            raise ValueError("The same run is named twice. Name each once.")
+        return dict(zip(names, saes, strict=True))
+
+    def _trained_on(self, saes: list[Any]) -> dict[str, Any]:
+        """What the SAEs were trained on; one model and one hookpoint."""
+        first, *others = saes
+        trained_on = first.info.get("source", {})
+        for other in others:
+            if other.hookpoint != first.hookpoint:
+                raise ValueError(
+                    f"The SAEs belong to different hookpoints ({first.hookpoint}, {other.hookpoint}). "
+                    "Make a report for each."
+                )
+            check_same_model(trained_on, other.info.get("source", {}), "One of the SAEs")
+        return {"hookpoint": first.hookpoint} | trained_on
+
+    def _cache(self, trained_on: dict[str, Any], text: Any) -> Path | None:
+        """The cache to evaluate on; None if one is to be collected from the text."""
+        if text is not None:
+            if self.acts is not None:
+                raise ValueError("Give either --acts (a cache) or --text / --dataset, not both.")
+            if trained_on["hookpoint"] is None:
+                raise ValueError("The SAE does not say which hookpoint it belongs to. Give --acts CACHE.")
+            return None
+        folder = self.acts or trained_on.get("folder")
+        if folder is None or not Path(folder).exists():
+            raise ValueError(
+                f"The cache that the SAE was trained on is not there ({folder}). Give --acts CACHE or --text FILE."
+            )
+        return Path(folder)
+
+    def _collect(self, trained_on: dict[str, Any], text: Any, model: Any, tokenizer: Any, out: Path) -> Path:
+        """Activations on the text, in a cache that lives as long as this command."""
+        from apportion.activations import TokenFilter
+        from apportion.activations.collect import collect
+
+        collect(
+            model,
+            tokenizer,
+            trained_on["hookpoint"],
+            text,
+            tokens=self.tokens,
+            out=out,
+            context_tokens=trained_on.get("context_tokens", 256),
+            bos=trained_on.get("bos", "auto"),
+            token_filter=TokenFilter.from_dict(trained_on["filter"]) if "filter" in trained_on else None,
+        )
+        return out
+
+    def _rows(self, cache: Path, trained_on: dict[str, Any]) -> tuple[Any, Any]:
+        """The cache, opened, and the rows to evaluate on: whole contexts that were not trained on."""
+        import torch
+
+        from apportion.activations import ActivationStore
+        from apportion.evals import held_out_rows
+
+        store = ActivationStore(cache, trained_on["hookpoint"])
+        check_same_model(trained_on, store.describe(), str(cache))
+        own = str(cache) == trained_on.get("folder")
+        rows = held_out_rows(store, trained_on["held_out_share"]) if own else torch.arange(store.rows)
+        length = store.manifest["context_tokens"]
+        return store, rows[: max(1, self.tokens // length) * length]

@@ -1,0 +1,33 @@
+"""FVU against L0: what an SAE does when it is given more or less than the budget it was trained for.
+
+The SAE is not trained again: TopK gets another k, thresholds are divided by a common factor.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from apportion.architectures import SAE
+from apportion.metrics import FVU
+
+GENEROSITY = (0.25, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 2.0, 2.8, 4.0)
+CHUNK = 4096
+
+
+@torch.inference_mode()
+def sweep(sae: SAE, x: Float[Tensor, "n d_in"]) -> list[tuple[float, float]]:
+    """(L0, FVU) on raw, filtered rows at several budgets around the trained one, L0 within [k / 4, 4 k] and rising."""
+    points = []
+    for factor in GENEROSITY:
+        with sae.in_eval_mode():
+            rule = sae.allocation.relaxed(factor)
+        fvu, matches = FVU(sae.d_in), 0
+        for part in x.split(CHUNK):
+            latents = sae.encode_scaled_by(rule, sae.input.apply_to(part), None)
+            fvu.add(part, sae.decode(latents, part))
+            matches += latents.nnz
+        points.append((matches / len(x), fvu.value()))
+    k = sae.k or points[GENEROSITY.index(1.0)][0]
+    return sorted(p for p in set(points) if k / 4 <= p[0] <= 4 * k)

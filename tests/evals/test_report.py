@@ -1,0 +1,255 @@
+"""The report and what it is made of: PCA, sweeps, examples, the pieces of a text, the page."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import apportion as ap
+from apportion.activations import ActivationStore, CacheSource, load_model
+from apportion.activations.collect import collect
+from apportion.cli import main
+from apportion.evals import Measurement, evaluate_rows, held_out_rows
+from apportion.evals.baselines import pca_curve
+from apportion.evals.examples import AFTER, BEFORE, activations_on, examples_of
+from apportion.evals.report import NUM_LATENTS, Report, contexts_of, make_report, pieces, spread_latents
+from apportion.evals.sweep import sweep
+
+SENTENCES = ["the cat sat on the old mat", "a dog ran over the hill by the sea", "she read a book about the sun"]
+CONTEXT = 32
+METHODS = ("topk", "mutual_choice")
+
+
+def some_text(seed: int, sentences: int) -> str:
+    order = torch.randint(len(SENTENCES), (sentences,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(SENTENCES[i] for i in order.tolist())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A cache at model.layers.1 and a trained run of each method."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "text.txt").write_text(some_text(0, 2000))
+    model, tokenizer = load_model(tiny_model_dir)
+    collect(
+        model,
+        tokenizer,
+        "model.layers.1",
+        folder / "text.txt",
+        tokens=10_000,
+        out=folder / "acts",
+        context_tokens=CONTEXT,
+    )
+    for name in METHODS:
+        source = CacheSource(ActivationStore(folder / "acts"), held_out_share=0.4)
+        sae = ap.create(name, d_in=32, d_sae=64, k=4, seed=0)
+        config = ap.TrainConfig(lr=3e-3, batch_tokens=256, total_tokens=256 * 20)
+        ap.Trainer(sae, config).fit(source, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(folder: Path) -> ActivationStore:
+    return ActivationStore(folder / "acts")
+
+
+@pytest.fixture(scope="module")
+def rows(store: ActivationStore) -> torch.Tensor:
+    return held_out_rows(store, 0.4)
+
+
+@pytest.fixture(scope="module")
+def saes(folder: Path) -> dict[str, ap.SAE]:
+    return {name: ap.load(folder / name) for name in METHODS}
+
+
+@pytest.fixture(scope="module")
+def report(saes: dict[str, ap.SAE], store: ActivationStore, rows: torch.Tensor, tiny_model_dir: Path) -> Report:
+    return make_report(saes, store, rows, *load_model(tiny_model_dir), ce_tokens=320, progress=False)
+
+
+def test_pca_leaves_what_the_best_subspace_leaves(store: ActivationStore, rows: torch.Tensor) -> None:
+    curve = pca_curve(store, rows)
+    x = store.gather(rows[store.mask[rows]]).double()
+    centred = x - x.mean(0)
+    U, S, V = torch.linalg.svd(centred, full_matrices=False)
+    for components in (0, 1, 5, 32):
+        x_hat = U[:, :components] * S[:components] @ V[:components]
+        fvu = ((centred - x_hat).square().sum() / centred.square().sum()).item()
+        assert curve[components].item() == pytest.approx(fvu, abs=1e-9)
+    assert len(curve) == 33 and (curve.diff() <= 1e-12).all()
+
+
+def test_a_sweep_goes_through_the_trained_sae(
+    saes: dict[str, ap.SAE], store: ActivationStore, rows: torch.Tensor
+) -> None:
+    x = store.gather(rows[store.mask[rows]])
+    for sae in saes.values():
+        measurement = Measurement(sae)
+        measurement.add(x, torch.ones(len(x), dtype=torch.bool))
+        result = measurement.result()
+        points = sweep(sae.train(), x)
+        assert sae.training, "the mode is left as it was"
+        l0s = [l0 for l0, _ in points]
+        assert l0s == sorted(l0s) and min(l0s) < 3 and max(l0s) > 6 and min(l0s) >= 1 and max(l0s) <= 16
+        ((_, fvu),) = [point for point in points if point[0] == pytest.approx(result["l0"], abs=1e-9)]
+        assert fvu == pytest.approx(result["fvu"], rel=1e-6)
+        sae.eval()
+    topk = [l0 for l0, _ in sweep(saes["topk"], x)]
+    assert all(l0 == int(l0) for l0 in topk), "another k, exactly"
+
+
+def test_examples_are_the_strongest_one_per_context(
+    saes: dict[str, ap.SAE], store: ActivationStore, rows: torch.Tensor
+) -> None:
+    sae = saes["mutual_choice"]
+    counts = evaluate_rows({"sae": sae}, store, rows, progress=False)["sae"].activations.counts
+    latents = counts.argsort(descending=True)[[3, 20]]
+    dense = sae.encode(store.gather(rows)).dense() * store.mask[rows][:, None]
+    assert torch.equal(activations_on(sae, store, rows, latents), dense[:, latents])
+    for found in examples_of(sae, store, rows, latents, strongest=4, random=3):
+        column = dense[:, found.latent]
+        assert found.density == pytest.approx((column > 0).sum().item() / store.mask[rows].sum().item())
+        best_of_contexts = torch.stack(
+            [column[store.contexts[rows] == context].max() for context in store.contexts[rows].unique()]
+        )
+        wanted = best_of_contexts.sort(descending=True).values[:4].tolist()
+        assert [e.activations[e.focus] for e in found.strongest] == pytest.approx(wanted, abs=1e-4)
+        assert found.largest == pytest.approx(wanted[0])
+        for example in found.strongest + found.random:
+            assert example.activations[example.focus] > 0
+            assert example.focus <= BEFORE and len(example.tokens) <= BEFORE + 1 + AFTER
+            assert len(example.tokens) == len(example.activations)
+            text, inside = example.tokens, store.tokens[rows].tolist()
+            assert any(text == inside[i : i + len(text)] for i in range(len(inside))), "stands so in the text"
+        mass = {t: column[store.tokens[rows] == t].sum().item() for t, _ in found.tokens}
+        assert found.tokens[0][1] == pytest.approx(max(mass.values()) / column.sum().item())
+    silent = torch.tensor([int((counts == counts.min()).nonzero()[0])])
+    if counts[silent] == 0:
+        with pytest.raises(ValueError, match="does not fire"):
+            examples_of(sae, store, rows, silent)
+
+
+def test_latents_shown_are_spread_over_the_ranks() -> None:
+    sae = ap.create("topk", d_in=4, d_sae=1000, k=4, seed=0)
+    measurement = Measurement(sae)
+    measurement.activations.counts = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    shown = measurement.activations.counts[spread_latents(measurement)].tolist()
+    assert len(shown) == NUM_LATENTS and shown == sorted(shown, reverse=True)
+    assert 940 < shown[0] < 1000 and 20 <= shown[-1] < 80
+    assert {round(a - b, -1) for a, b in pairwise(shown)} == {80}
+    measurement.activations.counts = torch.tensor([0, 50, 19, 21, 0])
+    assert spread_latents(measurement).sort().values.tolist() == [1, 3]
+    measurement.activations.counts = torch.zeros(5, dtype=torch.int64)
+    assert spread_latents(measurement).tolist() == []
+
+
+def test_contexts_are_taken_whole(store: ActivationStore, rows: torch.Tensor) -> None:
+    contexts = contexts_of(store, rows[5:])
+    assert contexts.shape == (len(rows) // CONTEXT - 1, CONTEXT)
+    assert torch.equal(contexts.flatten(), store.tokens[rows[CONTEXT:]])
+
+
+class ByteTokenizer:
+    """One token per byte: characters beyond ASCII need several."""
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+
+def test_pieces_add_up_to_the_text() -> None:
+    text = "naïve – “quoted” 🙂 a"
+    found = pieces(ByteTokenizer(), list(text.encode()))
+    assert "".join(found) == text and len(found) == len(text.encode())
+    assert not any("\ufffd" in piece for piece in found)
+    cut = pieces(ByteTokenizer(), list("é".encode())[:1])
+    assert cut == ["\ufffd"], "what cannot be completed is shown as such"
+
+
+def test_figures_of_the_report(report: Report, saes: dict[str, ap.SAE], store: ActivationStore, rows: Any) -> None:
+    figures = json.loads(json.dumps(report.figures, allow_nan=False))
+    assert figures["k"] == 4 and list(figures["methods"]) == list(METHODS)
+    plain = evaluate_rows(saes, store, rows, progress=False)
+    for name, method in figures["methods"].items():
+        assert {"fvu", "l0", "dead", "delta_ce"} <= method.keys()
+        assert method["fvu"] == plain[name].result()["fvu"] and method["l0"] == plain[name].result()["l0"]
+        assert method["delta_ce"] == pytest.approx(method["ce_spliced"] - method["ce_clean"])
+        assert method["predictions"] == 10 * (CONTEXT - 1)
+        assert method["training"]["tokens"] == 256 * 20
+    assert figures["baselines"]["pca"]["components"] == 4
+    assert figures["baselines"]["pca"]["fvu"] == pytest.approx(pca_curve(store, rows)[4].item())
+    mean = figures["baselines"]["mean_ablation"]["delta_ce"]
+    assert mean == pytest.approx(method["ce_mean_ablation"] - method["ce_clean"])
+    for found in figures["latents"].values():
+        assert len(found) == NUM_LATENTS and all("<<" in text for one in found for text in one["strongest"])
+
+
+def test_the_page_stands_on_its_own(report: Report) -> None:
+    page = report.page
+    assert not re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?:https?:)?//', page), "nothing is fetched"
+    assert "<script" not in page and page.count("<svg ") == 4 and page.count("</svg>") == 4
+    for name in METHODS:
+        assert "<h3><span" in page and name in page
+    assert page.count('class="card latent"') == 2 * NUM_LATENTS
+    svg_colours = re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", page)
+    assert not svg_colours, "every colour comes from the page, for dark mode"
+    assert f"{report.figures['methods']['topk']['fvu']:.4f}" in page
+
+
+def test_text_cannot_break_out_of_the_page(
+    saes: dict[str, ap.SAE], store: ActivationStore, rows: torch.Tensor, tiny_model_dir: Path
+) -> None:
+    class Hostile:
+        def decode(self, tokens: Any, **_: Any) -> str:
+            return "<script>alert('&')</script>" * len(tokens)
+
+    model, _ = load_model(tiny_model_dir)
+    page = make_report(saes, store, rows, model, Hostile(), ce_tokens=0, progress=False).page
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert page.count("<svg ") == 3, "without the model no chart of difficulty"
+
+
+def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(folder / name) for name in METHODS]
+    assert main(["report", *runs, "--out", str(tmp_path / "both"), "--ce-tokens", "64", "--tokens", "2k"]) == 0
+    figures = json.loads((tmp_path / "both" / "report.json").read_text())
+    assert set(figures["methods"]) == set(METHODS) and str(tmp_path / "both" / "report.html") in capsys.readouterr().out
+    assert figures["methods"]["topk"]["tokens"] == pytest.approx(2000 * 31 / 32, abs=40)
+
+    text = folder / "other.txt"
+    text.write_text(some_text(9, 150))
+    assert main(["report", runs[0], "--text", str(text), "--tokens", "1k", "--ce-tokens", "0"]) == 0
+    figures = json.loads((folder / "topk" / "report.json").read_text())
+    assert figures["text"]["where"] == str(text) and "delta_ce" not in figures["methods"]["topk"]
+    for name in ("report.html", "report.json"):
+        (folder / "topk" / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "at least one run"),
+        (["{topk}", "{topk}"], "named twice"),
+        (["{topk}", "--acts", "nowhere"], "nowhere"),
+        (["{topk}", "--acts", "nowhere", "--text", "{text}"], "not both"),
+        (["{topk}", "--text", "missing.txt"], "missing.txt"),
+        (["nothing-here"], "not a saved SAE"),
+    ],
+)
+def test_mistakes_get_one_line(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [a.format(topk=folder / "topk", text=folder / "text.txt") for a in arguments]
+    try:
+        code = main(["report", *filled])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and message in error
+    assert not (folder / "topk" / "report.html").exists()
