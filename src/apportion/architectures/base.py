@@ -118,11 +118,22 @@ class SAE(nn.Module, ABC):
         """Weighted losses besides reconstruction, on scaled data."""
         return {}
 
-    def project_gradients(self) -> None:
-        """Before the optimiser step: remove gradient components that a constraint forbids."""
+    def unit_rows(self) -> list[nn.Parameter]:
+        """Matrices whose rows are held at unit norm. The Trainer does it; other loops call the two methods below."""
+        return []
 
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Before the optimiser's step: remove from gradients what would change the norm of unit rows."""
+        for p in self.unit_rows():
+            if p.grad is not None:
+                p.grad.addcmul_((p.grad * p).sum(1, keepdim=True), p, value=-1)
+
+    @torch.no_grad()
     def constrain(self) -> None:
-        """After the optimiser step: restore constraints (unit decoder rows)."""
+        """After the optimiser's step: make the rows of unit norm again."""
+        for p in self.unit_rows():
+            p.div_(p.norm(dim=1, keepdim=True))
 
     # What users call
 

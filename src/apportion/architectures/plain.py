@@ -146,14 +146,5 @@ class Plain(SAE):
             alpha, beta = fit.alpha, fit.beta
         return zipf_densities(self.d_sae, k, alpha, beta).to(measured)
 
-    @torch.no_grad()
-    def project_gradients(self) -> None:
-        """Remove from the decoder's gradient the part along its rows, which would only change their norm."""
-        if self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
-
-    @torch.no_grad()
-    def constrain(self) -> None:
-        """Decoder rows of unit norm."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+    def unit_rows(self) -> list[nn.Parameter]:
+        return [self.W_dec]

@@ -19,6 +19,10 @@ from apportion.allocation.base import Candidates, Rule, Settled, WarmStart
 BLOCK_ENTRIES = 2**20
 """Entries of a row block: large enough for an efficient product, small enough to stay near the cache (4 MB)."""
 
+GROUP = 64
+"""Columns whose maximum is taken before single entries are looked at."""
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
+
 
 @dataclass(frozen=True)
 class Matches:
@@ -151,24 +155,56 @@ class _Scan:
 
 def _above(codes: Tensor, affinity: Tensor, bounds: Tensor, out: Tensor) -> _Found:
     """Entries whose affinity exceeds the bounds."""
-    flat = torch.gt(affinity, bounds, out=out).view(-1).nonzero().squeeze(-1)
+    flat = _marked(torch.gt(affinity, bounds, out=out).view(-1))
     rows = flat.div(codes.shape[1], rounding_mode="floor")
     values = codes.view(-1)[flat]
     return _Found(rows, flat - rows * codes.shape[1], values, values if affinity is codes else affinity.view(-1)[flat])
 
 
+def _marked(mask: Tensor) -> Tensor:
+    """mask.nonzero() of a flat mask with few marks: eight entries are looked at together."""
+    if len(mask) % 8 or mask.is_cuda:
+        return mask.nonzero().squeeze(-1)
+    eights = mask.view(torch.int64).nonzero().squeeze(-1)
+    which = mask.view(-1, 8)[eights].nonzero()
+    return 8 * eights[which[:, 0]] + which[:, 1]
+
+
 def _best_of_rows(codes: Tensor, affinity: Tensor, k: int) -> _Found:
     """The k best positive entries of each row, the lower column first among ties, in column order."""
     k = min(k, affinity.shape[1])
-    best, columns = affinity.topk(k, dim=1, sorted=False)
-    cut = best.amin(1, keepdim=True)
-    tied = (affinity == cut).sum(1) > (best == cut).sum(1)
-    tied &= cut.squeeze(1) > 0
-    if bool(tied.any()):
-        columns[tied] = affinity[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
+    one_more = min(k + 1, affinity.shape[1])
+    best, columns = _top(affinity, one_more)
+    if one_more > k:
+        # The smallest of k + 1 goes; if the next one equals it, the tie is decided by column, over the whole row.
+        last = best.argmin(1, keepdim=True)
+        cut = best.gather(1, last)
+        best = best.scatter(1, last, torch.inf)
+        tied = (best.amin(1, keepdim=True) == cut).squeeze(1) & (cut > 0).squeeze(1)
+        kept = torch.ones_like(best, dtype=torch.bool).scatter_(1, last, False)
+        columns = columns[kept].view(-1, k)
+        if bool(tied.any()):
+            columns[tied] = affinity[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
     columns = columns.sort(dim=1).values
     chosen = affinity.gather(1, columns)
     keep = chosen > 0
     rows = torch.arange(len(codes), device=codes.device)[:, None].expand_as(columns)[keep]
     values = codes.gather(1, columns)[keep]
     return _Found(rows, columns[keep], values, values if affinity is codes else chosen[keep])
+
+
+def _top(affinity: Float[Tensor, "rows d_sae"], count: int) -> tuple[Tensor, Tensor]:
+    """affinity.topk(count, dim=1), in any order, right for positive entries; others may be any that are not positive.
+
+    The `count` largest entries lie in the `count` groups of GROUP columns with the largest maxima.
+    """
+    rows, d_sae = affinity.shape
+    if d_sae % GROUP or d_sae // GROUP < 2 * count or affinity.is_cuda:
+        return affinity.topk(count, dim=1, sorted=False)
+    grouped = affinity.view(rows, -1, GROUP)
+    # As integers, positive numbers compare alike and all others lie below them; the maximum is found much faster.
+    groups = grouped.view(BITS[affinity.dtype]).amax(2).topk(count, dim=1, sorted=False).indices
+    pool = grouped.gather(1, groups[:, :, None].expand(-1, -1, GROUP)).view(rows, -1)
+    best, places = pool.topk(count, dim=1, sorted=False)
+    group = places.div(GROUP, rounding_mode="floor")
+    return best, groups.gather(1, group) * GROUP + places - group * GROUP

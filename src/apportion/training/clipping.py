@@ -10,7 +10,6 @@ hundred has a gradient six times the usual. Adam keeps the square of it for a th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import final
 
 import torch
@@ -34,16 +33,11 @@ class RelativeClipping(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
-    def clip(self, parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
-        """Scale gradients in place; returns their norm before. Nothing waits for the device."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+    def scale(self, norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """The factor for gradients of this norm, which also enters the mean. Nothing waits for the device."""
         counts = (norm > 0) & norm.isfinite()
         self.steps += counts
         weight = (1 / self.steps).clamp(1 / WINDOW, 1)
         log_norm = torch.where(counts, norm.double().log(), self.log_norm)
         self.log_norm += weight * (log_norm - self.log_norm)
-        scale = (self.ratio * self.log_norm.exp() / norm).nan_to_num(1.0).clamp(max=1).to(norm.dtype)
-        for gradient in gradients:
-            gradient.mul_(scale)
-        return norm
+        return (self.ratio * self.log_norm.exp() / norm).nan_to_num(1.0).clamp(max=1)

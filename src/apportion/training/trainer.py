@@ -1,6 +1,6 @@
 """The training loop: next batch, losses, step, log, save. Read it top to bottom.
 
-One step:   schedules -> objective -> backward -> project -> clip -> Adam -> constrain -> count who fired
+One step:   schedules -> objective -> backward -> clipped Adam step -> count who fired
 One run:    input scale -> steps -> thresholds calibrated on held-out rows -> saved SAE
 
 `Trainer.step` works on its own in somebody else's loop; `Trainer.fit` adds a source of batches, a run folder, a
@@ -26,11 +26,12 @@ from apportion.activations.progress import progress_bar
 from apportion.allocation import WarmStart
 from apportion.architectures import SAE
 from apportion.training.activity import Activity
+from apportion.training.adam import Adam
 from apportion.training.clipping import RelativeClipping
 from apportion.training.config import TrainConfig
 from apportion.training.interrupt import finish_step_on_interrupt
 from apportion.training.objectives import Objective, TrainingContext, local_reconstruction
-from apportion.training.run import RunFolder
+from apportion.training.run import MAY_DIFFER, RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,8 @@ class Trainer:
         self.activity = Activity(sae.d_sae, self.config.dead_window, self.config.density_window).to(device)
         self.clipping = RelativeClipping(self.config.clip_ratio).to(device)
         self.warm = WarmStart()
-        self.optimizer = torch.optim.Adam(
-            sae.parameters(), lr=self.config.lr, betas=(self.config.beta1, self.config.beta2), fused=True
+        self.optimizer = Adam(
+            sae.parameters(), unit_rows=sae.unit_rows(), beta1=self.config.beta1, beta2=self.config.beta2
         )
         self.steps = 0
         self.tokens = 0
@@ -69,7 +70,7 @@ class Trainer:
     def step(self, batch: Batch | Float[Tensor, "*lead d_in"]) -> dict[str, Tensor]:
         """One optimiser step on the whole batch; a plain tensor counts as already filtered.
 
-        Returns 0-d tensors: loss, each weighted term, fvu_batch, l0, dead (share), grad_norm.
+        Returns 0-d tensors: loss, each weighted term, fvu_batch, l0, dead (share), grad_norm, lr.
         """
         batch = self._accept(batch)
         sae = self.sae.train()
@@ -77,17 +78,13 @@ class Trainer:
         sae.allocation.begin_step(context)
         sae.allocation.forget_threshold()
         sae.info |= sae.allocation.findings()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr_at(self.tokens)
 
         terms = self.objective([sae], batch, context)
         loss = torch.stack(list(terms.values())).sum()
         loss.backward()
-        sae.project_gradients()
-        grad_norm = self.clipping.clip(sae.parameters())
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        sae.constrain()
+        grad_norm = self.optimizer.gradient_norm()
+        lr = self.config.lr_at(self.tokens)
+        self.optimizer.step(lr, self.clipping.scale(grad_norm))
 
         ((latents, fvu),) = context.seen
         self.activity.update(latents.counts(), len(batch.x))
@@ -99,7 +96,8 @@ class Trainer:
             "fvu_batch": fvu,
             "l0": torch.tensor(latents.nnz / len(batch.x)),
             "dead": self.activity.dead().double().mean(),
-            "grad_norm": grad_norm.detach(),
+            "grad_norm": grad_norm,
+            "lr": torch.tensor(lr),
         }
         if self.steps % CHECK_FINITE_STEPS == 1:
             self._check_finite(metrics)
@@ -160,7 +158,8 @@ class Trainer:
             self._input_ready = True
         self._train(source, run, total_steps, progress)
         self.sae.info["source"] = source.describe()  # with the counts of a source that filters as it goes
-        self.sae.info["training"] = asdict(self.config) | {"tokens": self.tokens, "seconds": round(self.seconds, 1)}
+        settings = {name: value for name, value in asdict(self.config).items() if name not in MAY_DIFFER}
+        self.sae.info["training"] = settings | {"tokens": self.tokens}
         self.sae.calibrate(source.held_out(CALIBRATION_ROWS))
         if run is not None:
             run.finish(self)
@@ -225,7 +224,7 @@ class Trainer:
         tensors = {f"activity.{name}": t for name, t in self.activity.state_dict().items()}
         tensors |= {f"clipping.{name}": t for name, t in self.clipping.state_dict().items()}
         for name, p in self.sae.named_parameters():
-            for key, value in self.optimizer.state[p].items():
+            for key, value in self.optimizer.state(p).items():
                 tensors[f"adam.{name}.{key}"] = value
         if self.warm.bounds is not None:
             tensors["warm.bounds"] = self.warm.bounds
@@ -237,9 +236,9 @@ class Trainer:
             module.load_state_dict({n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)})
         for name, p in self.sae.named_parameters():
             prefix = f"adam.{name}."
-            state = {key.removeprefix(prefix): t.to(p.device) for key, t in tensors.items() if key.startswith(prefix)}
+            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             if state:
-                self.optimizer.state[p] = state
+                self.optimizer.load_state(p, state)
         self.warm.bounds = tensors.get("warm.bounds")
         self.steps, self.tokens, self.seconds = values["steps"], values["tokens"], values["seconds"]
         self._input_ready = True

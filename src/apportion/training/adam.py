@@ -1,0 +1,129 @@
+"""Adam that passes over memory as seldom as it can: projection, clipping, update and unit rows, block by block.
+
+    g_j    <- g_j - <g_j, w_j> w_j                    rows that have unit norm: only the direction can change
+    norm   =  sqrt(sum g^2)                           over all parameters, after the projection
+    w      <- Adam(w, scale * g)                      scale: from the clipping, which sees the norm
+    w_j    <- w_j / ||w_j||                           rows that have unit norm
+
+A weight matrix, its gradient and its two averages are far larger than any cache, so each separate operation on them
+costs a pass over memory. Here the first pass reads gradient and weights and takes inner products (the norm after the
+projection is ||g_j||^2 - <g_j, w_j>^2); the second does everything else on blocks of rows that stay in the cache
+meanwhile. The update is torch's own fused Adam (arXiv 1412.6980), without weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim.adam import adam
+
+BLOCK_ENTRIES = 2**19
+"""Entries of a block: weights, gradient and both averages of it (8 MB) stay in the cache."""
+EPS = 1e-8
+
+
+@dataclass
+class Moments:
+    """Adam's averages of one parameter; `steps` holds the number of steps once for each block."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    steps: Float[Tensor, " blocks"]
+
+
+class Adam:
+    """Updates `parameters`; those among `unit_rows` keep rows of unit norm."""
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        *,
+        unit_rows: Iterable[Tensor] = (),
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+    ) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.unit_rows = set(unit_rows)
+        self.beta1, self.beta2 = beta1, beta2
+        self.moments: dict[Tensor, Moments] = {}
+        self._along: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """The norm of all gradients after the projection (which `step` makes); float64, on the device."""
+        squares = []
+        for p in self._with_gradient():
+            assert p.grad is not None
+            if p in self.unit_rows:
+                square, self._along[p] = _squares_across(p.grad, p)
+            else:
+                square = torch.stack([g.flatten().dot(g.flatten()) for g in _blocks(p.grad)]).double().sum()
+            squares.append(square)
+        return torch.stack(squares).sum().sqrt()
+
+    @torch.no_grad()
+    def step(self, lr: float, scale: Float[Tensor, ""]) -> None:
+        """One update with gradients times `scale`; to be called after `gradient_norm`. Gradients are spent."""
+        for p in self._with_gradient():
+            assert p.grad is not None
+            m = self.moments.get(p) or self._begin(p)
+            along = self._along.pop(p, None)
+            parts = zip(*(_blocks(t) for t in (p, p.grad, m.exp_avg, m.exp_avg_sq)), strict=True)
+            start = 0
+            for number, (w, g, exp_avg, exp_avg_sq) in enumerate(parts):
+                if along is not None:
+                    g.addcmul_(along[start : start + len(w)], w, value=-1)
+                g.mul_(scale)
+                adam(
+                    [w], [g], [exp_avg], [exp_avg_sq], [], [m.steps[number]],
+                    fused=True, amsgrad=False, maximize=False, weight_decay=0.0,
+                    beta1=self.beta1, beta2=self.beta2, lr=lr, eps=EPS,
+                )  # fmt: skip
+                if along is not None:
+                    w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True))
+                start += len(w)
+            p.grad = None
+
+    def state(self, p: Tensor) -> dict[str, Tensor]:
+        """What to save of a parameter; empty before its first step."""
+        m = self.moments.get(p)
+        return {} if m is None else {"exp_avg": m.exp_avg, "exp_avg_sq": m.exp_avg_sq, "step": m.steps[0].clone()}
+
+    def load_state(self, p: Tensor, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        m = self._begin(p)
+        for name in ("exp_avg", "exp_avg_sq"):
+            getattr(m, name).copy_(state[name])
+        m.steps.fill_(state["step"])
+
+    def _begin(self, p: Tensor) -> Moments:
+        steps = torch.zeros(sum(1 for _ in _blocks(p)), device=p.device)
+        self.moments[p] = Moments(torch.zeros_like(p), torch.zeros_like(p), steps)
+        return self.moments[p]
+
+    def _with_gradient(self) -> list[Tensor]:
+        return [p for p in self.parameters if p.grad is not None]
+
+
+def _blocks(t: Tensor) -> Iterator[Tensor]:
+    """Views of consecutive rows; on a GPU, whose caches are no help here, all of them at once."""
+    t = t.detach()
+    if t.is_cuda or t.numel() <= BLOCK_ENTRIES or t.ndim < 2:
+        return iter([t])
+    return iter(t.split(max(1, BLOCK_ENTRIES // t[0].numel())))
+
+
+def _squares_across(
+    gradient: Float[Tensor, "n d"], weights: Float[Tensor, "n d"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, "n 1"]]:
+    """Sum of squares of the gradient without its part along unit rows, and that part's length for each row."""
+    squares, along = [], []
+    for g, w in zip(_blocks(gradient), _blocks(weights), strict=True):
+        along.append((g * w).sum(1, keepdim=True))
+        across = torch.linalg.vector_norm(g, dim=1, keepdim=True).square() - along[-1].square()
+        squares.append(across.clamp_min(0).double().sum())
+    return torch.stack(squares).sum(), torch.cat(along)
