@@ -12,8 +12,9 @@ Zeros are never stored: nnz / tokens is the L0, and a TopK row may hold fewer th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,6 +34,8 @@ class Latents:
     offsets: Int[Tensor, " tokens_plus_1"]
     d_sae: int
     shape: tuple[int, ...]
+    _shared: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What follows from the matches alone, computed once; handed on to Latents with the same matches."""
 
     def __post_init__(self) -> None:
         assert self.values.shape == self.indices.shape, "one index for each value"
@@ -63,8 +66,19 @@ class Latents:
 
     def rows(self) -> Int[Tensor, " nnz"]:
         """The token of each match."""
-        tokens = torch.arange(self.tokens, device=self.offsets.device)
-        return tokens.repeat_interleave(self.offsets.diff(), output_size=self.nnz)
+        if "rows" not in self._shared:
+            tokens = torch.arange(self.tokens, device=self.offsets.device)
+            self._shared["rows"] = tokens.repeat_interleave(self.offsets.diff(), output_size=self.nnz)
+        return self._shared["rows"]
+
+    def by_latent(self) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"], Int[Tensor, " d_sae_plus_1"]]:
+        """The matches grouped by latent: their order, the token of each in that order, where each latent begins."""
+        if "by_latent" not in self._shared:
+            order = self.indices.int().argsort(stable=True)
+            counts = self.counts()
+            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            self._shared["by_latent"] = (order, self.rows()[order], offsets)
+        return self._shared["by_latent"]
 
     def counts(self) -> Int[Tensor, " d_sae"]:
         """How many tokens each latent is active on."""
@@ -81,7 +95,8 @@ class Latents:
     def where(self, keep: Bool[Tensor, " nnz"]) -> Latents:
         """Only the matches marked True."""
         kept_before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
-        return replace(self, values=self.values[keep], indices=self.indices[keep], offsets=kept_before[self.offsets])
+        offsets = kept_before[self.offsets]
+        return Latents(self.values[keep], self.indices[keep], offsets, self.d_sae, self.shape)
 
     def select(self, latents: Int[Tensor, " n"]) -> Latents:
         """The columns `latents` (distinct ids), renumbered 0..n-1 in the order given."""
@@ -92,7 +107,7 @@ class Latents:
         part = self.where(renumbered[self.indices] >= 0)
         indices = renumbered[part.indices]
         order = (part.rows() * latents.numel() + indices).argsort()
-        return replace(part, values=part.values[order], indices=indices[order], d_sae=latents.numel())
+        return Latents(part.values[order], indices[order], part.offsets, latents.numel(), self.shape)
 
     def __getitem__(self, tokens: slice | int | Tensor | tuple) -> Latents:
         """`latents[tokens]` slices leading dimensions; `latents[..., ids]` slices latents (a slice, an id, or ids)."""
@@ -116,8 +131,8 @@ class Latents:
     def to(self, *args: object, **kwargs: object) -> Latents:
         """Move values (device or dtype) and the index tensors (device only)."""
         values = self.values.to(*args, **kwargs)  # type: ignore[arg-type]
-        move = {"device": values.device}
-        return replace(self, values=values, indices=self.indices.to(**move), offsets=self.offsets.to(**move))
+        indices, offsets = (t.to(device=values.device) for t in (self.indices, self.offsets))
+        return Latents(values, indices, offsets, self.d_sae, self.shape)
 
     def detach(self) -> Latents:
         return replace(self, values=self.values.detach())

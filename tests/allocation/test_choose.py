@@ -80,9 +80,9 @@ def dense(rule: Rule, affinity: torch.Tensor) -> torch.Tensor:
     return reference.threshold(affinity, rule.threshold)
 
 
-def check(p: Problem, rule: Rule, warm: WarmStart | None = None) -> select.Matches:
+def check(p: Problem, rule: Rule, warm: WarmStart | None = None, screen: select.Screen = None) -> select.Matches:
     """The fast path gives exactly the reference: matches, order, codes."""
-    found = choose(p.x, p.W, p.b, rule, norms=p.norms, warm=warm)
+    found = choose(p.x, p.W, p.b, rule, norms=p.norms, warm=warm, screen=screen)
     S = dense(rule, p.affinity)
     rows, latents = S.nonzero(as_tuple=True)
     assert torch.equal(found.rows, rows) and torch.equal(found.latents, latents)
@@ -109,10 +109,14 @@ PROBLEMS = {
     "popular latent": Problem(quantised(40, 13).x, quantised(40, 13).W, torch.tensor([-3.0] * 5 + [50.0] + [-3.0] * 7)),
     "decoder norms": with_norms(quantised(17, 13)),
     "zero norms": Problem(quantised(17, 13).x, quantised(17, 13).W, quantised(17, 13).b, torch.arange(13.0) % 3),
+    "many groups of columns": quantised(9, 1280),
+    "groups, few positives": quantised(9, 1280, bias=-6),
     "growing rows": Problem(
         quantised(40, 13).x.sort(0).values * torch.arange(40.0)[:, None], quantised(40, 13).W, quantised(40, 13).b
     ),
 }
+
+SMALL = {name: p for name, p in PROBLEMS.items() if len(p.W) < 20}
 
 BLOCKS = [1, 40, 2**20]
 
@@ -123,18 +127,29 @@ def block(request, monkeypatch):
     return request.param
 
 
+SCREENS = [None, "bfloat16"]
+
+
 @pytest.mark.parametrize("p", PROBLEMS.values(), ids=list(PROBLEMS))
 @pytest.mark.parametrize("make", RULES.values(), ids=list(RULES))
 def test_equals_the_reference(p, make, block):
     d_sae = len(p.W)
-    for k in {1, min(3, d_sae), d_sae}:
+    for k in {1, min(3, d_sae), min(20, d_sae)}:
         check(p, make(k, d_sae))
     if make is not topk:
         for k in (0.1, 0.5, min(2.3, d_sae)):
             check(p, make(k, d_sae))
 
 
-@pytest.mark.parametrize("p", PROBLEMS.values(), ids=list(PROBLEMS))
+@pytest.mark.parametrize("p", SMALL.values(), ids=list(SMALL))
+@pytest.mark.parametrize("make", RULES.values(), ids=list(RULES))
+def test_the_screen_misses_nothing_that_bfloat16_can_tell(p, make, block):
+    """Small whole numbers are exact in bfloat16; ties may be more than the screen keeps only beyond these sizes."""
+    for k in {1, min(3, len(p.W)), len(p.W)}:
+        check(p, make(k, len(p.W)), screen="bfloat16")
+
+
+@pytest.mark.parametrize("p", SMALL.values(), ids=list(SMALL))
 @pytest.mark.parametrize("make", COUPLED.values(), ids=list(COUPLED))
 def test_warm_starts_change_nothing(p, make, block):
     d_sae = len(p.W)
@@ -289,6 +304,38 @@ def test_real_numbers(make, dtype, block):
     S = dense(rule, codes.relu())
     assert torch.equal(torch.stack([found.rows, found.latents], 1), S.nonzero())
     assert torch.allclose(found.values.double(), codes[S], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", RULES.values(), ids=list(RULES))
+@pytest.mark.parametrize("norms", [False, True])
+def test_the_screen_on_real_numbers(make, norms, block):
+    """Over a warm-started stream: the budget is spent, values are exact, whatever is missed lies at the cut."""
+    g = torch.Generator().manual_seed(0)
+    tokens, d_in, d_sae, k = 200, 64, 320, 8
+    W, b = torch.randn(d_sae, d_in, generator=g) / 8, torch.randn(d_sae, generator=g) / 8
+    scale = 1 + torch.rand(d_sae, generator=g) if norms else None
+    rule, warm, missed = make(k, d_sae), WarmStart(), 0
+    for _ in range(4):
+        x = torch.randn(tokens, d_in, generator=g)
+        exact = choose(x, W, b, rule, norms=scale)
+        found = choose(x, W, b, rule, norms=scale, warm=warm, screen="bfloat16")
+        codes = x.double() @ W.double().T + b.double()
+        assert torch.allclose(found.values.double(), codes[found.rows, found.latents], rtol=1e-5, atol=1e-5)
+        flat = found.rows * d_sae + found.latents
+        assert (flat.diff() > 0).all(), "in order, each once"
+        assert len(found.rows) == len(exact.rows), "the budget is spent"
+        missed += int((~torch.isin(exact.rows * d_sae + exact.latents, flat)).sum())
+    assert missed <= 3, "of 6400"
+
+
+@pytest.mark.parametrize("theta", [2.0, 5.0])
+def test_the_screen_with_thresholds(theta, block):
+    g = torch.Generator().manual_seed(1)
+    x, W, b = (torch.randn(*s, generator=g) for s in ((63, 16), (100, 16), (100,)))
+    for rule in (Threshold(ThresholdConfig(theta=theta), 100), Threshold.at(theta + torch.rand(100, generator=g), 100)):
+        exact, found = (choose(x, W, b, rule, screen=screen) for screen in SCREENS)
+        assert torch.equal(exact.rows, found.rows) and torch.equal(exact.latents, found.latents)
+        assert torch.allclose(exact.values, found.values, rtol=1e-5, atol=1e-5)
 
 
 def test_no_gradient_and_no_change():

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from apportion.allocation.base import Candidates, Rule, Settled, check_k
 
+INT32_MAX = 2**31 - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenChoiceConfig:
@@ -55,9 +57,15 @@ class TokenChoice(Rule):
 
 
 def rank_within(groups: Tensor, affinity: Tensor, num_groups: int) -> Tensor:
-    """Rank of each entry among those of its group, 0 for the largest; earlier entries first among ties."""
-    by_affinity = affinity.argsort(descending=True, stable=True)
-    order = by_affinity[groups[by_affinity].argsort(stable=True)]
+    """Rank of each entry among those of its group, 0 for the largest; earlier entries first among ties.
+
+    For affinities that are not negative: their bits, read as integers, sort alike and many times faster.
+    """
+    if affinity.dtype == torch.float32:
+        by_affinity = (INT32_MAX - affinity.contiguous().view(torch.int32)).argsort(stable=True)
+    else:
+        by_affinity = affinity.argsort(descending=True, stable=True)
+    order = by_affinity[groups[by_affinity].int().argsort(stable=True)]
     counts = torch.bincount(groups, minlength=num_groups)
     first = counts.cumsum(0) - counts
     rank = torch.empty_like(groups)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from apportion.allocation import Rule, StepContext, WarmStart
 from apportion.architectures.inputs import Centre, InputDescription, InputNorm
+from apportion.kernels import Screen
 from apportion.latents import Latents
 
 CALIBRATION_CHUNK = 4096
@@ -68,6 +69,8 @@ class SAE(nn.Module, ABC):
         self.allocation = allocation
         self.input = InputDescription(config.d_in, config.input_norm, config.centre)
         self.info: dict[str, Any] = {}
+        self.screen: Screen = None
+        """"bfloat16": find candidates with a product in bfloat16, several times faster; codes stay float32."""
 
     @property
     def d_in(self) -> int:

@@ -95,7 +95,8 @@ class Plain(SAE):
         norms = None
         if self.config.affinity == "code_times_decoder_norm":
             norms = (self.W_dec if ids is None else self.W_dec[ids]).norm(dim=1)
-        m = choose(x, W, b, rule, norms=norms, warm=warm)
+        screen = self.screen if ids is None else None  # few columns: the full product costs less than looking twice
+        m = choose(x, W, b, rule, norms=norms, warm=warm, screen=screen)
         latents = m.latents if ids is None else ids[m.latents]
         matches = from_matches(m.rows, latents, m.values, self.d_sae, (x.shape[0],))
         return encode_matches(x, self.W_enc, self.b_enc, matches)

@@ -15,15 +15,14 @@ All three are exact; nothing of size [tokens, d_sae] is made.
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from apportion.kernels.primitives import dot_products, weighted_sums
 from apportion.latents import Latents
 
 
@@ -35,7 +34,7 @@ def encode_matches(
 ) -> Latents:
     """The matches with their codes as an autograd function of x, W_enc and b_enc (fixed matches, codes known)."""
     values = _Encode.apply(x, W_enc, b_enc, matches)
-    return Latents(values, matches.indices, matches.offsets, matches.d_sae, matches.shape)
+    return replace(matches, values=values)
 
 
 def decode_matches(latents: Latents, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "tokens d_out"]:
@@ -77,7 +76,7 @@ class _Decode(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         d_values = dW = None
         if ctx.needs_input_grad[0]:
-            d_values = _dot_products(ctx.latents, g, W_dec)
+            d_values = dot_products(ctx.latents.offsets, ctx.latents.rows(), ctx.latents.indices, g, W_dec)
         if ctx.needs_input_grad[1]:
             dW = _sum_by_latent(ctx.latents, values, g)
         return d_values, dW, None
@@ -85,43 +84,10 @@ class _Decode(torch.autograd.Function):
 
 def _sum_by_row(latents: Latents, weights: Tensor, table: Float[Tensor, "d_sae d"]) -> Float[Tensor, "tokens d"]:
     """sum over the matches of each token of weight * table[latent]."""
-    return _weighted_sums(latents.indices, latents.offsets, weights, table)
+    return weighted_sums(latents.indices, latents.offsets, weights, table)
 
 
 def _sum_by_latent(latents: Latents, weights: Tensor, table: Float[Tensor, "tokens d"]) -> Float[Tensor, "d_sae d"]:
     """sum over the matches of each latent of weight * table[token]."""
-    order = latents.indices.argsort(stable=True)
-    counts = latents.counts()
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return _weighted_sums(latents.rows()[order], offsets, weights[order], table)
-
-
-def _weighted_sums(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    if indices.numel() == 0:
-        return table.new_zeros(offsets.numel() - 1, table.shape[1])
-    return F.embedding_bag(
-        indices, table, offsets, mode="sum", per_sample_weights=weights.contiguous(), include_last_offset=True
-    )
-
-
-def _dot_products(latents: Latents, g: Float[Tensor, "tokens d"], table: Float[Tensor, "d_sae d"]) -> Tensor:
-    """<g[row_n], table[latent_n]> for every match n."""
-    if latents.nnz == 0:
-        return g.new_zeros(0)
-    _accept_csr()
-    pattern = torch.sparse_csr_tensor(
-        latents.offsets,
-        latents.indices,
-        torch.zeros_like(latents.values),
-        size=(latents.tokens, latents.d_sae),
-        check_invariants=False,
-    )
-    return torch.sparse.sampled_addmm(pattern, g.contiguous(), table.T, beta=0.0).values()
-
-
-@cache
-def _accept_csr() -> None:
-    """torch warns once per process that CSR tensors are in beta; use up that warning where nobody sees it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.zeros(0, dtype=torch.int64), torch.zeros(0), size=(1, 1))
+    order, rows, offsets = latents.by_latent()
+    return weighted_sums(rows, offsets, weights[order], table)

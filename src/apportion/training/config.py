@@ -31,6 +31,9 @@ class TrainConfig:
     """Window of the running firing rates. None: 1M, or a tenth of a shorter run."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the weights."""
+    screen: Literal["bfloat16"] | None = None
+    """Find candidate matches with a product in bfloat16; their codes, the selection and all gradients stay in full
+    precision. Several times faster where the hardware multiplies bfloat16; may miss a match in ten thousand."""
     seed: int = 0
     """Seed of the data order where fit is given a tensor; other sources bring their own."""
     log_every_steps: int = 10

@@ -52,6 +52,7 @@ class Trainer:
         self.config = config or TrainConfig()
         self.sae = sae.to(getattr(torch, self.config.dtype))
         self.objective = objective
+        sae.screen = self.config.screen
         sae.allocation.check_batch(self.config.batch_tokens)
         if self.config.total_tokens is None and sae.allocation.needs_end:
             raise ValueError("switch_at is a share of the run, so it needs total_tokens; set it, or use switch_at = 0.")

@@ -1,0 +1,58 @@
+"""The few operations on matches that training is made of; everything else in this room is put together from them.
+
+weighted_sums   out_g = sum over the matches n of group g of weight_n * table[index_n]
+dot_products    out_n = <g[row_n], table[index_n]>
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def weighted_sums(
+    indices: Int[Tensor, " nnz"],
+    offsets: Int[Tensor, " groups_plus_1"],
+    weights: Float[Tensor, " nnz"],
+    table: Float[Tensor, "n d"],
+) -> Float[Tensor, "groups d"]:
+    """Sums of rows of a table over consecutive groups of matches; an empty group gives zeros."""
+    if indices.numel() == 0:
+        return table.new_zeros(offsets.numel() - 1, table.shape[1])
+    return F.embedding_bag(
+        indices, table, offsets, mode="sum", per_sample_weights=weights.contiguous(), include_last_offset=True
+    )
+
+
+def dot_products(
+    offsets: Int[Tensor, " tokens_plus_1"],
+    rows: Int[Tensor, " nnz"],
+    indices: Int[Tensor, " nnz"],
+    g: Float[Tensor, "tokens d"],
+    table: Float[Tensor, "n d"],
+) -> Float[Tensor, " nnz"]:
+    """<g[row], table[index]> of every match; matches in row order, `offsets` delimiting the rows."""
+    if indices.numel() == 0:
+        return g.new_zeros(0)
+    _accept_csr()
+    pattern = torch.sparse_csr_tensor(
+        offsets,
+        indices,
+        g.new_zeros(indices.numel()),
+        size=(offsets.numel() - 1, table.shape[0]),
+        check_invariants=False,
+    )
+    return torch.sparse.sampled_addmm(pattern, g.contiguous(), table.T, beta=0.0).values()
+
+
+@cache
+def _accept_csr() -> None:
+    """torch warns once per process that CSR tensors are in beta; use up that warning where nobody sees it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.zeros(0, dtype=torch.int64), torch.zeros(0), size=(1, 1))
