@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from apportion.kernels import decode_matches, encode_matches
+from apportion.kernels import decode_matches, encode_matches, sparse
 from apportion.latents import Latents
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -98,9 +98,15 @@ def assert_close(name: str, got: torch.Tensor, wanted: torch.Tensor, dtype: torc
     assert (got.double() - wanted).abs().max().item() <= TOLERANCE[dtype] * largest, name
 
 
+PATHS = {"as it chooses": (0.1, 2**22), "lists": (1.0, 2**22), "dense": (-1.0, 2**22), "small dense": (-1.0, 3000)}
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=list(PATHS))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-def test_values_and_gradients(case, dtype):
+def test_values_and_gradients(case, dtype, path, monkeypatch):
+    monkeypatch.setattr(sparse, "DENSE_SHARE", path[0])
+    monkeypatch.setattr(sparse, "BLOCK_ENTRIES", path[1])
     got, wanted = [], []
     for loss_of, at, into in ((sparse_loss, dtype, got), (dense_loss, torch.float64, wanted)):
         # The float64 twin starts from the same (rounded) numbers.

@@ -15,12 +15,22 @@ from apportion.cli.arguments import describe_filter, say
 class Info:
     """Say what a folder holds: a cache, a run, or a saved SAE."""
 
-    path: Positional[Path]
+    path: Positional[Path | None] = None
     """The folder."""
+    kernels: bool = False
+    """Say which kernels run on this machine, and why."""
     verify: bool = False
     """For a cache: read all of it and compare with the checksums in its manifest."""
 
     def run(self) -> None:
+        if self.kernels:
+            from apportion.kernels.dispatch import explain
+
+            say("\n".join(explain()))
+        if self.path is None:
+            if not self.kernels:
+                raise ValueError("Name a folder: a cache, a run or a saved SAE; or ask for --kernels.")
+            return
         if (self.path / "manifest.json").exists():
             from apportion.activations.store import ActivationStore, read_manifest
 

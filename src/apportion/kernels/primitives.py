@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apportion.kernels.dispatch import backend_for
+
 
 def weighted_sums(
     indices: Int[Tensor, " nnz"],
@@ -22,6 +24,10 @@ def weighted_sums(
     table: Float[Tensor, "n d"],
 ) -> Float[Tensor, "groups d"]:
     """Sums of rows of a table over consecutive groups of matches; an empty group gives zeros."""
+    if backend_for(table) == "triton":
+        from apportion.kernels import triton_kernels
+
+        return triton_kernels.weighted_sums(indices, offsets, weights, table)
     if indices.numel() == 0:
         return table.new_zeros(offsets.numel() - 1, table.shape[1])
     return F.embedding_bag(
@@ -37,6 +43,10 @@ def dot_products(
     table: Float[Tensor, "n d"],
 ) -> Float[Tensor, " nnz"]:
     """<g[row], table[index]> of every match; matches in row order, `offsets` delimiting the rows."""
+    if backend_for(table) == "triton":
+        from apportion.kernels import triton_kernels
+
+        return triton_kernels.dot_products(rows, indices, g, table)
     if indices.numel() == 0:
         return g.new_zeros(0)
     _accept_csr()

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.allocation.base import Candidates, Rule, Settled, WarmStart
+from apportion.kernels.dispatch import backend_for
 from apportion.kernels.primitives import dot_products
 
 BLOCK_ENTRIES = 2**22
@@ -238,18 +239,27 @@ def _each(bounds: Tensor, latents: Tensor) -> Tensor:
 
 def _above(codes: Tensor, affinity: Tensor, bounds: Tensor, out: Tensor) -> _Found:
     """Entries whose affinity exceeds the bounds; in bfloat16 also those that equal them."""
-    if affinity.dtype == torch.bfloat16:
-        bits = bounds.to(torch.bfloat16).view(torch.int16)
-        torch.gt(affinity.view(torch.int16), (bits - 1).clamp_min(0), out=out)  # much faster than in bfloat16
+    if backend_for(affinity) == "triton":
+        from apportion.kernels import triton_kernels
+
+        flat = triton_kernels.above(affinity, bounds)
     else:
-        torch.gt(affinity, bounds, out=out)
-    flat = _marked(out.view(-1))
+        flat = _above_in_torch(affinity, bounds, out)
     rows = flat.div(codes.shape[1], rounding_mode="floor")
     values = codes.view(-1)[flat]
     return _Found(rows, flat - rows * codes.shape[1], values, values if affinity is codes else affinity.view(-1)[flat])
 
 
-def _marked(mask: Tensor) -> Tensor:
+def _above_in_torch(affinity: Tensor, bounds: Tensor, out: Tensor) -> Int[Tensor, " n"]:
+    if affinity.dtype == torch.bfloat16:
+        bits = bounds.to(torch.bfloat16).view(torch.int16)
+        torch.gt(affinity.view(torch.int16), (bits - 1).clamp_min(0), out=out)  # much faster than in bfloat16
+    else:
+        torch.gt(affinity, bounds, out=out)
+    return _marked(out.view(-1))
+
+
+def _marked(mask: Tensor) -> Int[Tensor, " n"]:
     """mask.nonzero() of a flat mask with few marks: eight entries are looked at together."""
     if len(mask) % 8 or mask.is_cuda:
         return mask.nonzero().squeeze(-1)

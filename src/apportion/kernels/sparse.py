@@ -10,12 +10,15 @@ gradient:
     d x      = sum_n g_n W_enc[latent_n]   grouped by token    the same operation as decode
     d W      = sum_n g_n x[row_n]          grouped by latent   decode over the transposed match list
 
-All three are exact; nothing of size [tokens, d_sae] is made.
+All three are exact; nothing of size [tokens, d_sae] is made. Where so many entries are active that a list of them is no
+longer short (ReLU, Gated and JumpReLU early in training), the same sums are made as dense products of row blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +27,11 @@ from torch import Tensor
 
 from apportion.kernels.primitives import dot_products, weighted_sums
 from apportion.latents import Latents
+
+DENSE_SHARE = 0.1
+"""Share of active entries above which dense row blocks are faster than lists of matches (benchmarks/dense_share.py)."""
+BLOCK_ENTRIES = 2**22
+"""Entries of a dense row block (16 MB)."""
 
 
 def encode_matches(
@@ -76,7 +84,7 @@ class _Decode(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         d_values = dW = None
         if ctx.needs_input_grad[0]:
-            d_values = dot_products(ctx.latents.offsets, ctx.latents.rows(), ctx.latents.indices, g, W_dec)
+            d_values = _dot_products(ctx.latents, g, W_dec)
         if ctx.needs_input_grad[1]:
             dW = _sum_by_latent(ctx.latents, values, g)
         return d_values, dW, None
@@ -84,10 +92,46 @@ class _Decode(torch.autograd.Function):
 
 def _sum_by_row(latents: Latents, weights: Tensor, table: Float[Tensor, "d_sae d"]) -> Float[Tensor, "tokens d"]:
     """sum over the matches of each token of weight * table[latent]."""
+    if _is_dense(latents):
+        return torch.cat([z @ table for _, _, z in _dense_blocks(latents, weights)])
     return weighted_sums(latents.indices, latents.offsets, weights, table)
 
 
 def _sum_by_latent(latents: Latents, weights: Tensor, table: Float[Tensor, "tokens d"]) -> Float[Tensor, "d_sae d"]:
     """sum over the matches of each latent of weight * table[token]."""
+    if _is_dense(latents):
+        total = table.new_zeros(latents.d_sae, table.shape[1])
+        for tokens, _, z in _dense_blocks(latents, weights):
+            total.addmm_(z.T, table[tokens])
+        return total
     order, rows, offsets = latents.by_latent()
     return weighted_sums(rows, offsets, weights[order], table)
+
+
+def _dot_products(latents: Latents, g: Float[Tensor, "tokens d"], table: Float[Tensor, "d_sae d"]) -> Tensor:
+    """<g[token], table[latent]> of every match."""
+    if _is_dense(latents):
+        found = g.new_empty(latents.nnz)
+        for tokens, matches, _ in _dense_blocks(latents, None):
+            rows = latents.rows()[matches] - tokens.start
+            found[matches] = (g[tokens] @ table.T)[rows, latents.indices[matches]]
+        return found
+    return dot_products(latents.offsets, latents.rows(), latents.indices, g, table)
+
+
+def _is_dense(latents: Latents) -> bool:
+    return latents.nnz > DENSE_SHARE * latents.tokens * latents.d_sae
+
+
+def _dense_blocks(latents: Latents, weights: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Tokens, matches and (with weights) the dense code of each row block."""
+    size = max(1, BLOCK_ENTRIES // latents.d_sae)
+    z = latents.values.new_empty(0)
+    starts = list(range(0, latents.tokens, size))
+    ends = latents.offsets[[*starts, latents.tokens]].tolist()
+    for start, (first, last) in zip(starts, pairwise(ends), strict=True):
+        tokens, matches = slice(start, min(start + size, latents.tokens)), slice(first, last)
+        if weights is not None:
+            z = weights.new_zeros(tokens.stop - start, latents.d_sae)
+            z[latents.rows()[matches] - start, latents.indices[matches]] = weights[matches]
+        yield tokens, matches, z

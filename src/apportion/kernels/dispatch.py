@@ -1,0 +1,81 @@
+"""Which implementation of the primitives runs: chosen by where the tensors lie, can be overruled, says why.
+
+with kernels.use("torch"): ...            or the environment variable APPORTION_KERNELS=torch
+apportion info --kernels
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["torch", "triton"]
+VARIABLE = "APPORTION_KERNELS"
+
+_forced: Backend | None = None
+
+
+@contextmanager
+def use(backend: Backend) -> Iterator[None]:
+    """Within the block, all primitives run on this backend."""
+    global _forced
+    before = _forced
+    _forced = _checked(backend)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def backend_for(tensor: Tensor) -> Backend:
+    """The backend of primitives on this tensor."""
+    return _choice(tensor.device.type)[0]
+
+
+def _choice(device: str) -> tuple[Backend, str]:
+    if _forced is not None:
+        return _forced, "asked for by use()"
+    if os.environ.get(VARIABLE):
+        return _checked(os.environ[VARIABLE]), f"{VARIABLE} is set"
+    if device != "cuda":
+        return "torch", "Triton is for GPUs"
+    if find_spec("triton") is None:
+        return "torch", "Triton is not installed"
+    return "triton", "a GPU, and Triton is installed"
+
+
+def _checked(name: str) -> Backend:
+    if name == "triton" and find_spec("triton") is None:
+        raise ValueError("The triton kernels were asked for, but Triton is not installed: pip install triton")
+    if name == "torch":
+        return "torch"
+    if name == "triton":
+        return "triton"
+    raise ValueError(f"There are no {name!r} kernels; use torch or triton.")
+
+
+def explain() -> list[str]:
+    """What runs where, in lines to print."""
+    from apportion.kernels.sparse import DENSE_SHARE
+
+    lines = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        backend, why = _choice(device)
+        lines.append(f"{device}: weighted sums, dot products and selection by {backend} ({why})")
+        pays = "pays:" if _multiplies_bfloat16(device) else "does not pay: no"
+        lines.append(f'{device}: screen="bfloat16" {pays} bfloat16 products in hardware')
+    lines.append(f"codes with more than {DENSE_SHARE:.0%} of their entries active are multiplied in dense row blocks")
+    return lines
+
+
+def _multiplies_bfloat16(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
