@@ -12,7 +12,8 @@ import torch
 from apportion.activations import load_model
 from apportion.activations.collect import collect
 from apportion.recipes.compare import METHODS, Compare
-from apportion.recipes.embedded_model import TrainModel, loss_per_character
+from apportion.recipes.embedded_card import loss_per_character
+from apportion.recipes.embedded_model import TrainModel
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
 
@@ -93,13 +94,14 @@ def test_the_embedded_model_learns_and_loads(tmp_path: Path) -> None:
         intermediate_size=32,
         context_tokens=16,
         batch_contexts=4,
-        tokens=16 * 4 * 30,
-        save_every_steps=10,
+        tokens=16 * 4 * 100,
+        save_every_steps=50,
     )
     small.run()
     model, tokenizer = load_model(tmp_path / "model")
-    trained = loss_per_character(model, tokenizer, text[:2000], 16)
+    some = [some_text(seed, 4) for seed in range(100, 150)]
+    trained = loss_per_character(model, tokenizer, some)
     torch.manual_seed(0)
-    untrained = loss_per_character(small.model(tokenizer).eval(), tokenizer, text[:2000], 16)
+    untrained = loss_per_character(small.model(tokenizer).eval(), tokenizer, some)
     assert trained < 0.8 * untrained
     assert tokenizer.decode(tokenizer("The cat, twice!")["input_ids"]) == "The cat, twice!"

@@ -19,7 +19,7 @@ ORDER = [
     {"latents", "metrics", "losses"},
     {"allocation"},
     {"kernels"},
-    {"architectures"},
+    {"architectures", "embedded"},
     {"activations", "intervene"},
     {"training", "parallel"},
     {"evals", "explorer", "moe", "interop", "testing"},

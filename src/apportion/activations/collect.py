@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from apportion import embedded
 from apportion.activations.filter import TokenFilter, row_norms
 from apportion.activations.hookpoints import capture, expand
 from apportion.activations.progress import progress_bar
@@ -38,21 +39,26 @@ log = logging.getLogger(__name__)
 
 
 def load_model(name_or_folder: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
-    """A causal language model in eval mode and its tokenizer, from a local folder or the Hugging Face Hub."""
+    """A causal language model in eval mode and its tokenizer: a local folder, a Hugging Face Hub id, or "embedded".
+
+    "embedded" is the small model inside this package. It keeps that name, so a manifest means the same everywhere.
+    """
     wanted = torch_dtype(dtype)
     from transformers import AutoModelForCausalLM, AutoTokenizer  # heavy
 
     name = str(name_or_folder)
+    where = str(embedded.present(embedded.MODEL)) if name_or_folder == "embedded" else name
     try:
         with _quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=wanted)
+            tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"no language model could be loaded from {name!r}: give a folder with config.json, weights and "
-            f"tokenizer, or a Hub id that is reachable from here ({reason})"
+            f'tokenizer, a Hub id that is reachable from here, or "embedded" ({reason})'
         ) from error
+    model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -108,6 +114,11 @@ def run_contexts(
                 "module with one vector per token"
             )
     return {name: x.reshape(-1, x.shape[-1]) for name, x in seen.items()}
+
+
+def width_at(model: nn.Module, hookpoint: str) -> int:
+    """The width of the activations at a hookpoint, found by a pass over two tokens."""
+    return run_contexts(model, [hookpoint], torch.zeros(1, 2, dtype=torch.int64))[hookpoint].shape[1]
 
 
 def check_context_tokens(model: Any, context_tokens: int) -> None:

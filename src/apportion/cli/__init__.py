@@ -30,6 +30,20 @@ from apportion.cli.train import chosen_sae, train_command
 DESCRIPTION = "Sparse autoencoders that spend their sparsity budget where it is needed."
 
 
+def parse(argv: list[str]) -> Any:
+    """The command that these words ask for, filled in; its `run` does the work."""
+    commands = {
+        "demo": Demo,
+        "collect": Collect,
+        "train": train_command(chosen_sae(argv)),
+        "eval": Eval,
+        "report": Report,
+        "info": Info,
+    }
+    union = Union[tuple(Annotated[c, subcommand(name)] for name, c in commands.items())]  # noqa: UP007
+    return tyro.cli(cast(Any, union), args=argv, prog="apportion", description=DESCRIPTION)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `apportion`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -37,16 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("apportion").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being told to end is like Ctrl-C: clean up
     try:
-        commands = {
-            "demo": Demo,
-            "collect": Collect,
-            "train": train_command(chosen_sae(argv)),
-            "eval": Eval,
-            "report": Report,
-            "info": Info,
-        }
-        union = Union[tuple(Annotated[c, subcommand(name)] for name, c in commands.items())]  # noqa: UP007
-        tyro.cli(cast(Any, union), args=argv, prog="apportion", description=DESCRIPTION).run()
+        parse(argv).run()
     except BrokenPipeError:
         sys.stdout = None  # whoever read our output has gone; nothing may be written at exit
         return 1

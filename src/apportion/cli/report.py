@@ -125,7 +125,7 @@ class Report:
 
         store = ActivationStore(cache, trained_on["hookpoint"])
         check_same_model(trained_on, store.describe(), str(cache))
-        own = str(cache) == trained_on.get("folder")
+        own = str(cache.resolve()) == trained_on.get("folder")
         rows = held_out_rows(store, trained_on["held_out_share"]) if own else torch.arange(store.rows)
         length = store.manifest["context_tokens"]
         return store, rows[: max(1, self.tokens // length) * length]

@@ -3,7 +3,7 @@
     python -m apportion.recipes.embedded_model --text stories.txt --valid valid.txt --out model/
 
 A Llama of 2.8 M parameters (5 layers of width 192, context 256) with byte-level BPE of 3,072 pieces, trained on simple
-English stories, one story per blank-line-separated block. About an hour on one CPU core, minutes on a GPU.
+English stories, one story per blank-line-separated block. About 80 minutes on one CPU core.
 The state is written every few minutes, and the command goes on from there when it is started again; training.json says
 in the end what was trained on what. embedded_card.py measures the model and writes its card.
 """
@@ -31,7 +31,7 @@ from apportion.architectures.files import read_json, write_json, write_tensors
 logger = logging.getLogger("apportion.embedded_model")
 
 END = "<|end|>"
-"""Stands before every story and after the last one; both BOS and EOS."""
+"""Stands before every story; both BOS and EOS."""
 
 
 @dataclass(frozen=True, kw_only=True)

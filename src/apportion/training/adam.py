@@ -8,7 +8,8 @@
 A weight matrix, its gradient and its two averages are far larger than any cache, so each separate operation on them
 costs a pass over memory. Here the first pass reads gradient and weights and takes inner products (the norm after the
 projection is ||g_j||^2 - <g_j, w_j>^2); the second does everything else on blocks of rows that stay in the cache
-meanwhile. The update is torch's own fused Adam (arXiv 1412.6980), without weight decay.
+meanwhile. The update is torch's own fused Adam (arXiv 1412.6980), without weight decay; on a GPU the second pass is one
+Triton kernel.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim.adam import adam
 
+from apportion.kernels.dispatch import backend_for
+
 BLOCK_ENTRIES = 2**19
 """Entries of a block: weights, gradient and both averages of it (8 MB) stay in the cache."""
 EPS = 1e-8
@@ -28,11 +31,11 @@ EPS = 1e-8
 
 @dataclass
 class Moments:
-    """Adam's averages of one parameter; `steps` holds the number of steps once for each block."""
+    """Adam's averages of one parameter, and the steps they come from."""
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    steps: Float[Tensor, " blocks"]
+    steps: int = 0
 
 
 class Adam:
@@ -69,40 +72,59 @@ class Adam:
     def step(self, lr: float, scale: Float[Tensor, ""]) -> None:
         """One update with gradients times `scale`; to be called after `gradient_norm`. Gradients are spent."""
         for p in self._with_gradient():
-            assert p.grad is not None
             m = self.moments.get(p) or self._begin(p)
-            along = self._along.pop(p, None)
-            parts = zip(*(_blocks(t) for t in (p, p.grad, m.exp_avg, m.exp_avg_sq)), strict=True)
-            start = 0
-            for number, (w, g, exp_avg, exp_avg_sq) in enumerate(parts):
-                if along is not None:
-                    g.addcmul_(along[start : start + len(w)], w, value=-1)
-                g.mul_(scale)
-                adam(
-                    [w], [g], [exp_avg], [exp_avg_sq], [], [m.steps[number]],
-                    fused=True, amsgrad=False, maximize=False, weight_decay=0.0,
-                    beta1=self.beta1, beta2=self.beta2, lr=lr, eps=EPS,
-                )  # fmt: skip
-                if along is not None:
-                    w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True))
-                start += len(w)
+            if backend_for(p) == "triton" and p.dtype == torch.float32:
+                self._step_in_triton(p, m, lr, scale)
+            else:
+                self._step_in_blocks(p, m, lr, scale)
+            m.steps += 1
             p.grad = None
+        self._along.clear()
+
+    def _step_in_blocks(self, p: Tensor, m: Moments, lr: float, scale: Tensor) -> None:
+        assert p.grad is not None
+        along, start = self._along.get(p), 0
+        for w, g, exp_avg, exp_avg_sq in zip(*(_blocks(t) for t in (p, p.grad, m.exp_avg, m.exp_avg_sq)), strict=True):
+            if along is not None:
+                g.addcmul_(along[start : start + len(w)], w, value=-1)
+            g.mul_(scale)
+            steps = torch.full((), float(m.steps), device=p.device)
+            adam(
+                [w], [g], [exp_avg], [exp_avg_sq], [], [steps],
+                fused=True, amsgrad=False, maximize=False, weight_decay=0.0,
+                beta1=self.beta1, beta2=self.beta2, lr=lr, eps=EPS,
+            )  # fmt: skip
+            if along is not None:
+                w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True))
+            start += len(w)
+
+    def _step_in_triton(self, p: Tensor, m: Moments, lr: float, scale: Tensor) -> None:
+        from apportion.kernels.triton_kernels import adam_rows
+
+        assert p.grad is not None
+        adam_rows(
+            p.detach(), p.grad, m.exp_avg, m.exp_avg_sq, m.steps + 1, lr, self.beta1, self.beta2, EPS,
+            scale.float(), unit_rows=p in self.unit_rows,
+        )  # fmt: skip
 
     def state(self, p: Tensor) -> dict[str, Tensor]:
         """What to save of a parameter; empty before its first step."""
         m = self.moments.get(p)
-        return {} if m is None else {"exp_avg": m.exp_avg, "exp_avg_sq": m.exp_avg_sq, "step": m.steps[0].clone()}
+        return (
+            {}
+            if m is None
+            else {"exp_avg": m.exp_avg, "exp_avg_sq": m.exp_avg_sq, "step": torch.tensor(float(m.steps))}
+        )
 
     def load_state(self, p: Tensor, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned."""
         m = self._begin(p)
         for name in ("exp_avg", "exp_avg_sq"):
             getattr(m, name).copy_(state[name])
-        m.steps.fill_(state["step"])
+        m.steps = int(state["step"])
 
     def _begin(self, p: Tensor) -> Moments:
-        steps = torch.zeros(sum(1 for _ in _blocks(p)), device=p.device)
-        self.moments[p] = Moments(torch.zeros_like(p), torch.zeros_like(p), steps)
+        self.moments[p] = Moments(torch.zeros_like(p), torch.zeros_like(p))
         return self.moments[p]
 
     def _with_gradient(self) -> list[Tensor]:

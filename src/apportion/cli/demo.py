@@ -1,0 +1,55 @@
+"""apportion demo: three SAEs at one budget on one model, and a report about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from apportion.cli.arguments import Count, Text, best_device, say
+
+
+@dataclass(kw_only=True)
+class Demo:
+    """Train TopK, Mutual Choice and Feature Choice at one budget, evaluate them, and write a report to look at."""
+
+    model: str = "embedded"
+    """A transformers model: a local folder or a Hub id; embedded is the small story model inside the package."""
+    out: Path = Path("apportion-demo")
+    """The folder for everything that the demo makes; a second call goes on from what is there."""
+    corpus: Annotated[Text, arg(name="")] = field(default_factory=Text)
+    hookpoint: str | None = None
+    """Where to read activations; default: the output of the middle layer."""
+    tokens: Count = 1_000_000
+    """How many tokens to collect."""
+    k: int = 16
+    """Active latents per token: the sparsity budget."""
+    d_sae: int | None = None
+    """Number of latents; default: eight times the width of the activations."""
+    lr: float = 3e-3
+    """Learning rate of all three."""
+    seed: int = 0
+    """Seed of initial weights and data order."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU if there is one."""
+
+    def run(self) -> None:
+        from apportion.evals.table import print_table
+        from apportion.recipes import demo
+
+        report = demo.Demo(
+            model=self.model,
+            out=self.out,
+            text=None if self.corpus == Text() else self.corpus.source(),
+            hookpoint=self.hookpoint,
+            tokens=self.tokens,
+            k=self.k,
+            d_sae=self.d_sae,
+            lr=self.lr,
+            seed=self.seed,
+            device=best_device(self.device),
+        ).run()
+        print_table(report.figures["methods"])
+        say(f"\nOpen {self.out / 'report.html'}")

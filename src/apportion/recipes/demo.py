@@ -1,0 +1,143 @@
+"""The first five minutes: TopK, Mutual Choice and Feature Choice at one budget on one model, and a report about them.
+
+    apportion demo                                       the story model inside the package, offline, a few minutes
+    apportion demo --model HuggingFaceTB/SmolLM2-135M    any other model, on the same stories unless told otherwise
+
+Activations are collected in the middle of the model; nine tenths of the contexts are trained on, the rest calibrates
+and evaluates. Whatever is finished lies in the folder and is not done again when the command is given a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apportion.activations import ActivationStore, CacheSource, TextSource, load_model
+from apportion.activations.collect import collect, width_at
+from apportion.activations.hookpoints import expand, middle_layer
+from apportion.architectures import SAE, create, load
+from apportion.architectures.files import read_json, write_json, write_text
+from apportion.embedded import stories
+from apportion.evals import held_out_rows
+from apportion.evals.report import Report, check_report, make_report
+from apportion.training import TrainConfig, Trainer
+
+logger = logging.getLogger(__name__)
+
+METHODS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "mutual_choice": {},
+    "feature_choice": {"budgets": "zipf", "switch_at": 0.3},
+}
+"""What is compared, with the settings that differ from the defaults."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    model: str = "embedded"
+    """A transformers model: a local folder or a Hub id; embedded is the small story model inside the package."""
+    out: Path = Path("apportion-demo")
+    """The folder for everything that the demo makes."""
+    text: TextSource | None = None
+    """Text to run the model on; default: stories that the embedded model wrote."""
+    hookpoint: str | None = None
+    """Where to read activations; default: the output of the middle layer."""
+    tokens: int = 1_000_000
+    """Tokens to collect."""
+    k: int = 16
+    """Active latents per token."""
+    d_sae: int | None = None
+    """Number of latents; default: eight times the width of the activations."""
+    lr: float = 3e-3
+    batch_tokens: int = 1024
+    context_tokens: int = 256
+    eval_tokens: int = 50_000
+    """Held-out tokens for FVU, L0, dead latents and examples."""
+    ce_tokens: int = 16_384
+    """Held-out tokens for delta-CE."""
+    seed: int = 0
+    device: str = "cpu"
+
+    def run(self) -> Report:
+        """Do what is not done yet; returns the report, which lies in `out` as report.html and report.json."""
+        check_report()
+        if self.tokens < 10 * self.batch_tokens:
+            raise ValueError(
+                f"tokens = {self.tokens} is too few for training and evaluation. "
+                f"Use at least {10 * self.batch_tokens:,}, better a million."
+            )
+        model, tokenizer = load_model(self.model)
+        model.to(self.device)
+        (hookpoint,) = expand(model, self.hookpoint or middle_layer(model))
+        d_in = width_at(model, hookpoint)
+        saes = {name: self._new(name, d_in) for name in METHODS}
+        self._claim_folder({"hookpoint": hookpoint})
+        acts = self.out / "acts"
+        if not acts.exists():
+            logger.info("Collecting activations of %s at %s", self.model, hookpoint)
+            collect(
+                model,
+                tokenizer,
+                hookpoint,
+                self._text(),
+                tokens=self.tokens,
+                out=acts,
+                context_tokens=self.context_tokens,
+            )
+        store = ActivationStore(acts)
+        saes = {name: self._trained(sae, store) for name, sae in saes.items()}
+        logger.info("Evaluating, and drawing up the report")
+        source = CacheSource(store, seed=self.seed)
+        rows = held_out_rows(store, source.held_out_share)[
+            : self.eval_tokens // self.context_tokens * self.context_tokens
+        ]
+        report = make_report(saes, store, rows, model, tokenizer, ce_tokens=self.ce_tokens)
+        report.write(self.out / "report.html", self.out / "report.json")
+        return report
+
+    def _claim_folder(self, found: dict[str, Any]) -> None:
+        """Refuse a folder that holds something else; note what this one is for."""
+        mine = {k: v for k, v in vars(self).items() if k not in ("out", "device", "eval_tokens", "ce_tokens", "text")}
+        mine = json.loads(json.dumps(mine | found | {"text": None if self.text is None else self.text.describe()}))
+        record = self.out / "demo.json"
+        if record.exists():
+            theirs = read_json(record)
+            for key in mine:
+                if theirs.get(key) != mine[key]:
+                    raise ValueError(
+                        f"{self.out} holds a demo with {key} = {theirs.get(key)!r}, now it is {mine[key]!r}. "
+                        "Choose another --out, or remove that folder."
+                    )
+            return
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise ValueError(f"{self.out} exists and holds no demo. Choose another --out.")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(record, mine)
+
+    def _text(self) -> TextSource:
+        if self.text is not None:
+            return self.text
+        file = self.out / "stories.jsonl"
+        write_text(file, "".join(json.dumps({"text": story}, ensure_ascii=False) + "\n" for story in stories()))
+        return TextSource(file)
+
+    def _new(self, name: str, d_in: int) -> SAE:
+        d_sae = self.d_sae or 8 * d_in
+        sae = create(name, d_in=d_in, d_sae=d_sae, k=self.k, seed=self.seed, **METHODS[name])
+        sae.allocation.check_batch(self.batch_tokens)
+        return sae
+
+    def _trained(self, sae: SAE, store: ActivationStore) -> SAE:
+        folder = self.out / "runs" / sae.name
+        if (folder / "config.json").exists():
+            return load(folder).to(self.device)
+        source = CacheSource(store, seed=self.seed)
+        steps = source.num_rows // self.batch_tokens
+        config = TrainConfig(
+            lr=self.lr, batch_tokens=self.batch_tokens, total_tokens=steps * self.batch_tokens, seed=self.seed
+        )
+        logger.info("Training %s: %d latents, %d of them per token", sae.name, sae.d_sae, self.k)
+        return Trainer(sae.to(self.device), config).fit(source, folder, resume=(folder / "run.json").exists())
