@@ -16,7 +16,7 @@ class Collect:
     """Run a language model over text and keep its activations in a cache on disk."""
 
     model: Positional[str]
-    """A transformers model: a local folder or a Hub id."""
+    """A transformers model: a local folder or a Hub id; embedded is the story model that comes with the package."""
     hookpoint: tuple[str, ...]
     """Where to read: module paths such as model.layers.8, model.layers.8.mlp:in; globs such as model.layers.* work."""
     out: Path

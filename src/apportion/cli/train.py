@@ -91,7 +91,7 @@ class TrainBase:
         from apportion.activations import ActivationStore, CacheSource, LiveSource, load_model, read_contexts
         from apportion.activations.hookpoints import expand
 
-        if not Path(self.source).exists() and self.source.count("/") != 1:
+        if not Path(self.source).exists() and self.source.count("/") != 1 and self.source != "embedded":
             raise ValueError(f"There is no cache or model at {self.source!r}.")
         if (Path(self.source) / "manifest.json").exists():
             if self.corpus != Text() or self.filter != Filter():
