@@ -31,10 +31,12 @@ def print_table(results: Mapping[str, Mapping[str, Any]], console: Console | Non
     for name, result in results.items():
         cells = ((result.get(key), style) for key, _, style in shown)
         table.add_row(name, *("-" if value is None else format(value, style) for value, style in cells))
+    modes = {result["mode"] for result in results.values()}
+    mode = modes.pop() if len(modes) == 1 else "eval mode"
     console = console or Console()
     console.print(table)
     console.print(
-        f"{first['tokens']:,} held-out tokens, {first['mode']}; {first['filtered_share']:.2%} of tokens filtered out. "
+        f"{first['tokens']:,} held-out tokens, {mode}; {first['filtered_share']:.2%} of tokens filtered out. "
         "Dead: never active on these tokens. unfilt.: FVU over all tokens. ΔCE: loss that splicing adds, in nats; "
         "rec.0, rec.µ: share of it recovered against zero and mean ablation.",
         style="dim",

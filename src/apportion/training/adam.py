@@ -109,12 +109,10 @@ class Adam:
 
     def state(self, p: Tensor) -> dict[str, Tensor]:
         """What to save of a parameter; empty before its first step."""
-        m = self.moments.get(p)
-        return (
-            {}
-            if m is None
-            else {"exp_avg": m.exp_avg, "exp_avg_sq": m.exp_avg_sq, "step": torch.tensor(float(m.steps))}
-        )
+        if p not in self.moments:
+            return {}
+        m = self.moments[p]
+        return {"exp_avg": m.exp_avg, "exp_avg_sq": m.exp_avg_sq, "step": torch.tensor(float(m.steps))}
 
     def load_state(self, p: Tensor, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned."""
