@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -271,6 +272,8 @@ def _marked(mask: Tensor) -> Int[Tensor, " n"]:
 def _best_of_rows(codes: Tensor, affinity: Tensor, k: int) -> _Found:
     """The k best positive entries of each row, the lower column first among ties, in column order."""
     k = min(k, affinity.shape[1])
+    if k * GROUP > affinity.shape[1] and not affinity.is_cuda:
+        return _above_row_cuts(codes, affinity, k)
     one_more = min(k + 1, affinity.shape[1])
     best, columns = _top(affinity, one_more)
     if one_more > k:
@@ -289,6 +292,23 @@ def _best_of_rows(codes: Tensor, affinity: Tensor, k: int) -> _Found:
     rows = torch.arange(len(codes), device=codes.device)[:, None].expand_as(columns)[keep]
     values = codes.gather(1, columns)[keep]
     return _Found(rows, columns[keep], values, values if affinity is codes else chosen[keep])
+
+
+def _above_row_cuts(codes: Tensor, affinity: Tensor, k: int) -> _Found:
+    """_best_of_rows for a k that is a large share of the columns: entries are compared with their row's k-th largest."""
+    d_sae = affinity.shape[1]
+    # numpy partitions with vector instructions, several times faster than torch finds a k-th value.
+    kth = torch.from_numpy(np.partition(affinity.numpy(), d_sae - k, axis=1)[:, d_sae - k].copy())
+    cut = torch.nextafter(torch.zeros_like(kth), torch.ones_like(kth)).maximum(kth)
+    keep = affinity >= cut[:, None]
+    tied = (keep.sum(1) > k).nonzero().squeeze(1)
+    if len(tied):
+        columns = affinity[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
+        keep[tied] = torch.zeros_like(keep[tied]).scatter_(1, columns, True)
+    flat = keep.view(-1).nonzero().squeeze(-1)
+    row = flat.div(d_sae, rounding_mode="floor")
+    values = codes.reshape(-1)[flat]
+    return _Found(row, flat - row * d_sae, values, values if affinity is codes else affinity.reshape(-1)[flat])
 
 
 def _top(affinity: Float[Tensor, "rows d_sae"], count: int) -> tuple[Tensor, Tensor]:
