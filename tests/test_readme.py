@@ -10,6 +10,7 @@ import torch
 
 import apportion as ap
 from apportion.architectures import SAES
+from apportion.cli import parse
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -25,9 +26,25 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "my-sae" / "model.safetensors").exists()
 
 
-def test_the_test_command_is_what_ci_runs() -> None:
+def setup_commands() -> list[str]:
+    section = README.split("## Two commands")[1].split("\n## ")[0]
+    return [line.strip() for line in section.splitlines() if line.startswith("    ")]
+
+
+def test_there_are_two_setup_commands_and_ci_runs_the_second() -> None:
+    demo, tests = setup_commands()
+    assert demo.endswith(".venv/bin/apportion demo") and tests.endswith(".venv/bin/python -m pytest")
     ci = (Path(__file__).parents[1] / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    assert ci[-1] == "python -m pytest" and "    python -m pytest\n" in README
+    assert ci[-1] == tests
+
+
+def test_every_command_line_is_understood() -> None:
+    commands = [line for line in README.splitlines() if re.match(r"    (\.venv/bin/)?apportion ", line)]
+    assert len(commands) >= 7
+    for line in commands:
+        parse(line.split("apportion ", 1)[1].split())
+    with pytest.raises(SystemExit):
+        parse(["demo", "--no-such-option"])
 
 
 def test_every_sae_is_in_the_table() -> None:

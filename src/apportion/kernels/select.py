@@ -295,7 +295,7 @@ def _best_of_rows(codes: Tensor, affinity: Tensor, k: int) -> _Found:
 
 
 def _above_row_cuts(codes: Tensor, affinity: Tensor, k: int) -> _Found:
-    """_best_of_rows for a k that is a large share of the columns: entries are compared with their row's k-th largest."""
+    """_best_of_rows for a k that is a large share of the columns: entries are compared with the row's k-th largest."""
     d_sae = affinity.shape[1]
     # numpy partitions with vector instructions, several times faster than torch finds a k-th value.
     kth = torch.from_numpy(np.partition(affinity.numpy(), d_sae - k, axis=1)[:, d_sae - k].copy())
