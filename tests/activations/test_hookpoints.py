@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion.activations.collect import load_model
-from apportion.activations.hookpoints import Hookpoint, capture, expand, hooked
+from apportion.activations.hookpoints import Hookpoint, capture, expand, hooked, middle_layer
 
 IDS = torch.tensor([[1, 5, 9, 7, 3], [1, 4, 4, 8, 6]])
 
@@ -112,3 +112,13 @@ def test_unknown_names_suggest_the_nearest(model: Any, wrong: str) -> None:
 def test_malformed_hookpoints_are_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match="not a hookpoint"):
         Hookpoint.parse(wrong)
+
+
+def test_the_middle_layer() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=8, n_head=2, vocab_size=11, n_positions=8))
+    assert middle_layer(gpt2) == "transformer.h.1"
+    assert middle_layer(nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(1, 1) for _ in range(5))})) == "layers.2"
+    with pytest.raises(ValueError, match="give a hookpoint"):
+        middle_layer(nn.Linear(1, 1))

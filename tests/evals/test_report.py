@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,18 @@ from apportion.activations.collect import collect
 from apportion.cli import main
 from apportion.evals import Measurement, evaluate_rows, held_out_rows
 from apportion.evals.baselines import pca_curve
-from apportion.evals.examples import AFTER, BEFORE, activations_on, examples_of
-from apportion.evals.report import NUM_LATENTS, Report, contexts_of, make_report, pieces, spread_latents
+from apportion.evals.examples import AFTER, BEFORE, Example, activations_on, examples_of
+from apportion.evals.plots import fvu_chart
+from apportion.evals.report import (
+    NUM_LATENTS,
+    Report,
+    contexts_of,
+    example_pieces,
+    make_report,
+    passage,
+    pieces,
+    spread_latents,
+)
 from apportion.evals.sweep import sweep
 
 SENTENCES = ["the cat sat on the old mat", "a dog ran over the hill by the sea", "she read a book about the sun"]
@@ -172,6 +183,65 @@ def test_pieces_add_up_to_the_text() -> None:
     assert cut == ["\ufffd"], "what cannot be completed is shown as such"
 
 
+def test_an_example_about_part_of_a_character_marks_the_character() -> None:
+    tokens = list("a🙂b".encode())
+    example = Example(tokens, [0.0, 0.5, 3.0, 1.0, 0.0, 2.0], focus=2)
+    shown = example_pieces(ByteTokenizer(), example)
+    assert [(p.text, p.activation, p.is_focus) for p in shown] == [
+        ("a", 0.0, False),
+        ("🙂", 3.0, True),
+        ("b", 2.0, False),
+    ]
+
+
+def test_the_passage_says_what_each_token_took(saes: dict[str, ap.SAE], store: ActivationStore, rows: Any) -> None:
+    found = passage(saes, store, rows, load_tokenizer(store))
+    first = rows[:CONTEXT]
+    assert len(found) == CONTEXT and [t.takes_part for t in found] == store.mask[first].tolist()
+    for column, sae in enumerate(saes.values()):
+        assert [t.l0[column] for t in found] == sae.encode(store.gather(first)).l0().tolist()
+    assert len({t.l0[1] for t in found}) > 1 and {t.l0[0] for t in found} == {4}
+    assert "".join(t.text for t in found) == load_tokenizer(store).decode(store.tokens[first].tolist())
+
+
+def load_tokenizer(store: ActivationStore) -> Any:
+    return load_model(store.manifest["model"]["name_or_path"])[1]
+
+
+def test_charts_hold_what_was_measured(report: Report) -> None:
+    """Each SAE is a point at its (L0, FVU) of the chart of error against sparsity."""
+    from matplotlib import pyplot as plt
+
+    figures = report.figures
+    points = {name: (m["l0"], m["fvu"]) for name, m in figures["methods"].items()}
+    _, axes = plt.subplots()
+    fvu_chart(points, figures["sweeps"], figures["baselines"]["pca"]["fvu_by_components"])(axes)
+    drawn = [tuple(float(v[0]) for v in line.get_data()) for line in axes.lines if line.get_marker() == "o"]
+    assert drawn == list(points.values())
+    pca = axes.lines[-1].get_data()
+    assert [float(v) for v in pca[1]] == [figures["baselines"]["pca"]["fvu_by_components"][int(n)] for n in pca[0]]
+    plt.close()
+
+
+def test_strange_saes_still_get_a_report(store: ActivationStore, rows: torch.Tensor, tiny_model_dir: Path) -> None:
+    """k above the width, thresholds far off, a name like a formula."""
+    wide = ap.create("topk", d_in=32, d_sae=64, k=40, seed=0).eval()
+    far_off = ap.create("mutual_choice", d_in=32, d_sae=64, k=40, seed=0)
+    far_off.calibrate(0.01 * torch.randn(2000, 32, generator=torch.Generator().manual_seed(0)))
+    report = make_report(
+        {"runs/$a$": wide, "far": far_off.eval()},
+        store,
+        rows[:CONTEXT],
+        *load_model(tiny_model_dir),
+        ce_tokens=0,
+        progress=False,
+    )
+    assert report.figures["baselines"]["pca"]["components"] == 32
+    assert len(report.figures["sweeps"]["far"]) >= 1
+    with pytest.raises(ValueError, match="at most 6 SAEs"):
+        make_report({str(i): wide for i in range(7)}, store, rows, None, None)
+
+
 def test_figures_of_the_report(report: Report, saes: dict[str, ap.SAE], store: ActivationStore, rows: Any) -> None:
     figures = json.loads(json.dumps(report.figures, allow_nan=False))
     assert figures["k"] == 4 and list(figures["methods"]) == list(METHODS)
@@ -188,6 +258,7 @@ def test_figures_of_the_report(report: Report, saes: dict[str, ap.SAE], store: A
     assert mean == pytest.approx(method["ce_mean_ablation"] - method["ce_clean"])
     for found in figures["latents"].values():
         assert len(found) == NUM_LATENTS and all("<<" in text for one in found for text in one["strongest"])
+        assert all(0 < share <= 1 for one in found for _, share in one["top_tokens"])
 
 
 def test_the_page_stands_on_its_own(report: Report) -> None:
@@ -195,7 +266,7 @@ def test_the_page_stands_on_its_own(report: Report) -> None:
     assert not re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?:https?:)?//', page), "nothing is fetched"
     assert "<script" not in page and page.count("<svg ") == 4 and page.count("</svg>") == 4
     for name in METHODS:
-        assert "<h3><span" in page and name in page
+        assert page.count(f"</span>{name}</h3>") == 1, "a passage each"
     assert page.count('class="card latent"') == 2 * NUM_LATENTS
     svg_colours = re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", page)
     assert not svg_colours, "every colour comes from the page, for dark mode"
@@ -229,6 +300,33 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert figures["text"]["where"] == str(text) and "delta_ce" not in figures["methods"]["topk"]
     for name in ("report.html", "report.json"):
         (folder / "topk" / name).unlink()
+
+
+def test_only_text_that_no_sae_was_trained_on_counts(folder: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Runs with different splits of one cache; a cache that has moved; another cache of the same text."""
+    source = CacheSource(ActivationStore(folder / "acts"), held_out_share=0.1)
+    config = ap.TrainConfig(lr=3e-3, batch_tokens=256, total_tokens=256 * 4)
+    ap.Trainer(ap.create("mutual_choice", d_in=32, d_sae=64, k=4, seed=0), config).fit(source, tmp_path / "other")
+    both = [str(folder / "topk"), str(tmp_path / "other")]
+    store = ActivationStore(folder / "acts")
+    shared = set(held_out_rows(store, 0.4).tolist()) & set(held_out_rows(store, 0.1).tolist())
+    assert main(["report", *both, "--out", str(tmp_path / "out"), "--ce-tokens", "0"]) == 0
+    figures = json.loads((tmp_path / "out" / "report.json").read_text())
+    tokens = {method["tokens"] for method in figures["methods"].values()}
+    assert tokens == {int(store.mask[sorted(shared)].sum())} and len(shared) < 0.11 * store.rows
+
+    moved = tmp_path / "moved"
+    shutil.copytree(folder / "acts", moved)
+    assert main(["report", both[0], "--acts", str(moved), "--out", str(tmp_path / "m"), "--ce-tokens", "0"]) == 0
+    figures = json.loads((tmp_path / "m" / "report.json").read_text())
+    assert figures["methods"]["topk"]["tokens"] == int(store.mask[held_out_rows(store, 0.4)].sum())
+
+    model, tokenizer = load_model(tiny_model_dir)
+    collect(
+        model, tokenizer, "model.layers.1", folder / "text.txt", tokens=2000, out=tmp_path / "acts2", context_tokens=32
+    )
+    assert main(["report", both[0], "--acts", str(tmp_path / "acts2"), "--out", str(tmp_path / "n")]) == 2
+    assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.parametrize(

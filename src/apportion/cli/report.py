@@ -51,14 +51,14 @@ class Report:
         cache = self._cache(trained_on, text)
         model, tokenizer = load_model(name)
         check_same_model(trained_on, {"model": model_fingerprint(model)}, name)
-        out = self.out or self.run_folders[0]
-        out.mkdir(parents=True, exist_ok=True)
         model.to(device)
         with TemporaryDirectory() as temporary:
             if cache is None:
                 cache = self._collect(trained_on, text, model, tokenizer, Path(temporary) / "acts")
-            store, rows = self._rows(cache, trained_on)
+            store, rows = self._rows(cache, saes)
             report = make_report(saes, store, rows, model, tokenizer, ce_tokens=self.ce_tokens)
+        out = self.out or self.run_folders[0]
+        out.mkdir(parents=True, exist_ok=True)
         report.write(out / "report.html", out / "report.json")
         say(f"{out / 'report.html'}")
 
@@ -116,16 +116,31 @@ class Report:
         )
         return out
 
-    def _rows(self, cache: Path, trained_on: dict[str, Any]) -> tuple[Any, Any]:
-        """The cache, opened, and the rows to evaluate on: whole contexts that were not trained on."""
+    def _rows(self, cache: Path, saes: dict[str, Any]) -> tuple[Any, Any]:
+        """The cache, opened, and the rows to evaluate on: whole contexts that none of the SAEs was trained on."""
         import torch
 
         from apportion.activations import ActivationStore
         from apportion.evals import held_out_rows
 
-        store = ActivationStore(cache, trained_on["hookpoint"])
-        check_same_model(trained_on, store.describe(), str(cache))
-        own = str(cache.resolve()) == trained_on.get("folder")
-        rows = held_out_rows(store, trained_on["held_out_share"]) if own else torch.arange(store.rows)
+        first = next(iter(saes.values()))
+        store = ActivationStore(cache, first.hookpoint)
+        check_same_model(first.info.get("source", {}), store.describe(), str(cache))
+        unseen = torch.ones(store.rows, dtype=torch.bool)
+        for name, sae in saes.items():
+            source = sae.info.get("source", {})
+            if source.get("text") != store.manifest["text"]:
+                continue
+            if source.get("rows") != store.rows or source.get("contexts") != store.manifest["contexts"]:
+                raise ValueError(
+                    f"{name} was trained on other activations of the same text ({store.manifest['text']['where']}), so "
+                    f"what it has seen of {cache} is not known. Give --text or --acts with text it was not trained on."
+                )
+            held_out = torch.zeros_like(unseen)
+            held_out[held_out_rows(store, source["held_out_share"])] = True
+            unseen &= held_out
+        rows = unseen.nonzero().squeeze(1)
+        if not len(rows):
+            raise ValueError(f"Every row of {cache} was used to train one of the SAEs. Give --text or --acts.")
         length = store.manifest["context_tokens"]
         return store, rows[: max(1, self.tokens // length) * length]

@@ -1,7 +1,7 @@
 """What a latent fires on: its strongest examples in context, a few at random, and the tokens it prefers.
 
 The strongest examples alone flatter a latent (they show its best side), so each latent also comes with examples drawn
-at random among all tokens it fires on. At most one example is taken from each context.
+at random among all tokens it fires on. Of either kind, at most one example is taken from each context.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def examples_of(
         ranked = firing[column[firing].argsort(descending=True, stable=True)]
         top = _one_per_context(ranked, contexts, strongest)
         shuffled = firing[torch.randperm(len(firing), generator=seeded("examples", latent))]
-        others = _one_per_context(shuffled[~torch.isin(contexts[shuffled], contexts[top])], contexts, random)
+        others = _one_per_context(shuffled, contexts, random)
         mass = torch.zeros(int(tokens.max()) + 1, dtype=torch.float64)
         mass.index_add_(0, tokens[firing].long(), column[firing].double())
         shares = (mass / mass.sum()).topk(min(num_tokens, len(mass)))

@@ -92,7 +92,7 @@ def density_chart(measurements: Mapping[str, Measurement]) -> Chart:
         for colour, (name, m) in zip(COLOURS, measurements.items(), strict=False):
             density = m.activations.density().sort(descending=True).values
             alive = density[density > 0]
-            axes.plot(range(1, len(alive) + 1), alive, color=colour, linewidth=1.8, label=name)
+            axes.plot(range(1, len(alive) + 1), alive, color=colour, linewidth=1.8, label=_plain(name))
             fit = m.result()["zipf"]
             if fit is not None:
                 ranks = torch.logspace(0, log10(fit["ranks"]), 200)
@@ -116,7 +116,7 @@ def l0_chart(measurements: Mapping[str, Measurement]) -> Chart:
         for colour, (name, m) in zip(COLOURS, measurements.items(), strict=False):
             l0 = m.l0_of_tokens()
             counts = torch.bincount(l0.clamp_max(top), minlength=top + 1).double() / len(l0)
-            label = f"{name} (mean {m.activations.mean_l0():.1f})"
+            label = f"{_plain(name)} (mean {m.activations.mean_l0():.1f})"
             if (l0 == l0[0]).all():
                 axes.axvline(int(l0[0]), color=colour, linewidth=1.8, label=label)
             else:
@@ -139,10 +139,10 @@ def difficulty_chart(measurements: Mapping[str, Measurement]) -> Chart:
             groups = difficulty.argsort().chunk(20)
             at = [difficulty[g].mean().item() for g in groups]
             r = m.result()["l0_difficulty_correlation"]
-            label = name if r is None else f"{name} (r = {r:.2f})"
+            label = _plain(name) if r is None else f"{_plain(name)} (r = {r:.2f})"
             axes.plot(at, [l0[g].mean().item() for g in groups], "o-", color=colour, markersize=3.5, label=label)
         axes.set(xlabel="cross-entropy of the prediction made at the token (nats)", ylabel="mean active latents")
-        axes.set_title("Where the budget goes: L0 against difficulty, 20 equal groups", loc="left", fontsize=10)
+        axes.set_title("Where the budget goes: L0 against difficulty, groups of equal size", loc="left", fontsize=10)
 
     return draw
 
@@ -159,7 +159,7 @@ def fvu_chart(
         high = max(l0 for curve in sweeps.values() for l0, _ in curve)
         for colour, (name, (l0, fvu)) in zip(COLOURS, points.items(), strict=False):
             axes.plot(*zip(*sweeps[name], strict=True), color=colour, linewidth=1.4)
-            axes.plot([l0], [fvu], "o", color=colour, markersize=6, label=name)
+            axes.plot([l0], [fvu], "o", color=colour, markersize=6, label=_plain(name))
         components = [n for n in range(1, len(pca)) if low <= n <= high]
         style = {"color": COLOURS[-1], "linestyle": (0, (4, 3)), "linewidth": 1.4}
         axes.plot(components, [pca[n] for n in components], label="PCA, as many components", **style)
@@ -170,3 +170,8 @@ def fvu_chart(
         axes.set_title("Error against sparsity; lines: the same SAEs at other budgets", loc="left", fontsize=10)
 
     return draw
+
+
+def _plain(name: str) -> str:
+    """A name in which matplotlib sees no formula."""
+    return name.replace("$", r"\$")

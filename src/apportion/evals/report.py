@@ -33,6 +33,8 @@ MIN_FIRINGS = 20
 """Latents that fired less often on the evaluation tokens are not shown."""
 PASSAGE_TOKENS = 120
 SWEEP_ROWS = 16_384
+MOST_SAES = 6
+"""As many as there are colours."""
 MEAN, ZERO = "mean_ablation", "zero_ablation"
 
 
@@ -73,6 +75,8 @@ def make_report(
     in, for the loss that this adds. `ce_tokens = 0` leaves that out.
     """
     check_report()
+    if len(saes) > MOST_SAES:
+        raise ValueError(f"A report shows at most {MOST_SAES} SAEs, got {len(saes)}. Make several reports.")
     measurements = evaluate_rows(saes, store, rows, progress=progress)
     methods = {name: m.result() for name, m in measurements.items()}
     pca = pca_curve(store, rows).tolist()
@@ -130,9 +134,11 @@ def _sweeps(saes: Mapping[str, SAE], store: ActivationStore, rows: Tensor) -> di
 
 
 def _pca(curve: list[float], ks: set[float | None]) -> dict[str, Any]:
-    components = round(max((k for k in ks if k is not None), default=0))
-    about = {"components": components, "fvu": curve[components]} if components else {}
-    return about | {"fvu_by_components": curve[: 4 * components + 1] if components else curve}
+    """The PCA with k components, where all SAEs have one k; and its whole curve."""
+    if len(ks) > 1 or None in ks:
+        return {"fvu_by_components": curve}
+    components = min(round(next(k for k in ks if k is not None)), len(curve) - 1)
+    return {"components": components, "fvu": curve[components], "fvu_by_components": curve}
 
 
 @dataclass(frozen=True)
@@ -169,16 +175,34 @@ def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
     return texts
 
 
+@dataclass(frozen=True)
+class ExamplePiece:
+    text: str
+    activation: float
+    is_focus: bool
+
+
+def example_pieces(tokenizer: Any, example: Example) -> list[ExamplePiece]:
+    """The text of an example, piece by piece; tokens that share a character are one piece."""
+    found: list[ExamplePiece] = []
+    activation, is_focus = 0.0, False
+    for place, text in enumerate(pieces(tokenizer, example.tokens)):
+        activation, is_focus = max(activation, example.activations[place]), is_focus or place == example.focus
+        if text:
+            found.append(ExamplePiece(text, activation, is_focus))
+            activation, is_focus = 0.0, False
+    return found
+
+
 def _latent_json(tokenizer: Any, found: LatentExamples) -> dict[str, Any]:
     def marked(example: Example) -> str:
-        texts = pieces(tokenizer, example.tokens)
-        texts[example.focus] = f"<<{texts[example.focus]}>>"
-        return "".join(texts)
+        shown = example_pieces(tokenizer, example)
+        return "".join(f"<<{piece.text}>>" if piece.is_focus else piece.text for piece in shown)
 
     return {
         "latent": found.latent,
         "density": found.density,
-        "top_tokens": {tokenizer.decode([token]): share for token, share in found.tokens},
+        "top_tokens": [[tokenizer.decode([token]), share] for token, share in found.tokens],
         "strongest": [marked(e) for e in found.strongest],
         "random": [marked(e) for e in found.random],
     }
@@ -206,9 +230,7 @@ def render(
     if in_model is not None:
         charts.append(chart_svg(difficulty_chart(in_model), "Active latents against difficulty"))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["pieces"] = lambda example: list(
-        zip(pieces(tokenizer, example.tokens), example.activations, strict=True)
-    )
+    environment.filters["pieces"] = lambda example: example_pieces(tokenizer, example)
     environment.filters["token"] = lambda token: tokenizer.decode([token])
     template = environment.from_string(files("apportion.evals").joinpath("report.html").read_text(encoding="utf-8"))
     return template.render(
@@ -219,6 +241,7 @@ def render(
         summaries={name: SAES[f["sae"]].summary for name, f in methods.items()},
         charts=charts,
         passage=tokens,
-        passage_top=max(1, *(max(t.l0) for t in tokens if t.takes_part)),
+        passage_top=max((max(t.l0) for t in tokens if t.takes_part), default=1) or 1,
         latents=latents,
+        min_firings=MIN_FIRINGS,
     )

@@ -29,5 +29,6 @@ def sweep(sae: SAE, x: Float[Tensor, "n d_in"]) -> list[tuple[float, float]]:
             fvu.add(part, sae.decode(latents, part))
             matches += latents.nnz
         points.append((matches / len(x), fvu.value()))
-    k = sae.k or points[GENEROSITY.index(1.0)][0]
-    return sorted(p for p in set(points) if k / 4 <= p[0] <= 4 * k)
+    trained = points[GENEROSITY.index(1.0)]
+    k = sae.k or trained[0]
+    return sorted(p for p in set(points) if p == trained or k / 4 <= p[0] <= 4 * k)

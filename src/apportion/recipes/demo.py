@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,14 +73,18 @@ class Demo:
             )
         model, tokenizer = load_model(self.model)
         model.to(self.device)
-        (hookpoint,) = expand(model, self.hookpoint or middle_layer(model))
+        hookpoint, *others = expand(model, self.hookpoint or middle_layer(model))
+        if others:
+            raise ValueError(
+                f"{self.hookpoint} names {1 + len(others)} hookpoints; the demo takes one, {hookpoint} say."
+            )
         d_in = width_at(model, hookpoint)
         saes = {name: self._new(name, d_in) for name in METHODS}
         self._claim_folder({"hookpoint": hookpoint})
         acts = self.out / "acts"
         if not acts.exists():
             logger.info("Collecting activations of %s at %s", self.model, hookpoint)
-            collect(
+            manifest = collect(
                 model,
                 tokenizer,
                 hookpoint,
@@ -87,6 +93,12 @@ class Demo:
                 out=acts,
                 context_tokens=self.context_tokens,
             )
+            if manifest["rows"] < 10 * self.batch_tokens:
+                shutil.rmtree(self.out)  # nothing else is in it yet, and a longer text may follow
+                raise ValueError(
+                    f"The text has only {manifest['rows']:,} tokens, too few for training and evaluation. "
+                    f"Give one of at least {10 * self.batch_tokens:,}."
+                )
         store = ActivationStore(acts)
         saes = {name: self._trained(sae, store) for name, sae in saes.items()}
         logger.info("Evaluating, and drawing up the report")
@@ -127,17 +139,20 @@ class Demo:
     def _new(self, name: str, d_in: int) -> SAE:
         d_sae = self.d_sae or 8 * d_in
         sae = create(name, d_in=d_in, d_sae=d_sae, k=self.k, seed=self.seed, **METHODS[name])
-        sae.allocation.check_batch(self.batch_tokens)
+        sae.allocation.check_batch(self._batch(sae))
         return sae
+
+    def _batch(self, sae: SAE) -> int:
+        """Large enough for Feature Choice to use every latent."""
+        return max(self.batch_tokens, math.ceil(sae.d_sae / self.k))
 
     def _trained(self, sae: SAE, store: ActivationStore) -> SAE:
         folder = self.out / "runs" / sae.name
         if (folder / "config.json").exists():
             return load(folder).to(self.device)
         source = CacheSource(store, seed=self.seed)
-        steps = source.num_rows // self.batch_tokens
-        config = TrainConfig(
-            lr=self.lr, batch_tokens=self.batch_tokens, total_tokens=steps * self.batch_tokens, seed=self.seed
-        )
+        batch = self._batch(sae)
+        total = source.num_rows // batch * batch
+        config = TrainConfig(lr=self.lr, batch_tokens=batch, total_tokens=total, seed=self.seed)
         logger.info("Training %s: %d latents, %d of them per token", sae.name, sae.d_sae, self.k)
         return Trainer(sae.to(self.device), config).fit(source, folder, resume=(folder / "run.json").exists())
