@@ -28,7 +28,7 @@ class Demo:
     """Active latents per token: the sparsity budget."""
     d_sae: int | None = None
     """Number of latents; default: eight times the width of the activations."""
-    lr: float = 3e-3
+    lr: float = 5e-3
     """Learning rate of all three."""
     seed: int = 0
     """Seed of initial weights and data order."""

@@ -244,4 +244,5 @@ def render(
         passage_top=max((max(t.l0) for t in tokens if t.takes_part), default=1) or 1,
         latents=latents,
         min_firings=MIN_FIRINGS,
+        shown_first=min(methods, key=lambda name: methods[name].get("delta_ce", methods[name]["fvu"])),
     )

@@ -53,7 +53,7 @@ class Demo:
     """Active latents per token."""
     d_sae: int | None = None
     """Number of latents; default: eight times the width of the activations."""
-    lr: float = 3e-3
+    lr: float = 5e-3
     batch_tokens: int = 1024
     context_tokens: int = 256
     eval_tokens: int = 50_000

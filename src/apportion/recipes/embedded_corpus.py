@@ -60,7 +60,7 @@ class WriteCorpus:
     """The model: a folder."""
     out: Path
     """The file to write, xz-compressed text."""
-    tokens: int = 1_200_000
+    tokens: int = 1_060_000
     """How many tokens the stories shall have, counting one END for each."""
     sampling: Sampling = field(default_factory=Sampling)
     batch_stories: int = 64
