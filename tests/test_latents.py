@@ -166,6 +166,25 @@ def test_from_dense_gradient_is_dense_gradient_on_the_matches():
     assert torch.allclose(through.grad, 2 * z * weights, rtol=1e-12)
 
 
+def test_by_latent_is_the_transpose():
+    z = code(9, 7)
+    latents = Latents.from_dense(z)
+    order, rows, offsets = latents.by_latent()
+    columns, tokens = z.T.nonzero(as_tuple=True)
+    assert torch.equal(rows, tokens) and torch.equal(latents.indices[order], columns)
+    assert torch.equal(offsets.diff(), (z != 0).sum(0)) and offsets[0] == 0 and offsets.dtype == torch.int64
+
+
+def test_what_is_computed_in_inference_mode_serves_gradients_later():
+    z = code(5, 6).requires_grad_()
+    latents = Latents.from_dense(z)
+    with torch.inference_mode():
+        latents.rows(), latents.by_latent()
+    assert not any(t.is_inference() for t in (latents.rows(), *latents.by_latent()))
+    latents.dense().square().sum().backward()
+    assert torch.equal(z.grad, 2 * z.detach())
+
+
 def test_from_matches_counts_rows():
     latents = from_matches(torch.tensor([0, 0, 2]), torch.tensor([1, 3, 0]), torch.ones(3), 4, (2, 2))
     assert latents.offsets.tolist() == [0, 2, 2, 3, 3] and latents.l0().tolist() == [[2, 0], [1, 0]]

@@ -35,7 +35,8 @@ class Latents:
     d_sae: int
     shape: tuple[int, ...]
     _shared: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What follows from the matches alone, computed once; handed on to Latents with the same matches."""
+    """What follows from the matches alone, computed once; handed on to Latents with the same matches. So what `rows`
+    and `by_latent` return must not be written to."""
 
     def __post_init__(self) -> None:
         assert self.values.shape == self.indices.shape, "one index for each value"
@@ -65,24 +66,30 @@ class Latents:
         return self.offsets.diff().reshape(self.shape)
 
     def rows(self) -> Int[Tensor, " nnz"]:
-        """The token of each match."""
+        """The token of each match. Not to be written to."""
         if "rows" not in self._shared:
-            tokens = torch.arange(self.tokens, device=self.offsets.device)
-            self._shared["rows"] = tokens.repeat_interleave(self.offsets.diff(), output_size=self.nnz)
+            with torch.inference_mode(False):  # what is made within inference mode could never be used for gradients
+                tokens = torch.arange(self.tokens, device=self.offsets.device)
+                self._shared["rows"] = tokens.repeat_interleave(self.offsets.diff(), output_size=self.nnz)
         return self._shared["rows"]
 
     def by_latent(self) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"], Int[Tensor, " d_sae_plus_1"]]:
-        """The matches grouped by latent: their order, the token of each in that order, where each latent begins."""
+        """The matches grouped by latent: their order, the token of each in that order, where each latent begins.
+
+        Not to be written to.
+        """
         if "by_latent" not in self._shared:
-            order = self.indices.int().argsort(stable=True)
-            counts = self.counts()
-            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-            self._shared["by_latent"] = (order, self.rows()[order], offsets)
+            with torch.inference_mode(False):
+                order = self.indices.int().argsort(stable=True)
+                counts = self.counts()
+                offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+                self._shared["by_latent"] = (order, self.rows()[order], offsets)
         return self._shared["by_latent"]
 
     def counts(self) -> Int[Tensor, " d_sae"]:
         """How many tokens each latent is active on."""
-        return torch.bincount(self.indices, minlength=self.d_sae)
+        counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.indices.device)
+        return counts.scatter_add_(0, self.indices, torch.ones_like(self.indices))  # bincount waits for a GPU
 
     def with_values(self, values: Float[Tensor, " nnz"]) -> Latents:
         """The same matches with other values; matches whose new value is zero are dropped."""
@@ -150,6 +157,5 @@ def from_matches(
     shape: tuple[int, ...],
 ) -> Latents:
     """Latents from (token, latent, value) triples that are already in (token, latent) order."""
-    lengths = torch.bincount(rows, minlength=prod(shape))
-    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    offsets = torch.searchsorted(rows, torch.arange(prod(shape) + 1, device=rows.device))
     return Latents(values, indices, offsets, d_sae, shape)

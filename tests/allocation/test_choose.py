@@ -18,7 +18,7 @@ from apportion.allocation.feature_choice import FeatureChoiceConfig
 from apportion.allocation.mutual_choice import MutualChoiceConfig
 from apportion.allocation.threshold import ThresholdConfig
 from apportion.allocation.token_choice import TokenChoiceConfig
-from apportion.kernels import choose, select
+from apportion.kernels import choose, primitives, select
 
 
 @dataclass
@@ -118,16 +118,19 @@ PROBLEMS = {
 
 SMALL = {name: p for name, p in PROBLEMS.items() if len(p.W) < 20}
 
+SCREENS = [None, "bfloat16"]
 BLOCKS = [1, 40, 2**20]
+
+
+def set_block(patch: pytest.MonkeyPatch, entries: int) -> None:
+    patch.setattr(primitives, "BLOCK_ENTRIES", entries)
+    patch.setattr(select, "SPARE_CANDIDATES", entries // 4)
 
 
 @pytest.fixture(params=BLOCKS, ids=lambda n: f"block{n}")
 def block(request, monkeypatch):
-    monkeypatch.setattr(select, "BLOCK_ENTRIES", request.param)
+    set_block(monkeypatch, request.param)
     return request.param
-
-
-SCREENS = [None, "bfloat16"]
 
 
 @pytest.mark.parametrize("p", PROBLEMS.values(), ids=list(PROBLEMS))
@@ -183,10 +186,20 @@ def test_threshold(theta, block):
         check(p, Threshold(ThresholdConfig(theta=theta), len(p.W)))
 
 
-def test_threshold_per_latent_is_strict(block):
-    for p in PROBLEMS.values():
+@pytest.mark.parametrize("screen", SCREENS)
+@pytest.mark.parametrize("theta", range(1, 14))
+def test_threshold_is_strict(theta, screen):
+    """Whole numbers, so that many affinities equal it."""
+    p = quantised(17, 13, d_in=6, bias=4)
+    assert bool((p.affinity == theta).any())
+    check(p, Threshold(ThresholdConfig(theta=theta), 13), screen=screen)
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_threshold_per_latent_is_strict(block, screen):
+    for p in SMALL.values():
         theta = torch.arange(float(len(p.W))) % 4 - 1
-        found = check(p, Threshold.at(theta, len(p.W)))
+        found = check(p, Threshold.at(theta, len(p.W)), screen=screen)
         norms = 1 if p.norms is None else p.norms[found.latents]
         assert bool((found.values * norms > theta[found.latents]).all())
 
@@ -205,9 +218,10 @@ sizes = st.tuples(st.integers(0, 12), st.integers(1, 12), st.integers(1, 4))
     block=st.sampled_from([1, 7, 30, 2**20]),
     starts=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, 9.0, torch.inf]), min_size=12, max_size=12),
     start=st.sampled_from(["cold", "scalar", "each"]),
+    screen=st.sampled_from(SCREENS),
 )
-@settings(deadline=None, derandomize=True, max_examples=300)
-def test_any_problem(name, size, seed, share, bias, norms, block, starts, start):
+@settings(deadline=None, derandomize=True, max_examples=400)
+def test_any_problem(name, size, seed, share, bias, norms, block, starts, start, screen):
     tokens, d_sae, d_in = size
     p = quantised(tokens, d_sae, d_in, seed, bias)
     p = with_norms(p) if norms else p
@@ -219,8 +233,8 @@ def test_any_problem(name, size, seed, share, bias, norms, block, starts, start)
     elif start == "each" and name in ("feature", "zipf"):
         bounds = torch.tensor(starts[:d_sae])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "BLOCK_ENTRIES", block)
-        check(p, rule, None if bounds is None or name == "topk" else WarmStart(bounds))
+        set_block(patch, block)
+        check(p, rule, None if bounds is None else WarmStart(bounds), screen)
 
 
 class Spy:
@@ -243,7 +257,7 @@ class Spy:
 @pytest.mark.parametrize("make", COUPLED.values(), ids=list(COUPLED))
 def test_compaction_happens_and_is_exact(make, monkeypatch):
     """Bounds far too low: the candidates are settled on the way instead of piling up."""
-    monkeypatch.setattr(select, "BLOCK_ENTRIES", 26)
+    set_block(monkeypatch, 26)
     spy = Spy(monkeypatch)
     p = PROBLEMS["growing rows"]
     check(p, make(0.5, 13), WarmStart(torch.zeros(()) if make is mutual else torch.zeros(13)))
@@ -278,6 +292,12 @@ def test_feature_choice_looks_up_single_latents(monkeypatch):
     )
     check(p, rule, WarmStart(bounds))
     assert asked == [4]
+
+
+def test_looking_up_a_latent_finds_its_best_tokens_and_no_more():
+    p = PROBLEMS["all equal"]
+    (found,) = select._Scan(p.x, p.W, p.b, None, None).columns(torch.tensor([3, 1]), torch.full((5,), 2))
+    assert found.latents.tolist() == 8 * [3] + 8 * [1] and found.rows.tolist() == 2 * list(range(8))
 
 
 @pytest.mark.parametrize("make", COUPLED.values(), ids=list(COUPLED))
@@ -326,6 +346,73 @@ def test_the_screen_on_real_numbers(make, norms, block):
         assert len(found.rows) == len(exact.rows), "the budget is spent"
         missed += int((~torch.isin(exact.rows * d_sae + exact.latents, flat)).sum())
     assert missed <= 3, "of 6400"
+
+
+def matches_missed(p: Problem, rule: Rule, warm: WarmStart | None = None) -> int:
+    """By the screen, of those that exceed the cut by more than float32 rounds."""
+    exact, found = choose(p.x, p.W, p.b, rule), choose(p.x, p.W, p.b, rule, warm=warm, screen="bfloat16")
+    assert len(found.rows) == len(exact.rows)
+    places = [m.rows * len(p.W) + m.latents for m in (exact, found)]
+    missed = ~torch.isin(*places)
+    cut = exact.values.min()
+    if rule.row_limit is not None:
+        cut = torch.full((len(p.x),), torch.inf).scatter_reduce(0, exact.rows, exact.values, "amin")[exact.rows]
+    return int((missed & (exact.values > (1 + 1e-5) * cut)).sum())
+
+
+@pytest.mark.parametrize(("b", "warm"), [(1.0, True), (5.0, True), (20.0, False)])
+@pytest.mark.parametrize("make", [mutual, topk])
+def test_the_screen_keeps_its_margin_when_candidates_are_thrown_out(make, b, warm, monkeypatch):
+    """At the usual sizes of blocks and lists, much of the list lies within the margin: one scan, nothing is missed."""
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(2048, 64, generator=g), torch.nn.functional.normalize(torch.randn(4096, 64, generator=g))
+    x[1024:] *= 0.3
+    p = Problem(x, W, torch.full((4096,), b))
+    spy = Spy(monkeypatch)
+    assert matches_missed(p, make(32, 4096), WarmStart(torch.zeros(())) if warm else None) == 0
+    assert spy.scans == 2, "one of them without the screen"
+
+
+@pytest.mark.parametrize("make", RULES.values(), ids=list(RULES))
+def test_the_screen_gives_way_where_its_margin_holds_too_much(make, monkeypatch):
+    """A bias so large that bfloat16 tells nothing apart: full precision, and no list of all entries."""
+    monkeypatch.setattr(select, "SPARE_CANDIDATES", 0)
+    p = quantised(60, 40, d_in=6)
+    p.b += 4096
+    set_block(monkeypatch, 400)
+    spy = Spy(monkeypatch)
+    check(p, make(3, 40), None if make in (topk, mutual) else WarmStart(torch.zeros(40)), screen="bfloat16")
+    assert 2 <= spy.scans <= 3
+
+
+def test_a_second_look_is_in_full_precision():
+    """A component common to all inputs, which the bias cancels, blinds the screen; a bound far too high uncovers it."""
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(100, 16, generator=g) + 50, torch.randn(200, 16, generator=g)
+    p = Problem(x, W, -50 * W.sum(1))
+    assert matches_missed(p, mutual(5, 200)) > 10, "beyond what the screen is for"
+    assert matches_missed(p, mutual(5, 200), WarmStart(torch.tensor(1e6))) == 0
+
+
+def test_the_screen_finds_near_duplicates():
+    """Many more latents than k within the margin of a row's cut."""
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(10, 64, generator=g).repeat_interleave(100, 0) + 1e-3 * torch.randn(1000, 64, generator=g)
+    p = Problem(torch.randn(100, 64, generator=g), torch.nn.functional.normalize(W), torch.zeros(1000))
+    assert matches_missed(p, topk(32, 1000)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", RULES.values(), ids=list(RULES))
+def test_sixteen_bits(make, dtype, block):
+    """Whole numbers are exact here too; there is no screen below float32."""
+    for name in ("plain", "one row, one latent", "few positives", "all equal", "decoder norms", "repeated block"):
+        p = PROBLEMS[name]
+        tensors = (t if t is None else t.to(dtype) for t in (p.x, p.W, p.b, p.norms))
+        p = Problem(*tensors)
+        for k in {1, min(3, len(p.W)), len(p.W)}:
+            check(p, make(k, len(p.W)).to(dtype), screen="bfloat16")
+        check(p, Threshold(ThresholdConfig(theta=2), len(p.W)).to(dtype))
 
 
 @pytest.mark.parametrize("theta", [2.0, 5.0])

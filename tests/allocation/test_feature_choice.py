@@ -138,6 +138,20 @@ def test_warm_bounds_survive_the_switch():
     assert warm.bounds.shape == (50,)
 
 
+@pytest.mark.parametrize("budgets", ["uniform", "zipf"])
+def test_a_look_at_single_latents_tells_their_next_bounds(budgets):
+    """The affinity of rank 2 m + 3, so that about twice the budget is scanned next time."""
+    cold, warm = rule(budgets=budgets), WarmStart()
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(100, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    choose(x, W, torch.full((50,), 99.0), cold, warm=warm)
+    best = (x @ W.T + 99).sort(dim=0, descending=True).values
+    at = 2 * cold.budget(100) + 3
+    told = at < 100
+    assert warm.bounds is not None and int(told.sum()) > 40
+    assert torch.allclose(warm.bounds[told], best[at[told], told.nonzero().squeeze(1)])
+
+
 def test_state_remembers_the_switch():
     before, after = rule(switch_at=0.5), rule(switch_at=0.5)
     after.begin_step(context(0.5, torch.rand(50)))

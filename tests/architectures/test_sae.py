@@ -23,7 +23,7 @@ def new(name: str, **settings: object) -> ap.SAE:
     sae = ap.create(name, **{"d_in": D_IN, "d_sae": D_SAE, "k": K, "seed": 0, **settings})
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
-        sae.b_enc.copy_(0.1 * torch.randn(D_SAE, generator=generator))
+        sae.b_enc.copy_(0.1 * torch.randn(sae.d_sae, generator=generator))
         sae.b_dec.copy_(0.1 * torch.randn(D_IN, generator=generator))
     return sae
 
@@ -88,6 +88,17 @@ def test_dtype_in_is_dtype_out(name, weights, given):
     latents = sae.encode(x)
     assert latents.values.dtype == weights
     assert sae.decode(latents, x).dtype == given and sae.decode(latents).dtype == weights
+
+
+@pytest.mark.parametrize("d_sae", [D_SAE, 1024])
+@pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bit_weights(name, weights, d_sae):
+    sae, x = ready(name, d_sae=d_sae).to(weights), activations(300, seed=3)
+    wanted = ready(name, d_sae=d_sae)(x)
+    assert (sae(x) - wanted).square().mean() < 0.01 * wanted.square().mean()
+    sae.train()(x).square().mean().backward()
+    assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in sae.parameters())
+    assert sae.calibrate(activations(2000, seed=1)) == pytest.approx(K, rel=0.05)
 
 
 def test_decode_accepts_a_dense_code(name):

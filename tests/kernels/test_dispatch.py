@@ -8,6 +8,11 @@ from apportion.kernels import dispatch
 from apportion.kernels.dispatch import VARIABLE, backend_for, use
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_asked_for(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
 def test_a_cpu_runs_torch():
     assert backend_for(torch.zeros(1)) == "torch"
 
@@ -35,6 +40,18 @@ def test_it_can_be_overruled(monkeypatch):
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install triton"), use("triton"):
         pass
+
+
+def test_other_dtypes_run_torch_in_any_case(monkeypatch):
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    with use("triton"):
+        assert backend_for(torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)) == "triton"
+        assert backend_for(torch.zeros(1), torch.zeros(1, dtype=torch.float16)) == "torch"
+
+
+def test_emulated_bfloat16_does_not_pay(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not dispatch._multiplies_bfloat16("cuda")
 
 
 def test_it_explains_itself(capsys):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from apportion.kernels import decode_matches, encode_matches, sparse
+from apportion.kernels import decode_matches, encode_matches, primitives, sparse
 from apportion.latents import Latents
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -106,7 +107,7 @@ PATHS = {"as it chooses": (0.1, 2**22), "lists": (1.0, 2**22), "dense": (-1.0, 2
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_values_and_gradients(case, dtype, path, monkeypatch):
     monkeypatch.setattr(sparse, "DENSE_SHARE", path[0])
-    monkeypatch.setattr(sparse, "BLOCK_ENTRIES", path[1])
+    monkeypatch.setattr(primitives, "BLOCK_ENTRIES", path[1])
     got, wanted = [], []
     for loss_of, at, into in ((sparse_loss, dtype, got), (dense_loss, torch.float64, wanted)):
         # The float64 twin starts from the same (rounded) numbers.
@@ -153,6 +154,13 @@ def test_encode_leaves_the_given_matches_alone():
     with torch.no_grad():
         encoded.values.zero_()
     assert torch.equal(given.values, before)
+
+
+def test_blocks_are_as_large_as_the_device_likes():
+    on_a_gpu = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
+    assert primitives.block_rows(65_536, on_a_gpu) == 2**28 // 65_536
+    for width, rows in ((16_384, 256), (2**22, 1), (2**23, 1), (0, 2**22)):
+        assert primitives.block_rows(width, torch.zeros(1)) == rows
 
 
 def test_strided_inputs_and_gradients():

@@ -12,6 +12,15 @@ import sys
 import pytest
 import torch
 
+import apportion as ap
+from apportion.allocation import FeatureChoice, MutualChoice, Threshold, TokenChoice, WarmStart
+from apportion.allocation.feature_choice import FeatureChoiceConfig
+from apportion.allocation.mutual_choice import MutualChoiceConfig
+from apportion.allocation.token_choice import TokenChoiceConfig
+from apportion.kernels import choose, decode_matches, dispatch, encode_matches, sparse
+from apportion.latents import from_matches
+from apportion.training import adam as adam_file
+
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -44,6 +53,19 @@ def nothing_is_left_unwritten(monkeypatch):
         return tensor.fill_(torch.nan if tensor.is_floating_point() else -(10**6))
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def launched(monkeypatch) -> set[str]:
+    """Names of the kernels that run."""
+    names, launch = set(), kernels._launch
+
+    def watched(kernel, *args, **shape):
+        names.add(kernel.__name__)
+        launch(kernel, *args, **shape)
+
+    monkeypatch.setattr(kernels, "_launch", watched)
+    return names
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
@@ -155,38 +177,7 @@ def test_both_in_bfloat16_accumulate_in_float32():
     assert_rounded(got, (g.double()[rows] * table.double()[indices]).sum(1))
 
 
-# Encoder and decoder on fixed matches, made of the kernels
-
-
-class Encode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, W, b, matches):
-        ctx.save_for_backward(x, W)
-        ctx.matches = rows, indices, _ = matches
-        return kernels.dot_products(rows, indices, x, W) + b[indices]
-
-    @staticmethod
-    def backward(ctx, g):
-        (x, W), (rows, indices, offsets) = ctx.saved_tensors, ctx.matches
-        order, by_latent = kernels.transpose_matches(rows, indices, len(W))
-        dW = kernels.weighted_sums(rows[order], by_latent, g[order], x)
-        db = g.new_zeros(len(W)).index_add_(0, indices, g)
-        return kernels.weighted_sums(indices, offsets, g, W), dW, db, None
-
-
-class Decode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values, W, matches):
-        ctx.save_for_backward(values, W)
-        ctx.matches = _, indices, offsets = matches
-        return kernels.weighted_sums(indices, offsets, values, W)
-
-    @staticmethod
-    def backward(ctx, g):
-        (values, W), (rows, indices, _) = ctx.saved_tensors, ctx.matches
-        order, by_latent = kernels.transpose_matches(rows, indices, len(W))
-        dW = kernels.weighted_sums(rows[order], by_latent, values[order], g)
-        return kernels.dot_products(rows, indices, g, W), dW, None
+# Encoder and decoder on fixed matches
 
 
 def random_mask(tokens: int, d_sae: int, density: float) -> torch.Tensor:
@@ -213,30 +204,57 @@ MASKS = {
 @pytest.mark.parametrize(
     ("case", "dtype"), [(n, t) for n in MASKS for t in DTYPES[:2] if (n, t) != ("awkward", torch.float64)], ids=str
 )
-def test_gradients_equal_float64_autograd(case, dtype):
+def test_gradients_equal_float64_autograd(case, dtype, monkeypatch, launched):
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 1.0)
     mask, d = MASKS[case]
     rows, indices = mask.nonzero(as_tuple=True)
-    matches = rows, indices, offsets_of(mask.sum(1).cpu())
 
-    def sparse(x, W, b, W_dec):
-        values = Encode.apply(x, W, b, matches)
-        return values.pow(3), Decode.apply(values, W_dec, matches)
+    def by_lists(x, W, b, W_dec):
+        values = kernels.dot_products(rows, indices, x.detach(), W.detach()) + b.detach()[indices]
+        with dispatch.use("triton"):
+            latents = encode_matches(x, W, b, from_matches(rows, indices, values, len(W), (len(x),)))
+            return latents.values.pow(3), decode_matches(latents, W_dec)
 
     def dense(x, W, b, W_dec):
         z = (x @ W.T + b) * mask
         return z[mask].pow(3), z @ W_dec
 
     found = []
-    for model, at in ((sparse, dtype), (dense, torch.float64)):
+    for model, at in ((by_lists, dtype), (dense, torch.float64)):
         shapes = [(len(mask), d), (mask.shape[1], d), (mask.shape[1],), (mask.shape[1], d)]
         # The float64 twin starts from the same (rounded) numbers.
         parameters = [randn(*s, dtype=dtype, seed=i).to(at).requires_grad_() for i, s in enumerate(shapes)]
         cubes, x_hat = model(*parameters)
         loss = (x_hat - 1).square().sum() + 0.1 * cubes.sum() + (parameters[0] * x_hat).sum()
-        found.append([cubes.detach(), x_hat.detach(), *torch.autograd.grad(loss, parameters)])
+        with dispatch.use("triton"):
+            found.append([cubes.detach(), x_hat.detach(), *torch.autograd.grad(loss, parameters)])
+    assert "_sum_groups" in launched
     for got, wanted in zip(*found, strict=True):
         assert got.dtype == dtype
         assert_close(got, wanted, TOLERANCE[dtype])
+
+
+def test_strided_tables_and_expanded_gradients(monkeypatch):
+    """As autograd and callers hand them over; the kernels themselves take contiguous tensors."""
+    monkeypatch.setattr(sparse, "DENSE_SHARE", 1.0)
+    mask = random_mask(7, 11, 0.4)
+    rows, indices = mask.nonzero(as_tuple=True)
+
+    def strided(t: torch.Tensor) -> torch.Tensor:
+        return t.t().contiguous().t() if t.ndim == 2 else torch.stack([t, t], 1)[:, 0]
+
+    results = []
+    for backend, change in (("torch", torch.clone), ("triton", strided)):
+        x, W, b, W_dec = (change(randn(*s)).requires_grad_() for s in ((7, 5), (11, 5), (11,), (11, 3)))
+        factors = torch.ones((), dtype=torch.float64, device=DEVICE).expand(len(rows)).requires_grad_()
+        with dispatch.use(backend):
+            values = ((x[rows] * W[indices]).sum(1) + b[indices]).detach()
+            latents = encode_matches(x, W, b, from_matches(rows, indices, values, 11, (7,)))
+            x_hat = decode_matches(latents.map(lambda v, by=factors: v * by), W_dec)
+            assert torch.equal(x_hat, decode_matches(latents, W_dec))
+            results.append(torch.autograd.grad(x_hat.sum() + (x_hat.t() @ x).sum(), [x, W, b, W_dec]))
+    for plain, other in zip(*results, strict=True):
+        assert_close(other, plain, 1e-9)
 
 
 # Selection
@@ -250,6 +268,7 @@ BOUNDS = {
     "a number": lambda d_sae: 1.5,
     "0-d": lambda d_sae: torch.tensor(1.5),
     "one per latent": lambda d_sae: torch.arange(d_sae) % 5 / 2,
+    "one per row": lambda d_sae: torch.tensor([0.5, 1, 1.5, 2, torch.inf])[:, None],
     "nothing exceeds": lambda d_sae: torch.inf,
     "everything exceeds": lambda d_sae: -torch.inf,
     "two latents open": lambda d_sae: torch.where(torch.arange(d_sae) % (d_sae - 1 or 1) == 0, 0.0, torch.inf),
@@ -264,7 +283,8 @@ def test_above(monkeypatch, bounds, dtype):
     for shape in ((5, 100), (1, 33), (2, 1), (0, 7)):
         affinity = (2 * randn(*shape)).round().div(2).to(dtype)
         at = bounds(shape[1])
-        at = at.to(DEVICE, dtype) if isinstance(at, torch.Tensor) else at
+        if isinstance(at, torch.Tensor):
+            at = (at[: shape[0]] if at.ndim == 2 else at).to(DEVICE, dtype)
         got = kernels.above(affinity, at)
         assert got.dtype == torch.int64 and torch.equal(got, naive_above(affinity, at)), shape
 
@@ -282,15 +302,33 @@ def test_nan_exceeds_nothing():
     assert torch.equal(kernels.above(affinity, 0.5), naive_above(affinity, 0.5))
 
 
-@pytest.mark.parametrize("shape", [(63, 1000), (7, 11), (2, 1)], ids=str)
-@pytest.mark.parametrize("density", [0.02, 1, 0])
-def test_transpose_matches(shape, density):
-    mask = random_mask(*shape, density)
-    rows, indices = mask.nonzero(as_tuple=True)
-    order, offsets = kernels.transpose_matches(rows, indices, shape[1])
-    latents, tokens = mask.T.nonzero(as_tuple=True)
-    assert torch.equal(rows[order], tokens) and torch.equal(indices[order], latents)
-    assert order.dtype == offsets.dtype == torch.int64 and torch.equal(offsets, offsets_of(mask.sum(0).cpu()))
+RULES = {
+    "topk": lambda: TokenChoice(TokenChoiceConfig(k=3), 40),
+    "mutual": lambda: MutualChoice(MutualChoiceConfig(k=3), 40),
+    "feature": lambda: FeatureChoice(FeatureChoiceConfig(k=3, budgets="zipf"), 40),
+    "threshold": lambda: Threshold.at(torch.arange(40) % 7 / 2, 40),
+}
+
+
+@pytest.mark.parametrize("screen", [None, "bfloat16"])
+@pytest.mark.parametrize("make", RULES.values(), ids=list(RULES))
+def test_choose_equals_torch(make, screen, launched):
+    """Whole numbers, so that ties abound, from a cold start; then others with bounds carried over."""
+    rule = make().to(DEVICE)
+    start = torch.full((40,) if isinstance(rule, FeatureChoice) else (), 0.7, device=DEVICE)
+    for bounds in (None, start):
+        x, W, b = (randn(*s, dtype=torch.float32, seed=i) for i, s in enumerate(((21, 6), (40, 6), (40,))))
+        x, W, b = (t.round() if bounds is None else t for t in (x, W, b))
+        norms = 2 ** randn(40, dtype=torch.float32, seed=3).round()
+        found = []
+        for backend in ("torch", "triton"):
+            warm = WarmStart(bounds)
+            with dispatch.use(backend):
+                m = choose(x, W, b, rule, norms=norms, warm=warm, screen=screen)
+            found.append((m.rows, m.latents, m.values, start if warm.bounds is None else warm.bounds))
+        for wanted, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert "_mark_above" in launched and (screen is None or "_dot_products" in launched)
 
 
 # The optimiser
@@ -342,6 +380,52 @@ def test_adam_rows_does_not_let_padding_into_the_norm():
     torch.testing.assert_close(p.norm(dim=1), torch.ones(3, device=DEVICE))
 
 
+def test_a_zero_row_stays_zero():
+    p = torch.eye(3, 5, device=DEVICE)
+    p[1] = 0
+    grad, scale = torch.ones_like(p), torch.tensor(1.0, device=DEVICE)
+    grad[1] = 0
+    kernels.adam_rows(p, grad, torch.zeros_like(p), torch.zeros_like(p), 1, 0.5, 0.9, 0.999, 1e-8, scale, True)
+    torch.testing.assert_close(p.norm(dim=1), torch.tensor([1.0, 0, 1], device=DEVICE))
+
+
+def test_the_optimiser_equals_its_path_in_blocks(launched):
+    runs = []
+    for backend in ("torch", "triton"):
+        unit = randn(37, 12, dtype=torch.float32)
+        ps = [torch.nn.Parameter(t) for t in (unit / unit.norm(dim=1, keepdim=True), randn(12, dtype=torch.float32))]
+        optimizer = adam_file.Adam(ps, unit_rows=ps[:1])
+        with dispatch.use(backend):
+            for step in range(3):
+                for p in ps:
+                    p.grad = randn(*p.shape, dtype=torch.float32, seed=step + 1)
+                optimizer.step(0.1, 0.5 / optimizer.gradient_norm())
+        runs.append(ps)
+    for p, q in zip(*runs, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-5, atol=1e-6)
+    assert "_adam_rows" in launched
+
+
+# A training step
+
+
+@pytest.mark.parametrize("screen", [None, "bfloat16"])
+def test_training_steps_equal_those_in_torch(screen, launched):
+    """With an auxiliary loss, for the first steps: rounding grows from one to the next."""
+    runs = []
+    for backend in ("torch", "triton"):
+        sae = ap.create("mutual_choice", d_in=8, d_sae=48, k=3, aux="aux_k", k_aux=2, seed=0).to(DEVICE)
+        trainer = ap.Trainer(sae, ap.TrainConfig(batch_tokens=32, screen=screen, dead_window_tokens=1000))
+        trainer.activity.silent_tokens[::5] = 1000
+        with dispatch.use(backend):
+            metrics = [trainer.step(randn(32, 8, dtype=torch.float32, seed=seed) + 1) for seed in range(2)]
+        assert metrics[0]["aux_k"] > 0
+        runs.append([*(m[key] for m in metrics for key in ("loss", "l0", "grad_norm")), *sae.state_dict().values()])
+    for wanted, got in zip(*runs, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert {"_mark_above", "_sum_groups", "_dot_products", "_adam_rows"} <= launched
+
+
 # What is refused, and what needs other means than the interpreter
 
 
@@ -361,7 +445,6 @@ def test_wrong_dtypes_and_layouts_are_refused():
         lambda: kernels.above(table.T, 0.0),
         lambda: kernels.above(table, torch.zeros(4, device=DEVICE)),
         lambda: kernels.above(table, table[0, :3]),
-        lambda: kernels.transpose_matches(indices, indices.int(), 4),
         lambda: kernels.adam_rows(f, f.T, f, f, 1, 0.1, 0.9, 0.99, 1e-8, scale, True),
         lambda: kernels.adam_rows(f, f.double(), f, f, 1, 0.1, 0.9, 0.99, 1e-8, scale, True),
         lambda: kernels.adam_rows(f, f, f, f, 0, 0.1, 0.9, 0.99, 1e-8, scale, True),
@@ -409,7 +492,8 @@ ids, p, scale = torch.zeros(300, dtype=torch.int64), torch.zeros(2, 60), torch.t
 for dtype in (torch.float32, torch.bfloat16):
     kernels.weighted_sums(ids, torch.tensor([0, 300]), torch.zeros(300), p.to(dtype))
     kernels.dot_products(ids, ids, p, p.to(dtype))
-    kernels.above(p.to(dtype), torch.zeros(60, dtype=dtype))
+    for bounds in (torch.zeros(60, dtype=dtype), torch.zeros(2, 1, dtype=dtype)):
+        kernels.above(p.to(dtype), bounds)
 kernels.above(p, 0.0)
 for unit_rows in (True, False):
     kernels.adam_rows(p, p, p, p, 1, 0.1, 0.9, 0.99, 1e-8, scale, unit_rows)

@@ -63,6 +63,27 @@ def test_a_gradient_along_the_rows_moves_nothing():
     assert torch.allclose(unit, before, atol=1e-7)
 
 
+def test_the_projection_cannot_be_forgotten():
+    unit, free, _ = parameters()
+    optimizer = Adam([unit, free], unit_rows=[unit])
+    for p in (unit, free):
+        p.grad = torch.ones_like(p)
+    with pytest.raises(AssertionError, match="gradient_norm"):
+        optimizer.step(0.1, torch.tensor(1.0))
+
+
+def test_a_zero_row_stays_zero():
+    unit, *_ = parameters()
+    with torch.no_grad():
+        unit[3] = 0
+    optimizer = Adam([unit], unit_rows=[unit])
+    unit.grad = torch.ones_like(unit)
+    unit.grad[3] = 0
+    optimizer.gradient_norm()
+    optimizer.step(0.1, torch.tensor(1.0))
+    assert not bool(unit[3].any()) and torch.allclose(unit.norm(dim=1), (torch.arange(37) != 3).float())
+
+
 def test_frozen_parameters_and_those_without_gradient_stay():
     unit, free, bias = parameters()
     free.requires_grad_(False)

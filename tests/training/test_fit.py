@@ -16,7 +16,7 @@ from apportion.activations import ArraySource
 from apportion.metrics import FVU
 from apportion.training.interrupt import finish_step_on_interrupt
 
-D_IN, D_SAE, K, BATCH, STEPS = 8, 24, 3, 32, 20
+D_IN, D_SAE, K, BATCH, STEPS = 8, 48, 3, 32, 20
 
 
 def data(n: int = 500, seed: int = 0) -> torch.Tensor:

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import apportion as ap
+from apportion.architectures import plain
 from apportion.training.objectives import TrainingContext, local_reconstruction
 
-D_IN, D_SAE, K = 8, 24, 3
+D_IN, D_SAE, K = 8, 48, 3
+"""So few active latents that all sums run over lists of matches, not over dense blocks."""
 
 
 def activations(n: int = 64, seed: int = 0) -> torch.Tensor:
@@ -43,7 +45,7 @@ def test_returns_numbers_and_makes_progress(name):
 
 def test_loss_is_the_sum_of_its_terms(name):
     t = trainer(name, {"aux": "aux_k", "k_aux": 4, "aux_weight": 0.5}, dead_window_tokens=1)
-    t.activity.silent_tokens[:5] = 10
+    t.activity.silent_tokens[:10] = 10
     out = t.step(activations())
     assert out["aux_k"] > 0
     assert out["loss"].item() == pytest.approx((out["reconstruction"] + out["aux_k"]).item(), rel=1e-6)
@@ -64,6 +66,15 @@ def test_projected_gradients_do_not_change_the_norm():
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-6
     along = (before * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
     assert torch.allclose(sae.W_dec.grad, before - along, atol=1e-6)
+
+
+def test_zero_rows_stay_zero():
+    sae = new()
+    with torch.no_grad():
+        sae.W_dec[3] = 0
+        sae.W_dec[4] *= 7
+    sae.constrain()
+    assert torch.allclose(sae.W_dec.norm(dim=1), (torch.arange(D_SAE) != 3).float())
 
 
 def test_first_step_fits_the_input_description():
@@ -155,9 +166,10 @@ def test_learning_rate_is_that_of_the_schedule():
     assert seen == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 0.5])
 
 
-def test_the_gradient_is_that_of_dense_autograd(name):
+@pytest.mark.parametrize("d_sae", [D_SAE, 24], ids=["as lists", "in dense blocks"])
+def test_the_gradient_is_that_of_dense_autograd(name, d_sae):
     """The whole objective, in float64, on the matches that the rule chose."""
-    sae = new(name, aux="none").double()
+    sae = new(name, aux="none", d_sae=d_sae).double()
     sae.fit_input(activations())
     x = activations().double()
     grads = []
@@ -177,6 +189,57 @@ def test_the_gradient_is_that_of_dense_autograd(name):
         assert (grads[0][key] - grads[1][key]).abs().max() <= 1e-9 * grads[1][key].abs().max(), key
 
 
+@pytest.mark.parametrize("ratio", [2.0, 0.25])
+def test_gradients_are_clipped(ratio, monkeypatch):
+    """A first gradient is as large as usual, so that a ratio below 1 scales it; Adam's averages tell."""
+    t, given = trainer(clip_ratio=ratio), {}
+    gradient_norm = t.optimizer.gradient_norm
+    monkeypatch.setattr(
+        t.optimizer,
+        "gradient_norm",
+        lambda: given.update({n: p.grad.clone() for n, p in t.sae.named_parameters()}) or gradient_norm(),
+    )
+    t.step(activations())
+    for name in ("W_enc", "b_enc", "b_dec"):
+        average = t.optimizer.state(t.sae.get_parameter(name))["exp_avg"]
+        assert torch.allclose(average, 0.1 * min(ratio, 1) * given[name], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("screen", [None, "bfloat16"])
+@pytest.mark.parametrize("own", [None, "bfloat16"])
+def test_the_configured_screen_is_in_force_within_a_step_only(name, screen, own, monkeypatch):
+    asked = []
+    choose = plain.choose
+    monkeypatch.setattr(plain, "choose", lambda *args, **named: asked.append(named["screen"]) or choose(*args, **named))
+    sae = new(name, aux="none")
+    sae.screen = own
+    t = ap.Trainer(sae, ap.TrainConfig(batch_tokens=64, screen=screen))
+    for _ in range(2):
+        t.step(activations())
+    assert asked == 2 * [screen] and sae.screen == own
+    sae.encode(activations())
+    assert asked[2:] == [own]
+    sae.calibrate(activations())
+    assert set(asked[3:]) == {own}
+    t.objective = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        t.step(activations())
+    assert sae.screen == own
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"screen": "bf16"}, r'None or "bfloat16", got \'bf16\''),
+        ({"screen": True}, "got True"),
+        ({"screen": "bfloat16", "dtype": "float64"}, "needs dtype float32"),
+    ],
+)
+def test_screens_that_cannot_work(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ap.TrainConfig(**settings)
+
+
 def test_float64_training():
     t = trainer("feature_choice", dtype="float64")
     t.step(activations())
@@ -184,8 +247,8 @@ def test_float64_training():
 
 
 def test_feature_choice_refuses_a_batch_that_is_too_small():
-    with pytest.raises(ValueError, match="batch_tokens >= 8"):
-        ap.Trainer(new("feature_choice"), ap.TrainConfig(batch_tokens=7))
+    with pytest.raises(ValueError, match="batch_tokens >= 16"):
+        ap.Trainer(new("feature_choice"), ap.TrainConfig(batch_tokens=15))
 
 
 def test_a_switch_needs_an_end():

@@ -206,8 +206,9 @@ def best_of_each_latent(candidates: Candidates, budget: Int[Tensor, " d_sae"]) -
     cut = affinity.new_zeros(candidates.d_sae)
     cut[latents[last]] = affinity[last]
     cut[budget == 0] = torch.inf
-    # Scan the next batch from twice the budget down; a latent that had fewer candidates than that goes lower.
-    reach = rank == (2 * budget + 4)[latents]
+    # Scan the next batch from about twice the budget down, which is as far as a look at a single latent goes; a latent
+    # that had fewer candidates goes lower.
+    reach = rank == (2 * budget + 3)[latents]
     next_bounds = 0.8 * affinity.new_zeros(candidates.d_sae).scatter_reduce(
         0, latents, affinity, "amin", include_self=False
     )

@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from apportion.allocation.base import Candidates, Rule, Settled, check_k
+from apportion.allocation.base import Candidates, Rule, Settled, WarmStart, check_k
 
 INT32_MAX = 2**31 - 1
 
@@ -44,6 +44,9 @@ class TokenChoice(Rule):
 
     def budget(self, tokens: int) -> int:
         return self.row_limit * tokens
+
+    def bounds(self, warm: WarmStart | None) -> None:
+        """None carry over: each row is bounded by its own k-th largest affinity."""
 
     def relaxed(self, factor: float) -> TokenChoice:
         k = min(max(1, round(self.config.k * factor)), self.d_sae)

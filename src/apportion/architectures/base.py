@@ -70,7 +70,8 @@ class SAE(nn.Module, ABC):
         self.input = InputDescription(config.d_in, config.input_norm, config.centre)
         self.info: dict[str, Any] = {}
         self.screen: Screen = None
-        """"bfloat16": find candidates with a product in bfloat16, several times faster; codes stay float32."""
+        """"bfloat16": find candidates with a product in bfloat16, several times faster; codes stay float32. It assumes
+        centred inputs (kernels/select.py). Not saved; a Trainer goes by its TrainConfig instead."""
 
     @property
     def d_in(self) -> int:
@@ -134,9 +135,9 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """After the optimiser's step: make the rows of unit norm again."""
+        """After the optimiser's step: make the rows of unit norm again (zero rows stay zero)."""
         for p in self.unit_rows():
-            p.div_(p.norm(dim=1, keepdim=True))
+            p.div_(p.norm(dim=1, keepdim=True).clamp_min(torch.finfo(p.dtype).eps))
 
     # What users call
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 Backend = Literal["torch", "triton"]
 VARIABLE = "APPORTION_KERNELS"
+TRITON_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+"""Those that the Triton kernels take; tensors of others run on torch in any case."""
 
 _forced: Backend | None = None
 
@@ -33,9 +35,10 @@ def use(backend: Backend) -> Iterator[None]:
         _forced = before
 
 
-def backend_for(tensor: Tensor) -> Backend:
-    """The backend of primitives on this tensor."""
-    return _choice(tensor.device.type)[0]
+def backend_for(*tensors: Tensor) -> Backend:
+    """The backend of primitives on these tensors, which lie on one device."""
+    backend, _ = _choice(tensors[0].device.type)
+    return backend if all(t.dtype in TRITON_DTYPES for t in tensors) else "torch"
 
 
 def _choice(device: str) -> tuple[Backend, str]:
@@ -76,6 +79,6 @@ def explain() -> list[str]:
 
 def _multiplies_bfloat16(device: str) -> bool:
     if device == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)

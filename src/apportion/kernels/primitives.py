@@ -16,6 +16,17 @@ from torch import Tensor
 
 from apportion.kernels.dispatch import backend_for
 
+BLOCK_ENTRIES = 2**22
+"""Entries of a dense row block on a CPU: many enough for an efficient product, few enough to stay near the cache."""
+CUDA_BLOCK_BYTES = 2**29
+"""Bytes of a dense row block on a GPU, where the other factor of the product is read anew for every block."""
+
+
+def block_rows(width: int, like: Tensor) -> int:
+    """Rows of a dense block [rows, width] of the dtype and on the device of `like`; at least one."""
+    entries = CUDA_BLOCK_BYTES // like.element_size() if like.is_cuda else BLOCK_ENTRIES
+    return max(1, entries // max(width, 1))
+
 
 def weighted_sums(
     indices: Int[Tensor, " nnz"],
@@ -24,15 +35,14 @@ def weighted_sums(
     table: Float[Tensor, "n d"],
 ) -> Float[Tensor, "groups d"]:
     """Sums of rows of a table over consecutive groups of matches; an empty group gives zeros."""
-    if backend_for(table) == "triton":
+    weights, table = weights.contiguous(), table.contiguous()
+    if backend_for(weights, table) == "triton":
         from apportion.kernels import triton_kernels
 
         return triton_kernels.weighted_sums(indices, offsets, weights, table)
     if indices.numel() == 0:
         return table.new_zeros(offsets.numel() - 1, table.shape[1])
-    return F.embedding_bag(
-        indices, table, offsets, mode="sum", per_sample_weights=weights.contiguous(), include_last_offset=True
-    )
+    return F.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def dot_products(
@@ -43,21 +53,19 @@ def dot_products(
     table: Float[Tensor, "n d"],
 ) -> Float[Tensor, " nnz"]:
     """<g[row], table[index]> of every match; matches in row order, `offsets` delimiting the rows."""
-    if backend_for(table) == "triton":
+    g, table = g.contiguous(), table.contiguous()
+    if backend_for(g, table) == "triton":
         from apportion.kernels import triton_kernels
 
         return triton_kernels.dot_products(rows, indices, g, table)
     if indices.numel() == 0:
         return g.new_zeros(0)
+    if g.element_size() == 2:  # which sampled_addmm does not take
+        return dot_products(offsets, rows, indices, g.float(), table.float()).to(g.dtype)
     _accept_csr()
-    pattern = torch.sparse_csr_tensor(
-        offsets,
-        indices,
-        g.new_zeros(indices.numel()),
-        size=(offsets.numel() - 1, table.shape[0]),
-        check_invariants=False,
-    )
-    return torch.sparse.sampled_addmm(pattern, g.contiguous(), table.T, beta=0.0).values()
+    size = (offsets.numel() - 1, table.shape[0])
+    pattern = torch.sparse_csr_tensor(offsets, indices, g.new_zeros(indices.numel()), size=size, check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, g, table.T, beta=0.0).values()
 
 
 @cache

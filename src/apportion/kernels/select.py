@@ -3,13 +3,19 @@
 The one dense product of an SAE, x W_enc^T + b_enc, is made in row blocks into a reused buffer. Of each block only the
 entries above the rule's bounds survive as candidates; after the last block the rule settles which are chosen. If the
 bounds turn out too high, the kernel looks again: a scalar bound is lowered and the blocks are scanned once more;
-latents with bounds of their own are looked up one by one in the transposed product. A rule that limits rows (TopK)
-needs no settling: the best of each row are taken block by block.
+latents with bounds of their own are looked up one by one in the transposed product. Under a rule that limits rows
+(TopK) each row has a bound of its own, just below its k-th largest entry, and no second look is needed.
 
 With `screen="bfloat16"` the product is made in bfloat16, several times faster, and only finds candidates: everything
-within SCREEN_MARGIN of the cut. Their codes are computed again in full precision, and on these the rule settles, so the
-values are exact and a match is missed only if rounding moved it by more than the margin. The margin is relative, so the
-screen suits sparse codes, whose cuts lie well above zero; a ReLU would lose entries next to zero.
+within SCREEN_MARGIN of the cut. Their codes are computed again in full precision, and on these the rule settles.
+Values are exact, and no match is missed while bfloat16 moves affinities by less than half of the margin (half, because
+the cut that it starts from has moved as well; a threshold does not move and leaves all of it). Now bfloat16 moves a
+code by about
+
+    2^-9 (|code| + |b_enc| + ||x * w||)        x * w: the d_in products that add up to the code
+
+and the margin is a share of the cut. So the screen assumes centred inputs, as the input description makes them: where
+b_enc cancels a large component common to all inputs, or where the cut is next to zero (a ReLU), matches are missed.
 """
 
 from __future__ import annotations
@@ -24,16 +30,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.allocation.base import Candidates, Rule, Settled, WarmStart
+from apportion.allocation.token_choice import rank_within
 from apportion.kernels.dispatch import backend_for
-from apportion.kernels.primitives import dot_products
+from apportion.kernels.primitives import block_rows, dot_products
 
-BLOCK_ENTRIES = 2**22
-"""Entries of a row block: large enough for an efficient product, small enough to stay near the cache (16 MB)."""
-GROUP = 64
-"""Columns whose maximum is taken before single entries are looked at."""
+SPARE_CANDIDATES = 2**20
+"""So many candidates beyond twice the budget, and those that cannot be chosen any more are thrown out."""
 SCREEN_MARGIN = 0.01
 """Relative distance below the cut down to which the screen keeps candidates."""
-BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by size: read as these, positive floats compare alike and all others lie below them."""
 
 Screen = Literal["bfloat16"] | None
 
@@ -57,9 +63,11 @@ class _Found:
     affinity: Tensor
 
     def __getitem__(self, keep: Tensor) -> _Found:
-        values = self.values[keep]
-        affinity = values if self.affinity is self.values else self.affinity[keep]
-        return _Found(self.rows[keep], self.latents[keep], values, affinity)
+        """Those that a mask marks, or those at given places."""
+        places = _marked(keep) if keep.dtype == torch.bool else keep
+        values = self.values[places]
+        affinity = values if self.affinity is self.values else self.affinity[places]
+        return _Found(self.rows[places], self.latents[places], values, affinity)
 
     @staticmethod
     def cat(parts: list[_Found], like: Tensor) -> _Found:
@@ -89,15 +97,6 @@ def choose(
     `warm`, if given, supplies the rule's bounds and receives those for the next batch.
     """
     scan = _Scan(x, W_enc, b_enc, norms, screen)
-    if rule.row_limit is not None:
-        chosen = scan.best_of_rows(rule.row_limit)
-    else:
-        chosen = _settled(scan, rule, warm)
-    return Matches(chosen.rows, chosen.latents, chosen.values)
-
-
-def _settled(scan: _Scan, rule: Rule, warm: WarmStart | None) -> _Found:
-    """Candidates above the rule's bounds, lower ones until the result is exact, and of these the chosen."""
     budget = rule.budget(scan.tokens)
     bounds = rule.bounds(warm)
     if bounds is not None:
@@ -108,6 +107,7 @@ def _settled(scan: _Scan, rule: Rule, warm: WarmStart | None) -> _Found:
         for lower in (0.5 * bounds, torch.zeros_like(bounds)):
             if bounds is None or settled.cut is None or not bool(settled.cut < bounds):
                 break
+            scan.screened = False  # a second look is rare, and leaves nothing open
             found, bounds, next_bounds = scan.candidates(rule, lower, budget)
             settled = scan.settle(rule, found, budget)
     elif bounds is not None and settled.cut is not None:
@@ -122,26 +122,28 @@ def _settled(scan: _Scan, rule: Rule, warm: WarmStart | None) -> _Found:
             next_bounds = None
     if warm is not None:
         warm.bounds = settled.next_bounds if next_bounds is None else next_bounds
-    return found[settled.keep]
+    chosen = found[settled.keep]
+    return Matches(chosen.rows, chosen.latents, chosen.values)
 
 
 class _Scan:
     """The blocked product of one batch."""
 
-    def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None, screen: Screen = None) -> None:
+    def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None, screen: Screen) -> None:
         self.x, self.W_enc, self.b_enc, self.norms = x, W_enc, b_enc, norms
         self.tokens, self.d_sae = x.shape[0], W_enc.shape[0]
         self.screened = screen is not None and x.dtype == torch.float32
+        self.scratch = torch.empty(0, dtype=torch.bool, device=x.device)
 
     def settle(self, rule: Rule, found: _Found, budget: int | Tensor | None) -> Settled:
         return rule.settle(Candidates(found.rows, found.latents, found.affinity, self.tokens, self.d_sae), budget)
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first row, codes, affinities) of each row block; the buffers are reused."""
-        size = max(1, min(self.tokens, BLOCK_ENTRIES // self.d_sae))
         to = torch.bfloat16 if self.screened else self.x.dtype
         x, W, b = (t.to(to) for t in (self.x, self.W_enc, self.b_enc))
         norms = None if self.norms is None else self.norms.to(to)
+        size = max(1, min(self.tokens, block_rows(self.d_sae, x)))
         buffer = x.new_empty(size, self.d_sae)
         weighted = buffer if norms is None else torch.empty_like(buffer)
         for start in range(0, self.tokens, size):
@@ -152,19 +154,21 @@ class _Scan:
     def candidates(
         self, rule: Rule, bounds: Tensor | None, budget: int | Tensor | None
     ) -> tuple[_Found, Tensor | None, Tensor | None]:
-        """What may be chosen, in full precision; the bounds that held for all of it; bounds for the next batch."""
+        """In full precision: what may be chosen; bounds, and no cut above them leaves any out; those of the next batch.
+
+        Bounds are None where every row had its own.
+        """
+        found, bounds = self.rows(rule, bounds, budget)
         if not self.screened:
-            return *self.rows(rule, bounds, budget), None
-        rough, low = self.rows(rule, None if bounds is None else (1 - SCREEN_MARGIN) * bounds, budget)
-        held = None if low is None else low / (1 - SCREEN_MARGIN)
+            return found, bounds, None
+        if bounds is None:
+            return self.exact(found), None, None
         if budget is None:
-            found = self.exact(rough)
-            return (found if held is None else found[found.affinity > _each(held, found.latents)]), held, None
-        settled = self.settle(rule, rough, budget)
-        keep = settled.keep
-        if settled.cut is not None:
-            keep = keep | (rough.affinity >= (1 - SCREEN_MARGIN) * _each(settled.cut, rough.latents))
-        return self.exact(rough[keep]), held, settled.next_bounds
+            found = self.exact(found)
+            return found[found.affinity > _each(bounds, found.latents)], bounds, None
+        settled = self.settle(rule, found, budget)
+        found = self.exact(found[self.in_reach(found, settled)])
+        return found, bounds * (1 - SCREEN_MARGIN) / (1 - SCREEN_MARGIN / 2), settled.next_bounds
 
     def exact(self, rough: _Found) -> _Found:
         """The same matches with codes in full precision; those that are not positive are dropped."""
@@ -175,61 +179,84 @@ class _Scan:
         return found[affinity > 0]
 
     def rows(self, rule: Rule, bounds: Tensor | None, budget: int | Tensor | None) -> tuple[_Found, Tensor | None]:
-        """Candidates above `bounds` from all row blocks, and the bounds that held for all of them."""
+        """Candidates from all row blocks, and the bounds that held for all of them (None if rows had their own).
+
+        Under the screen both are rough, and candidates go down to the margin below the bounds.
+        """
         if bounds is not None and bounds.ndim == 1 and bool(torch.isposinf(bounds).all()):
             return _Found.cat([], self.x), bounds
-        total = int(budget.sum()) if isinstance(budget, Tensor) else budget
+        total, limit = int(budget.sum()) if isinstance(budget, Tensor) else budget, rule.row_limit
         parts: list[_Found] = []
         pending = 0
-        mask: Tensor | None = None
         for start, codes, affinity in self.blocks():
-            if bounds is None:
+            if limit is not None:
+                at = _below_largest(affinity, limit)
+            elif bounds is None:
                 guess = rule.first_bounds(affinity)
-                bounds = self.x.new_zeros(()) if guess is None else guess.to(self.x.dtype)
-            mask = torch.empty(affinity.shape, dtype=torch.bool, device=self.x.device) if mask is None else mask
-            found = _above(codes, affinity, bounds, mask[: len(codes)])
+                at = bounds = self.x.new_zeros(()) if guess is None else guess.to(self.x.dtype)
+            else:
+                at = bounds
+            found = self.above(codes, affinity, self.lowered(at))
             values = found.values.to(self.x.dtype)
             weights = values if found.affinity is found.values else found.affinity.to(self.x.dtype)
             parts.append(_Found(found.rows + start, found.latents, values, weights))
             pending += found.rows.numel()
-            if total is not None and pending > 2 * total + BLOCK_ENTRIES // 4:
+            if total is not None and pending > 2 * total + SPARE_CANDIDATES:
                 merged = _Found.cat(parts, self.x)
                 settled = self.settle(rule, merged, budget)
-                if settled.cut is not None:
-                    parts, bounds = [merged[settled.keep]], torch.maximum(bounds, settled.cut)
-                    pending = parts[0].rows.numel()
+                parts = [merged[self.in_reach(merged, settled)]]
+                pending = parts[0].rows.numel()
+                if bounds is not None and settled.cut is not None:
+                    bounds = torch.maximum(bounds, settled.cut)
+                if self.screened and pending > 2 * total + SPARE_CANDIDATES:  # too much lies within the margin
+                    self.screened = False
+                    return self.rows(rule, bounds, budget)
         return _Found.cat(parts, self.x), bounds
 
-    def best_of_rows(self, limit: int) -> _Found:
-        """The `limit` best positive entries of each row."""
-        if not self.screened or not self.tokens:
-            parts = []
-            for start, codes, affinity in self.blocks():
-                best = _best_of_rows(codes, affinity, limit)
-                parts.append(_Found(best.rows + start, best.latents, best.values, best.affinity))
-            return _Found.cat(parts, self.x)
-        pool = min(self.d_sae, limit + limit // 4 + 8)
-        columns = torch.cat([_top(affinity, pool)[1].sort(dim=1).values for _, _, affinity in self.blocks()])
-        rows = torch.arange(self.tokens, device=columns.device)
-        offsets = pool * torch.arange(self.tokens + 1, device=columns.device)
-        flat = columns.flatten()
-        codes = dot_products(offsets, rows.repeat_interleave(pool), flat, self.x, self.W_enc) + self.b_enc[flat]
-        affinity = codes if self.norms is None else codes * self.norms[flat]
-        best = _best_of_rows(codes.view(-1, pool), affinity.view(-1, pool), limit)
-        return _Found(best.rows, columns[best.rows, best.latents], best.values, best.affinity)
+    def lowered(self, bounds: Tensor) -> Tensor:
+        """What a block is compared with: the bounds, under the screen less the margin.
+
+        They are rounded down to bfloat16, which changes no comparison with a bfloat16 number.
+        """
+        if not self.screened:
+            return bounds
+        low = (1 - SCREEN_MARGIN) * bounds.float()
+        return (low.view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
+
+    def in_reach(self, found: _Found, settled: Settled) -> Tensor:
+        """Marks what may be chosen in the end: the chosen; under the screen all within the margin of the cut."""
+        if not self.screened:
+            return settled.keep
+        if settled.cut is None:
+            return torch.ones_like(settled.keep)
+        return found.affinity > (1 - SCREEN_MARGIN) * _each(settled.cut, found.latents)
+
+    def above(self, codes: Tensor, affinity: Tensor, bounds: Tensor) -> _Found:
+        """Entries whose affinity exceeds the bounds: a scalar, one per latent, or one per row [rows, 1]."""
+        if backend_for(affinity) == "triton":
+            from apportion.kernels import triton_kernels
+
+            flat = triton_kernels.above(affinity, bounds)
+        else:
+            if self.scratch.numel() < affinity.numel():
+                self.scratch = torch.empty(affinity.numel(), dtype=torch.bool, device=affinity.device)
+            flat = _above_in_torch(affinity, bounds, self.scratch[: affinity.numel()].view(affinity.shape))
+        rows = flat.div(codes.shape[1], rounding_mode="floor")
+        values = codes.view(-1)[flat]
+        weights = values if affinity is codes else affinity.view(-1)[flat]
+        return _Found(rows, flat - rows * codes.shape[1], values, weights)
 
     def columns(self, latents: Int[Tensor, " n"], budget: Int[Tensor, " d_sae"]) -> list[_Found]:
         """The best tokens of each of these latents: twice its budget and four more, so that bounds can be told."""
         latents = latents[budget[latents].argsort(descending=True)]
-        size = max(1, BLOCK_ENTRIES // max(self.tokens, 1))
         parts = []
-        for start in range(0, latents.numel(), size):
-            ids = latents[start : start + size]
+        for ids in latents.split(block_rows(self.tokens, self.x)):
             codes = torch.addmm(self.b_enc[ids, None], self.W_enc[ids], self.x.T)
             affinity = codes if self.norms is None else codes * self.norms[ids, None]
-            reach = min(self.tokens, 2 * int(budget[ids].max()) + 4)
-            best = _best_of_rows(codes, affinity, reach)
-            parts.append(_Found(best.latents, ids[best.rows], best.values, best.affinity))
+            reach = 2 * int(budget[ids].max()) + 4
+            found = self.above(codes, affinity, _below_largest(affinity, reach))
+            found = found[rank_within(found.rows, found.affinity, len(ids)) < reach]
+            parts.append(_Found(found.latents, ids[found.rows], found.values, found.affinity))
         return parts
 
 
@@ -238,26 +265,21 @@ def _each(bounds: Tensor, latents: Tensor) -> Tensor:
     return bounds if bounds.ndim == 0 else bounds[latents]
 
 
-def _above(codes: Tensor, affinity: Tensor, bounds: Tensor, out: Tensor) -> _Found:
-    """Entries whose affinity exceeds the bounds; in bfloat16 also those that equal them."""
-    if backend_for(affinity) == "triton":
-        from apportion.kernels import triton_kernels
-
-        flat = triton_kernels.above(affinity, bounds)
+def _below_largest(affinity: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 1"]:
+    """For each row a bound that its k largest positive entries exceed, and besides them only ties."""
+    at, kind = max(affinity.shape[1] - k, 0), BITS[affinity.element_size()]
+    if affinity.device.type == "cpu":
+        # numpy partitions integers with vector instructions, many times faster than torch finds a k-th value.
+        kth = torch.from_numpy(np.partition(affinity.view(kind).numpy(), at, axis=1)[:, at].copy())
     else:
-        flat = _above_in_torch(affinity, bounds, out)
-    rows = flat.div(codes.shape[1], rounding_mode="floor")
-    values = codes.view(-1)[flat]
-    return _Found(rows, flat - rows * codes.shape[1], values, values if affinity is codes else affinity.view(-1)[flat])
+        kth = affinity.topk(affinity.shape[1] - at, dim=1, sorted=False).values.amin(1).view(kind)
+    return (kth.clamp_min(1) - 1).view(affinity.dtype)[:, None]
 
 
 def _above_in_torch(affinity: Tensor, bounds: Tensor, out: Tensor) -> Int[Tensor, " n"]:
-    if affinity.dtype == torch.bfloat16:
-        bits = bounds.to(torch.bfloat16).view(torch.int16)
-        torch.gt(affinity.view(torch.int16), (bits - 1).clamp_min(0), out=out)  # much faster than in bfloat16
-    else:
-        torch.gt(affinity, bounds, out=out)
-    return _marked(out.view(-1))
+    if affinity.element_size() == 2:  # comparing integers is much faster
+        affinity, bounds = affinity.view(torch.int16), bounds.view(torch.int16).clamp_min(0)
+    return _marked(torch.gt(affinity, bounds, out=out).view(-1))
 
 
 def _marked(mask: Tensor) -> Int[Tensor, " n"]:
@@ -267,62 +289,3 @@ def _marked(mask: Tensor) -> Int[Tensor, " n"]:
     eights = mask.view(torch.int64).nonzero().squeeze(-1)
     which = mask.view(-1, 8)[eights].nonzero()
     return 8 * eights[which[:, 0]] + which[:, 1]
-
-
-def _best_of_rows(codes: Tensor, affinity: Tensor, k: int) -> _Found:
-    """The k best positive entries of each row, the lower column first among ties, in column order."""
-    k = min(k, affinity.shape[1])
-    if k * GROUP > affinity.shape[1] and not affinity.is_cuda:
-        return _above_row_cuts(codes, affinity, k)
-    one_more = min(k + 1, affinity.shape[1])
-    best, columns = _top(affinity, one_more)
-    if one_more > k:
-        # The smallest of k + 1 goes; if the next one equals it, the tie is decided by column, over the whole row.
-        last = best.argmin(1, keepdim=True)
-        cut = best.gather(1, last)
-        best = best.scatter(1, last, torch.inf)
-        tied = (best.amin(1, keepdim=True) == cut).squeeze(1) & (cut > 0).squeeze(1)
-        kept = torch.ones_like(best, dtype=torch.bool).scatter_(1, last, False)
-        columns = columns[kept].view(-1, k)
-        if bool(tied.any()):
-            columns[tied] = affinity[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
-    columns = columns.sort(dim=1).values
-    chosen = affinity.gather(1, columns)
-    keep = chosen > 0
-    rows = torch.arange(len(codes), device=codes.device)[:, None].expand_as(columns)[keep]
-    values = codes.gather(1, columns)[keep]
-    return _Found(rows, columns[keep], values, values if affinity is codes else chosen[keep])
-
-
-def _above_row_cuts(codes: Tensor, affinity: Tensor, k: int) -> _Found:
-    """_best_of_rows for a k that is a large share of the columns: entries are compared with the row's k-th largest."""
-    d_sae = affinity.shape[1]
-    # numpy partitions with vector instructions, several times faster than torch finds a k-th value.
-    kth = torch.from_numpy(np.partition(affinity.numpy(), d_sae - k, axis=1)[:, d_sae - k].copy())
-    cut = torch.nextafter(torch.zeros_like(kth), torch.ones_like(kth)).maximum(kth)
-    keep = affinity >= cut[:, None]
-    tied = (keep.sum(1) > k).nonzero().squeeze(1)
-    if len(tied):
-        columns = affinity[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
-        keep[tied] = torch.zeros_like(keep[tied]).scatter_(1, columns, True)
-    flat = keep.view(-1).nonzero().squeeze(-1)
-    row = flat.div(d_sae, rounding_mode="floor")
-    values = codes.reshape(-1)[flat]
-    return _Found(row, flat - row * d_sae, values, values if affinity is codes else affinity.reshape(-1)[flat])
-
-
-def _top(affinity: Float[Tensor, "rows d_sae"], count: int) -> tuple[Tensor, Tensor]:
-    """affinity.topk(count, dim=1), in any order, right for positive entries; others may be any that are not positive.
-
-    The `count` largest entries lie in the `count` groups of GROUP columns with the largest maxima.
-    """
-    rows, d_sae = affinity.shape
-    if d_sae % GROUP or d_sae // GROUP < 2 * count or affinity.is_cuda:
-        return affinity.topk(count, dim=1, sorted=False)
-    grouped = affinity.view(rows, -1, GROUP)
-    # As integers, positive numbers compare alike and all others lie below them; the maximum is found much faster.
-    groups = grouped.view(BITS[affinity.dtype]).amax(2).topk(count, dim=1, sorted=False).indices
-    pool = grouped.gather(1, groups[:, :, None].expand(-1, -1, GROUP)).view(rows, -1)
-    best, places = pool.topk(count, dim=1, sorted=False)
-    group = places.div(GROUP, rounding_mode="floor")
-    return best, groups.gather(1, group) * GROUP + places - group * GROUP

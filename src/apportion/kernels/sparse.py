@@ -25,13 +25,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apportion.kernels.primitives import dot_products, weighted_sums
+from apportion.kernels.primitives import block_rows, dot_products, weighted_sums
 from apportion.latents import Latents
 
 DENSE_SHARE = 0.1
 """Share of active entries above which dense row blocks are faster than lists of matches (benchmarks/dense_share.py)."""
-BLOCK_ENTRIES = 2**22
-"""Entries of a dense row block (16 MB)."""
 
 
 def encode_matches(
@@ -125,7 +123,7 @@ def _is_dense(latents: Latents) -> bool:
 
 def _dense_blocks(latents: Latents, weights: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:
     """Tokens, matches and (with weights) the dense code of each row block."""
-    size = max(1, BLOCK_ENTRIES // latents.d_sae)
+    size = block_rows(latents.d_sae, latents.values)
     z = latents.values.new_empty(0)
     starts = list(range(0, latents.tokens, size))
     ends = latents.offsets[[*starts, latents.tokens]].tolist()

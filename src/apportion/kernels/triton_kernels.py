@@ -1,10 +1,9 @@
 """The primitives of `kernels.sparse`, `kernels.select` and the optimiser for GPUs, in Triton.
 
-    weighted_sums      out[g] = sum over the matches n of group g of weights[n] table[indices[n]]
-    dot_products       out[n] = <g[rows[n]], table[indices[n]]>
-    above              flat positions of the entries of a matrix that exceed a bound
-    transpose_matches  the match list by latent instead of by token
-    adam_rows          an Adam step, with or without unit rows, in one pass over memory
+    weighted_sums   out[g] = sum over the matches n of group g of weights[n] table[indices[n]]
+    dot_products    out[n] = <g[rows[n]], table[indices[n]]>
+    above           flat positions of the entries of a matrix that exceed a bound
+    adam_rows       an Adam step, with or without unit rows, in one pass over memory
 
 All are bound by memory, so each docstring gives the bytes moved (s = bytes of an entry, counted once per access: the
 caches make it less where rows are shared). Sums are accumulated in float32, in float64 if an input is float64, in an
@@ -25,6 +24,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apportion.kernels.dispatch import TRITON_DTYPES as FLOATS
+
 CHUNK = 256
 """Matches in a piece of a group that is summed in pieces; no program walks twice as many."""
 TILE_ENTRIES = 2048
@@ -34,7 +35,8 @@ SCAN_ENTRIES = 8192
 SCAN_ROWS = 4
 """Rows that it looks at one after the other, with the bounds of their columns in registers."""
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+SHORTEST_ROW = torch.finfo(torch.float32).eps
+"""Unit rows that are shorter, zero up to rounding, are divided by this instead of their norm."""
 
 
 # Sums
@@ -216,11 +218,13 @@ def _dot_products(
 
 
 def above(
-    affinity: Float[Tensor, "rows d_sae"], bounds: float | Float[Tensor, ""] | Float[Tensor, " d_sae"]
+    affinity: Float[Tensor, "rows d_sae"],
+    bounds: float | Float[Tensor, ""] | Float[Tensor, " d_sae"] | Float[Tensor, "rows 1"],
 ) -> Int[Tensor, " n"]:
     """Flat positions row * d_sae + latent of the entries strictly greater than the bounds, in ascending order.
 
-    NaN exceeds nothing. A bound given as a number is rounded to the dtype of `affinity`.
+    There is one bound for all, for each latent, or for each row. NaN exceeds nothing. A bound given as a number is
+    rounded to the dtype of `affinity`.
 
     Bytes: N s read once (N = rows d_sae), N / 8 written and read for a bit per entry, 8 n written. The first pass
     marks and counts; the second writes each tile's positions behind those of the tiles before it. Between them the
@@ -231,7 +235,7 @@ def above(
     if not isinstance(bounds, Tensor):
         bounds = torch.full((), bounds, dtype=affinity.dtype, device=affinity.device)
     assert bounds.dtype == affinity.dtype, "bounds have the dtype of affinity"
-    assert bounds.shape in ((), (d_sae,)), "bounds are a scalar or one per latent"
+    assert bounds.shape in ((), (d_sae,), (rows, 1)), "bounds are a scalar, one per latent, or one per row"
     _check_layout(affinity, bounds)
     if not affinity.numel():
         return torch.empty(0, dtype=torch.int64, device=affinity.device)
@@ -242,7 +246,7 @@ def above(
     counts = torch.empty(rows, across, dtype=torch.int32, device=affinity.device)
     shape = {"ROWS": SCAN_ROWS, "WORDS": words, "ACC": _accumulator(affinity), "num_warps": 8}
     grid = (triton.cdiv(rows, SCAN_ROWS), across)
-    _launch(_mark_above, grid, affinity, bounds, marks, counts, rows, d_sae, bounds.ndim == 1, **shape)
+    _launch(_mark_above, grid, affinity, bounds, marks, counts, rows, d_sae, bounds.ndim, **shape)
     ends = counts.view(-1).cumsum(0)
     out = torch.empty(int(ends[-1]), dtype=torch.int64, device=affinity.device)
     if out.numel():
@@ -258,7 +262,7 @@ def _mark_above(
     counts,  # [rows, across]
     rows,
     d_sae,
-    PER_LATENT: tl.constexpr,
+    BOUNDS: tl.constexpr,  # 0: one for all, 1: one per latent, 2: one per row
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     ACC: tl.constexpr,
@@ -268,13 +272,15 @@ def _mark_above(
     bit = tl.arange(0, 32)
     columns = tl.program_id(1) * (32 * WORDS) + word[:, None] * 32 + bit[None, :]
     inside = columns < d_sae
-    if PER_LATENT:
+    if BOUNDS == 1:
         bound = tl.load(bounds + columns, mask=inside, other=0.0).to(ACC)
     else:
         bound = tl.load(bounds).to(ACC)
     first = tl.program_id(0).to(tl.int64) * ROWS
     for row in range(first, tl.minimum(first + ROWS, rows)):  # pyright: ignore[reportArgumentType]
         entries = tl.load(affinity + row * d_sae + columns, mask=inside, other=0.0).to(ACC)
+        if BOUNDS == 2:
+            bound = tl.load(bounds + row).to(ACC)
         hit = ((entries > bound) & inside).to(tl.int32)
         tile = row * tl.num_programs(1) + tl.program_id(1)
         tl.store(marks + tile * WORDS + word, tl.sum(hit << bit[None, :], axis=1))
@@ -311,28 +317,6 @@ def _count_bits(word):
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
     return ((word * 0x01010101) >> 24).to(tl.int32)
-
-
-# Matches by latent
-
-
-def transpose_matches(
-    rows: Int[Tensor, " nnz"], indices: Int[Tensor, " nnz"], d_sae: int
-) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " d_sae_plus_1"]]:
-    """The stable permutation that orders matches by latent, and where each latent's matches begin and end in it.
-
-    Matches of one latent keep their order, so that rows[order] ascends within a latent if `rows` does in the list.
-
-    No kernel of ours: torch sorts on the device by radix, over int32 keys in half the passes of int64, and the
-    boundaries are looked up in the sorted keys (`bincount` would wait for the device, and counts by atomics).
-    Bytes: about 4 passes of 24 nnz.
-    """
-    assert rows.dtype == indices.dtype == torch.int64, "rows and indices are int64"
-    assert indices.ndim == 1 and rows.shape == indices.shape, "one row for each index"
-    assert d_sae < 2**31, "latents fit into int32"
-    latents, order = indices.int().sort(stable=True)
-    ids = torch.arange(d_sae + 1, dtype=torch.int32, device=indices.device)
-    return order, torch.searchsorted(latents, ids)
 
 
 # The optimiser
@@ -377,9 +361,10 @@ def adam_rows(
         return
     d = p.shape[1] if unit_rows else TILE_ENTRIES
     block = triton.next_power_of_2(d)
+    warps = min(max(block // 512, 1), 16)
     corrections = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
     numbers = (1 - beta1, float(beta2), 1 - beta2, *corrections, float(eps))
-    shape = {"UNIT_ROWS": unit_rows, "BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    shape = {"UNIT_ROWS": unit_rows, "SHORTEST": SHORTEST_ROW, "BLOCK": block, "num_warps": warps}
     _launch(_adam_rows, (triton.cdiv(p.numel(), d),), *tensors, grad_scale, p.numel(), d, *numbers, **shape)
     torch.autograd.graph.increment_version((p, exp_avg, exp_avg_sq))
 
@@ -400,6 +385,7 @@ def _adam_rows(
     correction2_root,
     eps,
     UNIT_ROWS: tl.constexpr,
+    SHORTEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row (d entries), held in registers from the projection to the normalisation."""
@@ -418,7 +404,7 @@ def _adam_rows(
     # Square roots and quotients are rounded as torch rounds them: the arithmetic hides behind the memory.
     row -= step_size * tl.div_rn(first, tl.div_rn(tl.sqrt_rn(second), correction2_root) + eps)
     if UNIT_ROWS:
-        row = tl.div_rn(row, tl.sqrt_rn(tl.sum(tl.where(inside, row * row, 0.0))))
+        row = tl.div_rn(row, tl.maximum(tl.sqrt_rn(tl.sum(tl.where(inside, row * row, 0.0))), SHORTEST))
     tl.store(p + at, row, mask=inside)
     tl.store(exp_avg + at, first, mask=inside)
     tl.store(exp_avg_sq + at, second, mask=inside)

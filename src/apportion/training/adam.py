@@ -72,6 +72,7 @@ class Adam:
     def step(self, lr: float, scale: Float[Tensor, ""]) -> None:
         """One update with gradients times `scale`; to be called after `gradient_norm`. Gradients are spent."""
         for p in self._with_gradient():
+            assert p not in self.unit_rows or p in self._along, "gradient_norm comes before step"
             m = self.moments.get(p) or self._begin(p)
             if backend_for(p) == "triton" and p.dtype == torch.float32:
                 self._step_in_triton(p, m, lr, scale)
@@ -95,7 +96,7 @@ class Adam:
                 beta1=self.beta1, beta2=self.beta2, lr=lr, eps=EPS,
             )  # fmt: skip
             if along is not None:
-                w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True))
+                w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(torch.finfo(w.dtype).eps))
             start += len(w)
 
     def _step_in_triton(self, p: Tensor, m: Moments, lr: float, scale: Tensor) -> None:
@@ -103,7 +104,7 @@ class Adam:
 
         assert p.grad is not None
         adam_rows(
-            p.detach(), p.grad, m.exp_avg, m.exp_avg_sq, m.steps + 1, lr, self.beta1, self.beta2, EPS,
+            p.detach(), p.grad.contiguous(), m.exp_avg, m.exp_avg_sq, m.steps + 1, lr, self.beta1, self.beta2, EPS,
             scale.float(), unit_rows=p in self.unit_rows,
         )  # fmt: skip
 

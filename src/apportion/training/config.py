@@ -32,8 +32,9 @@ class TrainConfig:
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the weights."""
     screen: Literal["bfloat16"] | None = None
-    """Find candidate matches with a product in bfloat16; their codes, the selection and all gradients stay in full
-    precision. Several times faster where the hardware multiplies bfloat16; may miss a match in ten thousand."""
+    """"bfloat16": find candidate matches with a product in bfloat16 while training; their codes, the selection and all
+    gradients stay float32. Several times faster where the hardware multiplies bfloat16. It assumes inputs that are
+    centred, as the input description makes them: kernels/select.py says when a match can be missed."""
     seed: int = 0
     """Seed of the data order where fit is given a tensor; other sources bring their own."""
     log_every_steps: int = 10
@@ -50,6 +51,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}.")
+        if self.screen not in (None, "bfloat16"):
+            raise ValueError(f'screen must be None or "bfloat16", got {self.screen!r}.')
+        if self.screen and self.dtype != "float32":
+            raise ValueError(f"screen = {self.screen!r} needs dtype float32, got {self.dtype!r}. Drop one of the two.")
         if self.total_tokens is not None and self.total_tokens < self.batch_tokens:
             raise ValueError(
                 f"total_tokens = {self.total_tokens} is less than one batch of {self.batch_tokens}. "

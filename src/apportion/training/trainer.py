@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,6 @@ class Trainer:
         self.config = config or TrainConfig()
         self.sae = sae.to(getattr(torch, self.config.dtype))
         self.objective = objective
-        sae.screen = self.config.screen
         sae.allocation.check_batch(self.config.batch_tokens)
         if self.config.total_tokens is None and sae.allocation.needs_end:
             raise ValueError("switch_at is a share of the run, so it needs total_tokens; set it, or use switch_at = 0.")
@@ -80,7 +80,8 @@ class Trainer:
         sae.allocation.forget_threshold()
         sae.info |= sae.allocation.findings()
 
-        terms = self.objective([sae], batch, context)
+        with self._screen_in_force():
+            terms = self.objective([sae], batch, context)
         loss = torch.stack(list(terms.values())).sum()
         loss.backward()
         grad_norm = self.optimizer.gradient_norm()
@@ -103,6 +104,15 @@ class Trainer:
         if self.steps % CHECK_FINITE_STEPS == 1:
             self._check_finite(metrics)
         return metrics
+
+    @contextmanager
+    def _screen_in_force(self) -> Iterator[None]:
+        """The configured screen, for this step only: calibration and evaluation are not screened unless asked for."""
+        before, self.sae.screen = self.sae.screen, self.config.screen
+        try:
+            yield
+        finally:
+            self.sae.screen = before
 
     def _check_finite(self, metrics: dict[str, Tensor]) -> None:
         for name in ("loss", "grad_norm"):
