@@ -39,7 +39,7 @@ class Demo:
         from apportion.evals.table import print_table
         from apportion.recipes import demo
 
-        report = demo.Demo(
+        request = demo.Demo(
             model=self.model,
             out=self.out,
             text=None if self.corpus == Text() else self.corpus.source(),
@@ -50,6 +50,11 @@ class Demo:
             lr=self.lr,
             seed=self.seed,
             device=best_device(self.device),
-        ).run()
+        )
+        try:
+            report = request.run()
+        except KeyboardInterrupt:
+            say(f"\nStopped. What is finished lies in {self.out}; the same command goes on from there.")
+            raise
         print_table(report.figures["methods"])
         say(f"\nOpen {self.out / 'report.html'}")
