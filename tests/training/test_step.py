@@ -166,7 +166,7 @@ def test_learning_rate_is_that_of_the_schedule():
     assert seen == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 0.5])
 
 
-@pytest.mark.parametrize("d_sae", [D_SAE, 24], ids=["as lists", "in dense blocks"])
+@pytest.mark.parametrize("d_sae", [D_SAE, 12], ids=["as lists", "in dense blocks"])
 def test_the_gradient_is_that_of_dense_autograd(name, d_sae):
     """The whole objective, in float64, on the matches that the rule chose."""
     sae = new(name, aux="none", d_sae=d_sae).double()

@@ -28,7 +28,7 @@ from torch import Tensor
 from apportion.kernels.primitives import block_rows, dot_products, weighted_sums
 from apportion.latents import Latents
 
-DENSE_SHARE = 0.1
+DENSE_SHARE = 0.2
 """Share of active entries above which dense row blocks are faster than lists of matches (benchmarks/dense_share.py)."""
 
 
