@@ -23,7 +23,7 @@ def train(gate: Gate) -> None:
     trainer = new_trainer(gate)
     dead_window, silent = trainer.config.dead_window, gate.silent()
     if gate.task.subject.aux in ("aux_k", "aux_zipf"):
-        gate.before_step = lambda: trainer.activity.silent_tokens.index_fill_(0, silent, dead_window)
+        gate.before_step = lambda: trainer.learners[0].activity.silent_tokens.index_fill_(0, silent, dead_window)
     gate.reconstruct = trainer.sae
     gate.answers["missed"] = lambda: missed_matches(trainer, gate.batch(0))
     for x in gate:

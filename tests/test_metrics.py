@@ -14,7 +14,7 @@ def rows(n: int = 200, d: int = 7, seed: int = 0) -> torch.Tensor:
 
 
 def fvu(x: torch.Tensor, x_hat: torch.Tensor, chunk: int = 10**9) -> float:
-    measure = FVU(x.shape[1])
+    measure = FVU()
     for a, b in zip(x.split(chunk), x_hat.split(chunk), strict=True):
         measure.add(a, b)
     return measure.value()
@@ -63,8 +63,8 @@ def test_fvu_of_drifting_chunks():
 
 
 def test_fvu_without_data_or_spread_is_nan():
-    assert math.isnan(FVU(3).value())
-    empty = FVU(3)
+    assert math.isnan(FVU().value())
+    empty = FVU()
     empty.add(torch.zeros(0, 3), torch.zeros(0, 3))
     assert math.isnan(empty.value()) and empty.tokens == 0
     assert math.isnan(fvu(torch.ones(5, 3), torch.zeros(5, 3)))

@@ -38,7 +38,7 @@ EXCEPTIONS = {
 
 HELPERS = {
     "allocation": {"base", "zipf", "reference"},
-    "architectures": {"base", "files", "inputs"},
+    "architectures": {"affine", "auxiliary", "base", "files", "inputs"},
 }
 """Files of these rooms that are no rule and no architecture."""
 

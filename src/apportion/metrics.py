@@ -23,13 +23,13 @@ def batch_fvu(x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> Float[Ten
 class FVU:
     """Fraction of variance unexplained over everything that was added, in float64."""
 
-    def __init__(self, d: int) -> None:
+    def __init__(self) -> None:
         self.error = torch.zeros((), dtype=torch.float64)
         self.tokens = 0
-        self.mean = torch.zeros(d, dtype=torch.float64)
+        self.mean = torch.zeros((), dtype=torch.float64)
         self.spread = torch.zeros((), dtype=torch.float64)
 
-    def add(self, x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> None:
+    def add(self, x: Float[Tensor, " n *d"], x_hat: Float[Tensor, " n *d"]) -> None:
         if not len(x):
             return
         x, x_hat = x.detach().double().cpu(), x_hat.detach().double().cpu()
@@ -39,7 +39,7 @@ class FVU:
         total = self.tokens + len(x)
         between = (mean - self.mean).square().sum() * self.tokens * len(x) / total
         self.spread += (x - mean).square().sum() + between
-        self.mean += (mean - self.mean) * len(x) / total
+        self.mean = self.mean + (mean - self.mean) * len(x) / total
         self.tokens = total
 
     def value(self) -> float:

@@ -126,13 +126,13 @@ def test_batches_that_do_not_fit_are_refused(make: Make, batch_tokens: int) -> N
 
 def test_samples_and_held_out_rows_do_not_depend_on_the_position(make: Make) -> None:
     source = make()
-    sample, held_out = source.sample(50), torch.cat(list(source.held_out(20, chunk=7)))
+    sample, held_out = source.sample(50).x, torch.cat([b.x for b in source.held_out(20, chunk=7)])
     take(source, 13, 5)
-    assert torch.equal(source.sample(50), sample)
-    assert torch.equal(torch.cat(list(source.held_out(20, chunk=7))), held_out)
+    assert torch.equal(source.sample(50).x, sample)
+    assert torch.equal(torch.cat([b.x for b in source.held_out(20, chunk=7)]), held_out)
     assert len(sample) == 50
     assert len(held_out) == 20
-    assert all(len(part) <= 7 for part in source.held_out(20, chunk=7))
+    assert all(len(part.x) <= 7 for part in source.held_out(20, chunk=7))
     rows = {tuple(row) for row in held_out.tolist()}
     assert not rows & {tuple(row) for row in sample.tolist()}
 
@@ -167,7 +167,7 @@ def test_an_epoch_visits_each_training_row_once_and_no_other(folder: Path) -> No
 
 def test_held_out_contexts_are_every_tenth_half_of_them_to_calibrate(folder: Path) -> None:
     store = ActivationStore(folder)
-    held_out = torch.cat(list(CacheSource(store).held_out(10**6)))
+    held_out = torch.cat([b.x for b in CacheSource(store).held_out(10**6)])
     expected = store.gather((store.mask & (store.contexts % 20 == 9)).nonzero().squeeze(1))
     assert sorted(held_out.tolist()) == sorted(expected.tolist())
     evaluate = held_out_rows(store, 0.1)
@@ -214,7 +214,7 @@ def test_a_live_source_has_the_rows_of_the_cache(lm: tuple[Any, Any], folder: Pa
     got = torch.cat([row.x for row in rows]).sort(dim=0).values
     expected = torch.cat([b.x for b in islice(cached.batches(1), cached.num_rows)]).sort(dim=0).values
     assert torch.allclose(got, expected, atol=1e-5)
-    held_out = [torch.cat(list(source.held_out(10**6))) for source in (live, cached)]
+    held_out = [torch.cat([b.x for b in source.held_out(10**6)]) for source in (live, cached)]
     assert held_out[0].shape == held_out[1].shape
     assert cached.num_rows <= live.num_rows < cached.num_rows + store.describe()["filtered"]["norm_outlier"] + 1
 

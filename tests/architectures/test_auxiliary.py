@@ -8,6 +8,7 @@ import torch
 import apportion as ap
 from apportion.allocation import StepContext, reference
 from apportion.allocation.zipf import zipf_densities
+from apportion.architectures.base import Pass
 from apportion.losses import underutilised
 
 D_IN, D_SAE, TOKENS = 12, 30, 25
@@ -44,7 +45,7 @@ def context(silent: list[int], density: torch.Tensor | None = None) -> StepConte
 def own_term(sae: ap.SAE, at: StepContext, x: torch.Tensor | None = None) -> torch.Tensor | None:
     x = activations() if x is None else x
     latents = sae.encode_scaled(x)
-    terms = sae.own_terms(x, sae.decode_scaled(latents), latents, at)
+    terms = sae.own_terms(x, x, Pass(latents, sae.decode_scaled(latents)), at)
     assert set(terms) <= {sae.config.aux}
     return terms.get(sae.config.aux)
 
@@ -137,7 +138,7 @@ def test_nothing_left_to_explain_gives_zero_and_no_nan(case):
     x = activations(1 if case == "one row" else TOKENS)
     latents = sae.encode_scaled(x)
     x_hat = x if case == "perfect" else sae.decode_scaled(latents)
-    term = sae.own_terms(x, x_hat, latents, context([1, 2, 3]))["aux_k"]
+    term = sae.own_terms(x, x, Pass(latents, x_hat), context([1, 2, 3]))["aux_k"]
     assert term.item() == 0
     assert all(not bool(g.any()) for g in gradients(sae, term).values())
 

@@ -16,7 +16,7 @@ def activations(n: int = 500, seed: int = 0) -> torch.Tensor:
 
 def test_dataset_gives_unit_energy_per_dimension():
     x = activations()
-    description = InputDescription(D, "dataset", "mean")
+    description = InputDescription((D,), "dataset", "mean")
     assert description.needs_fit
     assert torch.equal(description.apply_to(x), x), "s = 1 and mu = 0 until it is fitted"
     description.fit(x)
@@ -32,7 +32,7 @@ def test_geometric_median_resists_a_planted_outlier():
     x[:4] += 1e6
     assert x.mean(0).norm() > 1e4
     assert geometric_median(x).norm() < 0.5
-    description = InputDescription(D, "dataset", "geometric_median")
+    description = InputDescription((D,), "dataset", "geometric_median")
     description.fit(x.float())
     assert description.mean.norm() < 0.5
     assert description.apply_to(x.float()).square().sum(1).mean().item() == pytest.approx(D, rel=1e-4)
@@ -50,7 +50,7 @@ def test_fit_refuses_data_without_a_scale(bad):
     x = {"equal rows": torch.ones(5, D), "nan": activations(), "inf": activations(), "one row": activations(1)}[bad]
     if bad in ("nan", "inf"):
         x[3, 2] = float(bad)
-    description = InputDescription(D, "dataset", "mean")
+    description = InputDescription((D,), "dataset", "mean")
     with pytest.raises(ValueError, match="rows given to fit the input scale"):
         description.fit(x)
     assert description.needs_fit and description.scale == 1
@@ -58,7 +58,7 @@ def test_fit_refuses_data_without_a_scale(bad):
 
 def test_token_standardise():
     x = activations()
-    description = InputDescription(D, "token_standardise", "mean")
+    description = InputDescription((D,), "token_standardise", "mean")
     scaled = description.apply_to(x)
     assert scaled.mean(1).abs().max() < 1e-5
     assert torch.allclose(scaled.std(1), torch.ones(len(x)), rtol=1e-3)
@@ -67,7 +67,7 @@ def test_token_standardise():
 
 def test_token_norm():
     x = activations()
-    description = InputDescription(D, "token_norm", "mean")
+    description = InputDescription((D,), "token_norm", "mean")
     scaled = description.apply_to(x)
     assert torch.allclose(scaled.square().sum(1), torch.full((len(x),), float(D)), rtol=1e-5)
     assert torch.allclose(description.undo(scaled, x), x, rtol=1e-5, atol=1e-4)
@@ -75,7 +75,7 @@ def test_token_norm():
 
 @pytest.mark.parametrize("kind", ["token_standardise", "token_norm"])
 def test_per_token_kinds_survive_rows_of_zeros_and_need_x_to_go_back(kind):
-    description = InputDescription(D, kind, "mean")
+    description = InputDescription((D,), kind, "mean")
     zeros = torch.zeros(2, D)
     assert torch.equal(description.apply_to(zeros), zeros)
     assert torch.equal(description.undo(zeros, zeros), zeros)

@@ -416,7 +416,7 @@ def test_training_steps_equal_those_in_torch(screen, launched):
     for backend in ("torch", "triton"):
         sae = ap.create("mutual_choice", d_in=8, d_sae=48, k=3, aux="aux_k", k_aux=2, seed=0).to(DEVICE)
         trainer = ap.Trainer(sae, ap.TrainConfig(batch_tokens=32, screen=screen, dead_window_tokens=1000))
-        trainer.activity.silent_tokens[::5] = 1000
+        trainer.learners[0].activity.silent_tokens[::5] = 1000
         with dispatch.use(backend):
             metrics = [trainer.step(randn(32, 8, dtype=torch.float32, seed=seed) + 1) for seed in range(2)]
         assert metrics[0]["aux_k"] > 0

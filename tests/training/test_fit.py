@@ -128,7 +128,7 @@ def test_fit_equals_steps(case):
     """fit is the step in a loop, and nothing else."""
     by_fit, by_step, source = trainer(case), trainer(case), Source()
     by_fit.fit(Source())
-    by_step.sae.fit_input(source.sample(32_768))
+    by_step.sae.fit_input(source.sample(32_768).x)
     batches = source.batches(BATCH)
     by_step._input_ready = True
     for _ in range(STEPS):
@@ -342,7 +342,7 @@ def synthetic(n: int, seed: int) -> torch.Tensor:
 
 
 def fvu(sae: ap.SAE, x: torch.Tensor) -> float:
-    measure = FVU(D_IN)
+    measure = FVU()
     measure.add(x, sae(x).detach())
     return measure.value()
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion.architectures import plain
+from apportion.allocation import StepContext
+from apportion.architectures import affine
 from apportion.training.objectives import TrainingContext, local_reconstruction
 
 D_IN, D_SAE, K = 8, 48, 3
@@ -45,7 +46,7 @@ def test_returns_numbers_and_makes_progress(name):
 
 def test_loss_is_the_sum_of_its_terms(name):
     t = trainer(name, {"aux": "aux_k", "k_aux": 4, "aux_weight": 0.5}, dead_window_tokens=1)
-    t.activity.silent_tokens[:10] = 10
+    t.learners[0].activity.silent_tokens[:10] = 10
     out = t.step(activations())
     assert out["aux_k"] > 0
     assert out["loss"].item() == pytest.approx((out["reconstruction"] + out["aux_k"]).item(), rel=1e-6)
@@ -181,7 +182,7 @@ def test_the_gradient_is_that_of_dense_autograd(name, d_sae):
             z = ((prepared - sae.b_dec) @ sae.W_enc.T + sae.b_enc) * mask
             loss = (z @ sae.W_dec + sae.b_dec - prepared).square().mean()
         else:
-            terms = local_reconstruction([sae], ap.Batch(x), TrainingContext())
+            terms = local_reconstruction([sae], ap.Batch(x), TrainingContext((StepContext(),)))
             loss = terms["reconstruction"]
         loss.backward()
         grads.append({n: p.grad.clone() for n, p in sae.named_parameters()})
@@ -193,15 +194,15 @@ def test_the_gradient_is_that_of_dense_autograd(name, d_sae):
 def test_gradients_are_clipped(ratio, monkeypatch):
     """A first gradient is as large as usual, so that a ratio below 1 scales it; Adam's averages tell."""
     t, given = trainer(clip_ratio=ratio), {}
-    gradient_norm = t.optimizer.gradient_norm
+    gradient_norm = t.learners[0].optimizer.gradient_norm
     monkeypatch.setattr(
-        t.optimizer,
+        t.learners[0].optimizer,
         "gradient_norm",
         lambda: given.update({n: p.grad.clone() for n, p in t.sae.named_parameters()}) or gradient_norm(),
     )
     t.step(activations())
     for name in ("W_enc", "b_enc", "b_dec"):
-        average = t.optimizer.state(t.sae.get_parameter(name))["exp_avg"]
+        average = t.learners[0].optimizer.state(t.sae.get_parameter(name))["exp_avg"]
         assert torch.allclose(average, 0.1 * min(ratio, 1) * given[name], rtol=1e-4, atol=1e-9)
 
 
@@ -209,8 +210,10 @@ def test_gradients_are_clipped(ratio, monkeypatch):
 @pytest.mark.parametrize("own", [None, "bfloat16"])
 def test_the_configured_screen_is_in_force_within_a_step_only(name, screen, own, monkeypatch):
     asked = []
-    choose = plain.choose
-    monkeypatch.setattr(plain, "choose", lambda *args, **named: asked.append(named["screen"]) or choose(*args, **named))
+    choose = affine.choose
+    monkeypatch.setattr(
+        affine, "choose", lambda *args, **named: asked.append(named["screen"]) or choose(*args, **named)
+    )
     sae = new(name, aux="none")
     sae.screen = own
     t = ap.Trainer(sae, ap.TrainConfig(batch_tokens=64, screen=screen))
@@ -264,7 +267,7 @@ def test_the_switch_happens_on_time():
         t.step(activations(seed=seed))
         switched.append(not t.sae.allocation.in_mutual_phase)
     assert switched == [False] * 5 + [True] * 5
-    measured = t.activity.density().argsort(descending=True)[0]
+    measured = t.learners[0].activity.density().argsort(descending=True)[0]
     assert t.sae.allocation.density[measured] > K / D_SAE
 
 
@@ -326,7 +329,7 @@ def test_an_objective_of_ones_own():
     calls = []
 
     def doubled(saes, batch, context):
-        calls.append((len(saes), len(batch.x), context.progress))
+        calls.append((len(saes), len(batch.x), context.each[0].progress))
         return {name: 2 * term for name, term in ap.training.local_reconstruction(saes, batch, context).items()}
 
     sae = ap.create("topk", d_in=D_IN, d_sae=D_SAE, k=K, seed=0)
@@ -337,3 +340,47 @@ def test_an_objective_of_ones_own():
     assert metrics["reconstruction"].item() == pytest.approx(2 * once["reconstruction"].item())
     assert metrics["l0"] == once["l0"] and metrics["fvu_batch"] == once["fvu_batch"]
     assert calls == [(1, len(activations()), 0.0)]
+
+
+def test_several_saes_learn_side_by_side_as_they_would_alone():
+    config = ap.TrainConfig(batch_tokens=64, total_tokens=640)
+    names = ("topk", "mutual_choice", "topk")
+
+    def made(seed, name):
+        return ap.create(name, d_in=D_IN, d_sae=D_SAE, k=K, seed=seed)
+
+    together = ap.Trainer([made(i, name) for i, name in enumerate(names)], config)
+    alone = [ap.Trainer(made(i, name), config) for i, name in enumerate(names)]
+    for seed in range(4):
+        x = activations(seed=seed)
+        metrics = together.step(x)
+        each = [t.step(x) for t in alone]
+        assert metrics["loss"].item() == pytest.approx(sum(m["loss"].item() for m in each))
+        for key in ("l0", "fvu_batch", "dead", "grad_norm"):
+            assert metrics[key].item() == pytest.approx(sum(m[key].item() for m in each) / 3), key
+    for sae, single in zip(together.saes, alone, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), single.sae.parameters(), strict=True))
+
+
+def test_saes_side_by_side_take_the_same_rows():
+    with pytest.raises(ValueError, match="same rows"):
+        ap.Trainer([ap.create("topk", d_in=n, d_sae=D_SAE, k=K) for n in (D_IN, D_IN + 1)])
+    with pytest.raises(ValueError, match="empty list"):
+        ap.Trainer([])
+
+
+@pytest.mark.parametrize("subtract_b_dec", [True, False])
+def test_folded_saes_take_raw_activations(name, subtract_b_dec):
+    sae = ap.create(name, d_in=D_IN, d_sae=D_SAE, k=K, seed=0, subtract_b_dec=subtract_b_dec)
+    t = ap.Trainer(sae, ap.TrainConfig(batch_tokens=64, total_tokens=640))
+    x = 7 * activations() + 3
+    for _ in range(3):
+        t.step(x)
+    t.sae.calibrate(x)
+    sae = t.sae.eval().double()
+    folded = sae.folded()
+    assert folded.config.input_norm == "none" and not folded.mean.any()
+    wanted, got = sae.encode(x.double()).dense() / sae.scale, folded.encode(x.double()).dense()
+    assert (wanted - got).abs().max() <= 1e-9 * wanted.abs().max()
+    assert torch.allclose(folded(x.double()), sae(x.double()), rtol=1e-9, atol=1e-9)
+    assert sae.config.input_norm == "dataset", "the original stays as it is"

@@ -22,7 +22,7 @@ from apportion.activations.order import EpochOrder, held_out_groups, permutation
 class Batch:
     """Rows with what is known about them. Everything but `x` is optional; dimension 0 is the row everywhere."""
 
-    x: Float[Tensor, "n *sites d_in"]
+    x: Float[Tensor, " n *sites d_in"]
     """The activations, raw (the SAE prepares its input itself)."""
     target: Float[Tensor, "n d_out"] | None = None
     """What to reconstruct if it is not x (transcoders)."""
@@ -62,11 +62,11 @@ class Source(Protocol):
         """
         ...
 
-    def sample(self, n: int) -> Float[Tensor, "at_most_n d_in"]:
-        """Random training rows, the same at each call and independent of the position, to estimate mean and scale."""
+    def sample(self, n: int) -> Batch:
+        """At most n random training rows, the same at each call whatever the position, to estimate mean and scale."""
         ...
 
-    def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Float[Tensor, "rows d_in"]]:
+    def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
         """Rows that are never trained on, in random order and in chunks, to calibrate thresholds."""
         ...
 
@@ -82,8 +82,8 @@ class Source(Protocol):
 
 
 def read_held_out(
-    gather: Callable[[Tensor], Tensor], rows: Int[Tensor, " n"], max_rows: int, chunk: int, seed: int
-) -> Iterator[Float[Tensor, "rows d_in"]]:
+    gather: Callable[[Tensor], Batch], rows: Int[Tensor, " n"], max_rows: int, chunk: int, seed: int
+) -> Iterator[Batch]:
     """At most `max_rows` of `rows`, in random order, gathered in chunks."""
     chosen = rows[permutation(len(rows), seed, "held out")[:max_rows]]
     for indices in chosen.split(chunk) if len(chosen) else ():
@@ -91,36 +91,48 @@ def read_held_out(
 
 
 class ArraySource:
-    """Rows of a tensor in memory, all of which count as filtered; every tenth is held out by default."""
+    """Rows of a tensor in memory, all of which count as filtered; every tenth is held out by default.
 
-    def __init__(self, x: Float[Tensor, "n d_in"], held_out_share: float = 0.1, seed: int = 0) -> None:
-        if x.ndim != 2:
-            raise ValueError(f"x has shape {tuple(x.shape)}: give rows [n, d_in]")
-        self.x, self.held_out_share, self.seed = x, held_out_share, seed
+    `target` has what each row is to be reconstructed to, if that is not the row itself (transcoders).
+    """
+
+    def __init__(
+        self,
+        x: Float[Tensor, " n *sites d_in"],
+        held_out_share: float = 0.1,
+        seed: int = 0,
+        target: Float[Tensor, "n d_out"] | None = None,
+    ) -> None:
+        if x.ndim < 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}: give rows [n, d_in], or [n, num_sites, d_in].")
+        if target is not None and len(target) != len(x):
+            raise ValueError(f"x has {len(x)} rows, target {len(target)}; each row needs its target.")
+        self.x, self.target, self.held_out_share, self.seed = x, target, held_out_share, seed
         is_held_out = held_out_groups(len(x), held_out_share)
         self._held_out = is_held_out.nonzero().squeeze(1)
         self._order = EpochOrder((~is_held_out).nonzero().squeeze(1), seed)
 
     @property
     def d_in(self) -> int:
-        return self.x.shape[1]
+        return self.x.shape[-1]
 
     @property
     def num_rows(self) -> int:
         return self._order.num_rows
 
-    def _gather(self, indices: Int[Tensor, " n"]) -> Float[Tensor, "n d_in"]:
-        return self.x[indices.to(self.x.device)].float()
+    def _gather(self, indices: Int[Tensor, " n"]) -> Batch:
+        target = None if self.target is None else self.target[indices.to(self.target.device)].float()
+        return Batch(self.x[indices.to(self.x.device)].float(), target)
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
         for indices, position in self._order.upcoming(batch_tokens):
             self._order.position = position
-            yield Batch(self._gather(indices))
+            yield self._gather(indices)
 
-    def sample(self, n: int) -> Float[Tensor, "at_most_n d_in"]:
+    def sample(self, n: int) -> Batch:
         return self._gather(self._order.sample(n))
 
-    def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Float[Tensor, "rows d_in"]]:
+    def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
         return read_held_out(self._gather, self._held_out, max_rows, chunk, self.seed)
 
     def state_dict(self) -> dict[str, Any]:

@@ -193,13 +193,13 @@ class LiveSource:
                     parts, missing = [], batch_tokens
             block, row = block + 1, 0
 
-    def sample(self, n: int) -> Float[Tensor, "at_most_n d_in"]:
+    def sample(self, n: int) -> Batch:
         """Random rows of about as many random contexts as are needed for `n` rows."""
-        return torch.cat(list(self._draw(self._train, n, "sample")))
+        return Batch(torch.cat(list(self._draw(self._train, n, "sample"))))
 
-    def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Float[Tensor, "rows d_in"]]:
+    def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
         for rows in self._draw(self._held_out, max_rows, "held out"):
-            yield from rows.split(chunk)
+            yield from map(Batch, rows.split(chunk))
 
     def _draw(self, contexts: Int[Tensor, " n"], max_rows: int, key: str) -> Iterator[Float[Tensor, "rows d_in"]]:
         """Rows of random `contexts` in random order, a block of contexts at a time, until there are `max_rows`."""

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from apportion.activations.batch import Batch, read_held_out
@@ -57,11 +57,11 @@ class CacheSource:
             self._order.position = position
             yield batch
 
-    def sample(self, n: int) -> Float[Tensor, "at_most_n d_in"]:
-        return self.store.gather(self._order.sample(n))
+    def sample(self, n: int) -> Batch:
+        return self._read(self._order.sample(n))
 
-    def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Float[Tensor, "rows d_in"]]:
-        return read_held_out(self.store.gather, self._held_out, max_rows, chunk, self.seed)
+    def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
+        return read_held_out(self._read, self._held_out, max_rows, chunk, self.seed)
 
     def state_dict(self) -> dict[str, Any]:
         return self._order.state_dict()

@@ -63,6 +63,8 @@ class StepContext:
     """Latents that have been silent for the whole dead window."""
     density: Float[Tensor, " d_sae"] | None = None
     """Running average of each latent's firing rate per token."""
+    l0: float | None = None
+    """Mean L0 of the previous step; None before the first."""
     warm: WarmStart | None = None
     """Bounds of the selection, carried from step to step."""
 
@@ -139,6 +141,11 @@ class Rule(nn.Module, ABC):
         if not isinstance(rule, Threshold):
             raise TypeError(f"{type(self).__name__} cannot be relaxed; call eval() first.")
         return Threshold.at(rule.threshold / factor, self.d_sae)
+
+    def rescale(self, factor: float) -> None:
+        """Thresholds for affinities that are `factor` times as large."""
+        if "threshold" in self._buffers:
+            self.threshold.mul_(factor)
 
     def forget_threshold(self) -> None:
         """Thresholds do not outlive a change of the weights: eval mode asks for calibration again."""

@@ -5,8 +5,9 @@
 Public `encode` and `decode` always speak raw activations [..., d_in]; everything with "scaled" in its name works on
 prepared, flattened rows [tokens, d_in] with E||x~||^2 = d_in, and is what the training loop uses.
 
-A subclass is final and lives in one file with its paper. It supplies `encode_scaled`, `decode_scaled` and, if it has
-losses of its own, `own_terms`; this file owns shapes, calibration and files.
+A subclass is final and lives in one file with its paper. It supplies `encode_scaled_by`, `decode_scaled`, `affinities`
+and `fold_in`; if it needs to, `prepare` (targets), `forward_scaled`, `reconstruction_loss` and `own_terms` (training),
+`begin_step` (schedules). This file owns shapes, calibration and files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,8 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from apportion import losses
 from apportion.allocation import Rule, StepContext, WarmStart
-from apportion.architectures.inputs import Centre, InputDescription, InputNorm
+from apportion.architectures.inputs import PER_TOKEN, Centre, InputDescription, InputNorm
 from apportion.kernels import Screen
 from apportion.latents import Latents
 
@@ -56,6 +60,17 @@ class SAEConfig:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}.")
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What the forward pass of a training step made, on scaled data."""
+
+    latents: Latents
+    y_hat: Float[Tensor, " tokens *out"]
+    """Reconstruction of the target."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the architecture's own losses want to know besides."""
+
+
 class SAE(nn.Module, ABC):
     """A sparse autoencoder: an architecture (how codes are computed and decoded) with a rule of allocation."""
 
@@ -67,7 +82,7 @@ class SAE(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.allocation = allocation
-        self.input = InputDescription(config.d_in, config.input_norm, config.centre)
+        self.input = InputDescription(self.row_shape, config.input_norm, config.centre)
         self.info: dict[str, Any] = {}
         self.screen: Screen = None
         """"bfloat16": find candidates with a product in bfloat16, several times faster; codes stay float32. It assumes
@@ -82,6 +97,11 @@ class SAE(nn.Module, ABC):
         return self.config.d_sae
 
     @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row of activations: (d_in,), or (num_sites, d_in)."""
+        return (self.d_in,)
+
+    @property
     def k(self) -> float | None:
         return self.allocation.k
 
@@ -91,14 +111,19 @@ class SAE(nn.Module, ABC):
         return self.config.hookpoint or self.info.get("source", {}).get("hookpoint")
 
     @property
-    def mean(self) -> Tensor:
+    def mean(self) -> Float[Tensor, "*sites d_in"]:
         """mu of the input description; 0 unless input_norm is dataset."""
         return self.input.mean
 
     @property
-    def scale(self) -> Tensor:
+    def scale(self) -> Float[Tensor, "*sites"]:
         """s of the input description; codes are in units of 1/s."""
         return self.input.scale
+
+    @property
+    def decode_needs_x(self) -> bool:
+        """True if `decode` cannot do without the input: tokens are normalised singly, or there is a skip."""
+        return self.input.kind in PER_TOKEN
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,19 +132,54 @@ class SAE(nn.Module, ABC):
     # What an architecture supplies
 
     @abstractmethod
-    def encode_scaled(self, x: Float[Tensor, "tokens d_in"], warm: WarmStart | None = None) -> Latents:
-        """Codes of prepared rows, by the rule in force (the thresholds, in eval mode)."""
+    def encode_scaled_by(self, rule: Rule, x: Float[Tensor, " tokens *row"], warm: WarmStart | None = None) -> Latents:
+        """Codes of prepared rows by a given rule."""
 
     @abstractmethod
-    def decode_scaled(self, latents: Latents) -> Float[Tensor, "tokens d_out"]:
-        """Prepared reconstruction."""
+    def decode_scaled(
+        self, latents: Latents, x: Float[Tensor, " tokens *row"] | None = None
+    ) -> Float[Tensor, " tokens *out"]:
+        """Prepared reconstruction; `x` are prepared rows, given if `decode_needs_x`."""
 
     @abstractmethod
     def affinities(self, latents: Latents) -> Float[Tensor, " nnz"]:
         """What the matches competed by."""
 
-    def own_terms(self, x: Tensor, x_hat: Tensor, latents: Latents, context: StepContext) -> dict[str, Tensor]:
-        """Weighted losses besides reconstruction, on scaled data."""
+    @abstractmethod
+    def fold_in(self, mean: Float[Tensor, "*sites d_in"], scale: Float[Tensor, "*sites"]) -> None:
+        """Change the weights so that they take raw rows where they took scale * (x - mean). See `folded`."""
+
+    def undo(self, y_hat: Float[Tensor, " tokens *out"], x: Float[Tensor, " tokens *row"] | None) -> Tensor:
+        """From a prepared reconstruction to raw units; `x` are raw rows."""
+        return self.input.undo(y_hat, x)
+
+    def prepare(
+        self, x: Float[Tensor, " tokens *row"], target: Float[Tensor, " tokens *out"] | None = None
+    ) -> tuple[Float[Tensor, " tokens *row"], Float[Tensor, " tokens *out"]]:
+        """Prepared input and what it is to be reconstructed to, from raw rows of a training batch."""
+        if target is not None:
+            raise ValueError(f"{self.name} reconstructs its input and takes no target; use a transcoder for one.")
+        x = self.input.apply_to(x.to(self.mean.device, self.dtype))
+        return x, x
+
+    def fit_input(self, x: Float[Tensor, "*lead d_in"], target: Float[Tensor, "*lead d_out"] | None = None) -> None:
+        """Estimate mean and scale of the input description from raw, filtered activations (`dataset` only)."""
+        self.input.fit(self._rows(x))
+
+    def begin_step(self, context: StepContext) -> None:
+        """Advance schedules; called once at the start of every training step."""
+        self.allocation.begin_step(context)
+
+    def forward_scaled(self, x: Float[Tensor, " tokens *row"], context: StepContext) -> Pass:
+        """The forward pass of a training step."""
+        latents = self.encode_scaled(x, context.warm)
+        return Pass(latents, self.decode_scaled(latents, x))
+
+    def reconstruction_loss(self, y: Float[Tensor, " tokens *out"], made: Pass) -> Float[Tensor, ""]:
+        return losses.reconstruction(y, made.y_hat)
+
+    def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
+        """Weighted losses besides reconstruction of `y`, on scaled data."""
         return {}
 
     def unit_rows(self) -> list[nn.Parameter]:
@@ -142,33 +202,47 @@ class SAE(nn.Module, ABC):
     # What users call
 
     def encode(self, x: Float[Tensor, "*lead d_in"], warm: WarmStart | None = None) -> Latents:
-        """The active latents of raw activations. Changes nothing in the SAE.
+        """The active latents of raw activations [..., d_in] (or [..., num_sites, d_in]). Changes nothing in the SAE.
 
-        Raises ValueError for a wrong width, NaN or infinite entries, or eval mode without thresholds.
+        Raises ValueError for a wrong shape, NaN or infinite entries, or eval mode without thresholds.
         """
         latents = self.encode_scaled(self.input.apply_to(self._finite_rows(x)), warm)
-        return Latents(latents.values, latents.indices, latents.offsets, latents.d_sae, tuple(x.shape[:-1]))
+        lead = tuple(x.shape[: -len(self.row_shape)])
+        return Latents(latents.values, latents.indices, latents.offsets, latents.d_sae, lead)
+
+    def encode_scaled(self, x: Float[Tensor, " tokens *row"], warm: WarmStart | None = None) -> Latents:
+        """Codes of prepared rows, by the rule in force (the thresholds, in eval mode)."""
+        return self.encode_scaled_by(self.allocation.in_force(), x, warm)
 
     def decode(
         self, latents: Latents | Float[Tensor, "*lead d_sae"], x: Float[Tensor, "*lead d_in"] | None = None
     ) -> Float[Tensor, "*lead d_out"]:
-        """Reconstruction in raw units from Latents or a dense code. `x` is needed if tokens are normalised singly."""
+        """Reconstruction in raw units from Latents or a dense code. ValueError without `x` if `decode_needs_x`."""
         width = latents.shape[-1] if isinstance(latents, Tensor) else latents.d_sae
         if width != self.d_sae:
             raise ValueError(f"decode: expected codes of width d_sae = {self.d_sae}, got {width}.")
         if isinstance(latents, Tensor):
             latents = Latents.from_dense(latents.to(self.dtype))
-        x_hat = self.input.undo(self.decode_scaled(latents), None if x is None else self._rows(x))
-        x_hat = x_hat.reshape(*latents.shape, x_hat.shape[-1])
+        if self.decode_needs_x and x is None:
+            raise ValueError(
+                f"decode(latents, x) needs the input x here: {self.name} "
+                + ("has a skip." if self.input.kind not in PER_TOKEN else f"normalises each token ({self.input.kind}).")
+            )
+        rows = None if x is None else self._rows(x)
+        prepared = self.input.apply_to(rows) if rows is not None and self.decode_needs_x else None
+        x_hat = self.undo(self.decode_scaled(latents, prepared), rows)
+        x_hat = x_hat.reshape(*latents.shape, *x_hat.shape[1:])
         return x_hat if x is None else x_hat.to(x.dtype)
 
     def forward(self, x: Float[Tensor, "*lead d_in"]) -> Float[Tensor, "*lead d_out"]:
         return self.decode(self.encode(x), x)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        if x.ndim == 0 or x.shape[-1] != self.d_in:
-            raise ValueError(f"Expected activations [..., {self.d_in}] (d_in = {self.d_in}), got {list(x.shape)}.")
-        return x.reshape(-1, self.d_in).to(self.dtype)
+    def _rows(self, x: Tensor) -> Float[Tensor, " tokens *row"]:
+        lead = x.ndim - len(self.row_shape)
+        if lead < 0 or x.shape[lead:] != self.row_shape:
+            wanted = ", ".join(str(n) for n in self.row_shape)
+            raise ValueError(f"Expected activations [..., {wanted}] (d_in = {self.d_in}), got {list(x.shape)}.")
+        return x.reshape(prod(x.shape[:lead]), *self.row_shape).to(self.dtype)
 
     def _finite_rows(self, x: Tensor) -> Tensor:
         rows = self._rows(x)
@@ -177,12 +251,8 @@ class SAE(nn.Module, ABC):
             raise ValueError(f"Row {bad} of the activations holds NaN or infinity. Filter such rows out first.")
         return rows
 
-    def fit_input(self, x: Float[Tensor, "*lead d_in"]) -> None:
-        """Estimate mean and scale of the input description from raw, filtered activations (`dataset` only)."""
-        self.input.fit(self._rows(x))
-
     @torch.no_grad()
-    def calibrate(self, xs: Float[Tensor, "*lead d_in"] | Iterable[Tensor]) -> float:
+    def calibrate(self, xs: Float[Tensor, "*lead d_in"] | Iterable[Any]) -> float:
         """Set the eval-mode thresholds so that the expected L0 on data like `xs` is k; returns the measured L0.
 
         `xs` are raw, filtered activations, best 100,000 rows or more that were not trained on: one tensor (taken in
@@ -198,7 +268,7 @@ class SAE(nn.Module, ABC):
         self.info["calibration"] = {"tokens": tokens, "l0": matches / tokens}
         return matches / tokens
 
-    def _chunks(self, xs: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    def _chunks(self, xs: Tensor | Iterable[Any]) -> Iterator[Tensor]:
         """Prepared rows, CALIBRATION_CHUNK at a time."""
         if isinstance(xs, Tensor):
             rows = self._finite_rows(xs)
@@ -209,7 +279,7 @@ class SAE(nn.Module, ABC):
             for x in xs
             for part in self._finite_rows(x if isinstance(x, Tensor) else x.rows().x).split(CALIBRATION_CHUNK)
         )
-        waiting = self.mean.new_zeros(0, self.d_in, dtype=self.dtype)
+        waiting = self.mean.new_zeros(0, *self.row_shape, dtype=self.dtype)
         empty = True
         for part in parts:
             waiting = torch.cat([waiting, part.to(waiting.device)])
@@ -254,9 +324,26 @@ class SAE(nn.Module, ABC):
             )
         return tokens, int((pooled > (theta if theta.ndim == 0 else theta[latents])).sum())
 
-    @abstractmethod
-    def encode_scaled_by(self, rule: Rule, x: Float[Tensor, "tokens d_in"], warm: WarmStart | None) -> Latents:
-        """Codes of prepared rows by a given rule."""
+    @torch.no_grad()
+    def folded(self) -> SAE:
+        """A copy that takes raw activations as they are (input_norm none): what other libraries' files hold.
+
+        Reconstructions are equal; codes, thresholds and encoder biases are in raw units, 1 / s times as large. With
+        the input description z~ = W_enc (s (x - mu) - b_dec~) + b_enc~, a plain SAE becomes
+
+            b_dec = mu + b_dec~ / s,   b_enc = b_enc~ / s,   theta = theta~ / s        (W_enc and W_dec stay)
+
+        and without the subtraction of b_dec, b_enc = b_enc~ / s - W_enc mu. Raises ValueError for per-token
+        normalisation, which cannot be folded.
+        """
+        if self.input.kind in PER_TOKEN:
+            raise ValueError(f"input_norm = {self.input.kind!r} depends on each token and does not fold into weights.")
+        copy = deepcopy(self)
+        if copy.input.kind == "dataset":
+            copy.fold_in(self.mean, self.scale)
+            copy.input = InputDescription(self.row_shape, "none", self.config.centre).to(self.mean)
+        copy.config = replace(self.config, input_norm="none")
+        return copy
 
     @contextmanager
     def in_eval_mode(self) -> Iterator[None]:

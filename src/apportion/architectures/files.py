@@ -68,7 +68,7 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
             raise ValueError(
                 f"{tensor_file}: {name} has shape {list(tensor.shape)}, its config says {list(wanted[name].shape)}."
             )
-    sae.to(tensors["W_enc"].dtype)
+    sae.to(tensors["W_dec"].dtype)
     sae.load_state_dict(tensors)
     sae.info = config.get("info", {})
     return sae.eval()

@@ -1,7 +1,8 @@
 """How an SAE prepares its input: x~ from x, and back.
 
     none                x~ = x
-    dataset             x~ = s (x - mu)       mu the centre and s a scale of the training data: E||x~||^2 = d_in
+    dataset             x~ = s (x - mu)       mu the centre and s a scale of the training data: E||x~||^2 = d_in;
+                                              several sites have a scale each
     token_standardise   x~ = (x - mean_d x) / (std_d x + 1e-5)         each vector on its own (MLSAE, OpenAI's TopK)
     token_norm          x~ = x sqrt(d_in) / ||x||                      each vector on its own
 
@@ -23,50 +24,52 @@ PER_TOKEN = ("token_standardise", "token_norm")
 
 @final
 class InputDescription(nn.Module):
-    """Mean and scale as buffers; until `fit`, s = 1 and mu = 0."""
+    """Mean [*sites, d_in] and scale [*sites] as buffers; until `fit`, s = 1 and mu = 0."""
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, d_in: int, kind: InputNorm, centre: Centre) -> None:
+    def __init__(self, shape: tuple[int, ...], kind: InputNorm, centre: Centre) -> None:
         super().__init__()
         self.kind, self.centre = kind, centre
-        self.register_buffer("mean", torch.zeros(d_in))
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape[:-1]))
 
     @property
     def needs_fit(self) -> bool:
         """True while a `dataset` description still has its initial values."""
-        return self.kind == "dataset" and bool(self.scale == 1) and not bool(self.mean.any())
+        return self.kind == "dataset" and bool((self.scale == 1).all()) and not bool(self.mean.any())
 
     @torch.no_grad()
-    def fit(self, x: Float[Tensor, "n d_in"]) -> None:
+    def fit(self, x: Float[Tensor, " n *sites d_in"]) -> None:
         """Set mean and scale from filtered rows (a few 10,000 suffice); does nothing unless the kind is `dataset`."""
         if self.kind != "dataset":
             return
         x = x.double()
         centre = geometric_median(x) if self.centre == "geometric_median" else x.mean(0)
-        energy = (x - centre).square().sum(1).mean()
-        if not bool(energy > 0) or not bool(energy.isfinite()):
+        energy = (x - centre).square().sum(-1).mean(0)
+        if not bool((energy > 0).all()) or not bool(energy.isfinite().all()):
             raise ValueError(
-                f"The {len(x)} rows given to fit the input scale have a mean squared distance of {energy.item():g} "
+                f"The {len(x)} rows given to fit the input scale have a mean squared distance of {energy.min():g} "
                 "from their centre; a positive, finite one is needed. Give more rows, without NaN and not all equal."
             )
         self.mean.copy_(centre)
-        self.scale.copy_((x.shape[1] / energy).sqrt())
+        self.scale.copy_((x.shape[-1] / energy).sqrt())
 
-    def apply_to(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+    def apply_to(self, x: Float[Tensor, " n *sites d_in"]) -> Float[Tensor, " n *sites d_in"]:
         if self.kind == "dataset":
-            return (x - self.mean) * self.scale
+            return (x - self.mean) * self.scale[..., None]
         if self.kind == "none":
             return x
         shift, size = _token_statistics(x, self.kind)
         return (x - shift) / size
 
-    def undo(self, x_hat: Float[Tensor, "n d_in"], x: Float[Tensor, "n d_in"] | None) -> Float[Tensor, "n d_in"]:
+    def undo(
+        self, x_hat: Float[Tensor, " n *sites d_in"], x: Float[Tensor, " n *sites d_in"] | None
+    ) -> Float[Tensor, " n *sites d_in"]:
         """From scaled data back to raw units; the per-token kinds need the raw input `x`."""
         if self.kind == "dataset":
-            return x_hat / self.scale + self.mean
+            return x_hat / self.scale[..., None] + self.mean
         if self.kind == "none":
             return x_hat
         if x is None:
@@ -77,16 +80,19 @@ class InputDescription(nn.Module):
 
 def _token_statistics(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if kind == "token_norm":
-        return torch.zeros((), dtype=x.dtype, device=x.device), x.norm(dim=1, keepdim=True) / x.shape[1] ** 0.5 + 1e-8
-    return x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-5
+        size = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        return torch.zeros((), dtype=x.dtype, device=x.device), size + 1e-8
+    return x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
 
 
-def geometric_median(x: Float[Tensor, "n d"], iterations: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d"]:
+def geometric_median(
+    x: Float[Tensor, " n *sites d"], iterations: int = 100, tolerance: float = 1e-6
+) -> Float[Tensor, "*sites d"]:
     """The point with the smallest mean distance to all rows (Weiszfeld's algorithm); robust against outliers."""
     centre = x.mean(0)
     for _ in range(iterations):
-        weights = 1 / (x - centre).norm(dim=1).clamp_min(1e-12)
-        moved = (weights @ x) / weights.sum()
+        weights = 1 / (x - centre).norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        moved = (weights * x).sum(0) / weights.sum(0)
         step = (moved - centre).norm()
         centre = moved
         if bool(step <= tolerance * centre.norm().clamp_min(1e-12)):

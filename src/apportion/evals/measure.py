@@ -25,7 +25,7 @@ class Measurement:
 
     def __init__(self, sae: SAE) -> None:
         self.sae = sae
-        self.filtered, self.unfiltered = FVU(sae.d_in), FVU(sae.d_in)
+        self.filtered, self.unfiltered = FVU(), FVU()
         self.activations = Activations(sae.d_sae)
         self.rows = 0
         self._distances: list[Tensor] = []
@@ -33,22 +33,28 @@ class Measurement:
 
     @torch.inference_mode()
     def add(
-        self, x: Float[Tensor, "n d_in"], mask: Bool[Tensor, " n"], difficulty: Float[Tensor, " n"] | None = None
-    ) -> Float[Tensor, "n d_in"]:
+        self,
+        x: Float[Tensor, " n *row"],
+        mask: Bool[Tensor, " n"],
+        difficulty: Float[Tensor, " n"] | None = None,
+        target: Float[Tensor, " n *out"] | None = None,
+    ) -> Float[Tensor, " n *out"]:
         """Measure raw rows, of which `mask` take part; returns the reconstruction of all of them.
 
-        `difficulty` is the model's cross-entropy of the prediction made at each row (NaN where there is none).
+        `difficulty` is the model's cross-entropy of the prediction made at each row (NaN where there is none);
+        `target` is what is to be reconstructed, if not x.
         """
         x, mask = x.to(self.sae.mean.device), mask.to(self.sae.mean.device)
+        y = x if target is None else target.to(x.device)
         with self.sae.in_eval_mode():
             latents = self.sae.encode(x)
             x_hat = self.sae.decode(latents, x)
-        self.unfiltered.add(x, x_hat)
-        self.filtered.add(x[mask], x_hat[mask])
+        self.unfiltered.add(y, x_hat)
+        self.filtered.add(y[mask], x_hat[mask])
         kept = latents[mask]
         self.activations.add(kept)
         self.rows += len(x)
-        self._distances.append((x[mask].float() - self.sae.mean).norm(dim=1).cpu())
+        self._distances.append((x[mask].float() - self.sae.mean).flatten(1).norm(dim=1).cpu())
         if difficulty is not None:
             self._difficulty.append(difficulty.to(mask.device)[mask].cpu())
         return x_hat

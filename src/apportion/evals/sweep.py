@@ -23,7 +23,7 @@ def sweep(sae: SAE, x: Float[Tensor, "n d_in"]) -> list[tuple[float, float]]:
     for factor in GENEROSITY:
         with sae.in_eval_mode():
             rule = sae.allocation.relaxed(factor)
-        fvu, matches = FVU(sae.d_in), 0
+        fvu, matches = FVU(), 0
         for part in x.split(CHUNK):
             latents = sae.encode_scaled_by(rule, sae.input.apply_to(part), None)
             fvu.add(part, sae.decode(latents, part))

@@ -11,7 +11,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from apportion import losses
 from apportion.activations.batch import Batch
 from apportion.allocation import StepContext
 from apportion.architectures import SAE
@@ -20,27 +19,36 @@ from apportion.metrics import batch_fvu
 
 
 @dataclass(frozen=True)
-class TrainingContext(StepContext):
-    """The step's context with a place for what the objective sees on the way."""
+class TrainingContext:
+    """What an objective is told about the step, and a place for what it sees on the way."""
 
+    each: tuple[StepContext, ...]
+    """For each SAE in turn: progress, dead latents, densities, warm bounds."""
     seen: list[tuple[Latents, Tensor]] = field(default_factory=list)
 
-    def observe(self, latents: Latents, x: Tensor, x_hat: Tensor) -> None:
-        """To be called once for each SAE: the trainer counts firings and reports L0 and FVU from it."""
-        self.seen.append((latents, batch_fvu(x.detach(), x_hat.detach())))
+    def observe(self, latents: Latents, y: Tensor, y_hat: Tensor) -> None:
+        """To be called once for each SAE in turn: the trainer counts firings and reports L0 and FVU from it."""
+        self.seen.append((latents, batch_fvu(y.detach().flatten(1), y_hat.detach().flatten(1))))
 
 
 class Objective(Protocol):
-    """Named, weighted losses; their sum is minimised. Calls `context.observe` for each SAE."""
+    """Named, weighted losses; their sum is minimised. Calls `context.observe` for each SAE in turn."""
 
     def __call__(self, saes: Sequence[SAE], batch: Batch, context: TrainingContext) -> dict[str, Tensor]: ...
 
 
 def local_reconstruction(saes: Sequence[SAE], batch: Batch, context: TrainingContext) -> dict[str, Tensor]:
-    """mean ||x~ - x~_hat||^2 / d_in on scaled data, and the SAE's own terms."""
-    (sae,) = saes
-    x = sae.input.apply_to(batch.x.to(sae.mean.device, sae.dtype))
-    latents = sae.encode_scaled(x, context.warm)
-    x_hat = sae.decode_scaled(latents)
-    context.observe(latents, x, x_hat)
-    return {"reconstruction": losses.reconstruction(x, x_hat)} | sae.own_terms(x, x_hat, latents, context)
+    """mean ||y~ - y~_hat||^2 / d_out on scaled data, and the SAE's own terms; summed over SAEs."""
+    total: dict[str, Tensor] = {}
+    for sae, own in zip(saes, context.each, strict=True):
+        x, y = sae.prepare(batch.x, batch.target)
+        made = sae.forward_scaled(x, own)
+        context.observe(made.latents, y, made.y_hat)
+        add_terms(total, {"reconstruction": sae.reconstruction_loss(y, made)} | sae.own_terms(x, y, made, own))
+    return total
+
+
+def add_terms(total: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
+    """Add losses to those of the same name."""
+    for name, term in terms.items():
+        total[name] = total[name] + term if name in total else term

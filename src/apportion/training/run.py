@@ -3,7 +3,7 @@
 run.json            the whole configuration: SAE, training, source, versions
 metrics.jsonl       one line every few steps
 checkpoint-<step>/  everything to go on from there; only the newest is kept
-config.json, model.safetensors    the finished SAE: ap.load(folder)
+config.json, model.safetensors    the finished SAE: ap.load(folder); of several, each in its folder sae-<i>
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class RunFolder:
         final = self.folder / f"checkpoint-{trainer.steps}"
         partial = self.folder / f"checkpoint-{trainer.steps}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        trainer.sae.save(partial)
+        partial.mkdir(parents=True)
+        for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
+            sae.save(partial / name)
         tensors, values = trainer.state()
         write_tensors(partial / "trainer.safetensors", {name: t.detach().cpu() for name, t in tensors.items()})
         write_json(partial / "trainer.json", {**values, "source": source.state_dict()})
@@ -88,9 +90,10 @@ class RunFolder:
             self._cut_metrics(0)
             return False
         folder = checkpoints[-1]
-        saved = load(folder)
-        trainer.sae.load_state_dict(saved.state_dict())
-        trainer.sae.info |= saved.info
+        for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
+            saved = load(folder / name)
+            sae.load_state_dict(saved.state_dict())
+            sae.info |= saved.info
         values = read_json(folder / "trainer.json")
         trainer.load_state(load_file(folder / "trainer.safetensors"), values)
         source.load_state_dict(values["source"])
@@ -106,6 +109,12 @@ class RunFolder:
 
     def finish(self, trainer: Trainer) -> None:
         """The finished SAE replaces the checkpoints."""
-        trainer.sae.save(self.folder)
+        for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
+            sae.save(self.folder / name)
         for folder in self._checkpoints():
             shutil.rmtree(folder)
+
+
+def subfolders(trainer: Trainer) -> list[str]:
+    """Where the SAEs of a run lie in its folder: a single one right in it."""
+    return ["."] if len(trainer.saes) == 1 else [f"sae-{i}" for i in range(len(trainer.saes))]

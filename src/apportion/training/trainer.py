@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,10 @@ from torch import Tensor
 
 from apportion.activations.batch import ArraySource, Batch, Source
 from apportion.activations.progress import progress_bar
-from apportion.allocation import WarmStart
 from apportion.architectures import SAE
-from apportion.training.activity import Activity
-from apportion.training.adam import Adam
-from apportion.training.clipping import RelativeClipping
 from apportion.training.config import TrainConfig
 from apportion.training.interrupt import finish_step_on_interrupt
+from apportion.training.learner import Learner
 from apportion.training.objectives import Objective, TrainingContext, local_reconstruction
 from apportion.training.run import MAY_DIFFER, RunFolder
 
@@ -45,74 +42,80 @@ CHECK_FINITE_STEPS = 100
 
 
 class Trainer:
-    """Trains one SAE. Raises ValueError at once for settings that cannot work together."""
+    """Trains one SAE, or several side by side on the same batches. ValueError at once for what cannot work together."""
 
     def __init__(
-        self, sae: SAE, config: TrainConfig | None = None, objective: Objective = local_reconstruction
+        self,
+        sae: SAE | Sequence[SAE],
+        config: TrainConfig | None = None,
+        objective: Objective = local_reconstruction,
     ) -> None:
         self.config = config or TrainConfig()
-        self.sae = sae.to(getattr(torch, self.config.dtype))
+        self.saes = [s.to(getattr(torch, self.config.dtype)) for s in ([sae] if isinstance(sae, SAE) else sae)]
         self.objective = objective
-        sae.allocation.check_batch(self.config.batch_tokens)
-        if self.config.total_tokens is None and sae.allocation.needs_end:
-            raise ValueError("switch_at is a share of the run, so it needs total_tokens; set it, or use switch_at = 0.")
-        device = sae.mean.device
-        self.activity = Activity(sae.d_sae, self.config.dead_window, self.config.density_window).to(device)
-        self.clipping = RelativeClipping(self.config.clip_ratio).to(device)
-        self.warm = WarmStart()
-        self.optimizer = Adam(
-            sae.parameters(), unit_rows=sae.unit_rows(), beta1=self.config.beta1, beta2=self.config.beta2
-        )
+        if not self.saes:
+            raise ValueError("Trainer needs at least one SAE, got an empty list.")
+        for s in self.saes:
+            if s.row_shape != self.saes[0].row_shape:
+                raise ValueError(
+                    f"SAEs trained side by side take the same rows, got {self.saes[0].row_shape} and {s.row_shape}."
+                )
+            s.allocation.check_batch(self.config.batch_tokens)
+            if self.config.total_tokens is None and s.allocation.needs_end:
+                raise ValueError(
+                    "switch_at is a share of the run, so it needs total_tokens; set it, or use switch_at = 0."
+                )
+        self.learners = [Learner(s, self.config) for s in self.saes]
         self.steps = 0
         self.tokens = 0
         self.seconds = 0.0
-        self._input_ready = not sae.input.needs_fit
+        self._input_ready = not any(s.input.needs_fit for s in self.saes)
+
+    @property
+    def sae(self) -> SAE:
+        """The SAE, or the first of several."""
+        return self.saes[0]
+
+    @property
+    def trains(self) -> bool:
+        """False if there is nothing to learn, as for PCA and neurons."""
+        return any(learner.trains for learner in self.learners)
 
     def step(self, batch: Batch | Float[Tensor, "*lead d_in"]) -> dict[str, Tensor]:
         """One optimiser step on the whole batch; a plain tensor counts as already filtered.
 
-        Returns 0-d tensors: loss, each weighted term, fvu_batch, l0, dead (share), grad_norm, lr.
+        Returns 0-d tensors: loss, each weighted term, fvu_batch, l0, dead (share), grad_norm, lr. With several SAEs
+        losses are summed over them, the other figures averaged.
         """
+        if not self.trains:
+            raise ValueError(f"{self.sae.name} has nothing to train; fit prepares and calibrates it.")
         batch = self._accept(batch)
-        sae = self.sae.train()
-        context = self._context(len(batch.x))
-        sae.allocation.begin_step(context)
-        sae.allocation.forget_threshold()
-        sae.info |= sae.allocation.findings()
-
-        with self._screen_in_force():
-            terms = self.objective([sae], batch, context)
+        progress = self.config.progress_at(self.tokens)
+        context = TrainingContext(tuple(own.begin_step(progress, len(batch.x)) for own in self.learners))
+        with ExitStack() as screens:
+            for own in self.learners:
+                screens.enter_context(own.screen_in_force())
+            terms = self.objective(self.saes, batch, context)
         loss = torch.stack(list(terms.values())).sum()
         loss.backward()
-        grad_norm = self.optimizer.gradient_norm()
         lr = self.config.lr_at(self.tokens)
-        self.optimizer.step(lr, self.clipping.scale(grad_norm))
-
-        ((latents, fvu),) = context.seen
-        self.activity.update(latents.counts(), len(batch.x))
+        norms = [own.update(lr) for own in self.learners if own.trains]
+        for own, (latents, _) in zip(self.learners, context.seen, strict=True):
+            own.count(latents)
         self.steps += 1
         self.tokens += len(batch.x)
         metrics = {
             "loss": loss.detach(),
             **{name: term.detach() for name, term in terms.items()},
-            "fvu_batch": fvu,
-            "l0": torch.tensor(latents.nnz / len(batch.x)),
-            "dead": self.activity.dead().double().mean(),
-            "grad_norm": grad_norm,
+            "fvu_batch": torch.stack([fvu for _, fvu in context.seen]).mean(),
+            "l0": torch.tensor(sum(own.l0 or 0.0 for own in self.learners) / len(self.learners)),
+            "dead": torch.stack([own.activity.dead().double().mean() for own in self.learners]).mean(),
+            "grad_norm": torch.stack(norms).mean(),
             "lr": torch.tensor(lr),
         }
         if self.steps % CHECK_FINITE_STEPS == 1:
             self._check_finite(metrics)
         return metrics
-
-    @contextmanager
-    def _screen_in_force(self) -> Iterator[None]:
-        """The configured screen, for this step only: calibration and evaluation are not screened unless asked for."""
-        before, self.sae.screen = self.sae.screen, self.config.screen
-        try:
-            yield
-        finally:
-            self.sae.screen = before
 
     def _check_finite(self, metrics: dict[str, Tensor]) -> None:
         for name in ("loss", "grad_norm"):
@@ -123,32 +126,32 @@ class Trainer:
                 )
 
     def _accept(self, batch: Batch | Tensor) -> Batch:
+        row = self.sae.row_shape
         if isinstance(batch, Tensor):
-            batch = Batch(batch.reshape(-1, batch.shape[-1]))
+            batch = Batch(batch.reshape(-1, *row) if batch.shape[-len(row) :] == row else batch)
         if batch.mask is not None:
             batch = batch.rows()
-        if batch.x.ndim != 2 or batch.x.shape[-1] != self.sae.d_in:
-            raise ValueError(f"This SAE trains on rows [n, d_in = {self.sae.d_in}], got {list(batch.x.shape)}.")
+        if batch.x.shape[1:] != row:
+            wanted = ", ".join(str(n) for n in row)
+            raise ValueError(
+                f"This SAE trains on rows [n, {wanted}] (d_in = {self.sae.d_in}), got {list(batch.x.shape)}."
+            )
         if not len(batch.x):
             raise ValueError("A training step needs at least one row; all rows of this batch are masked out.")
-        if not self._input_ready:
-            self.sae.fit_input(batch.x)
-            self._input_ready = True
+        self._fit_input(batch)
         return batch
 
-    def _context(self, batch_tokens: int) -> TrainingContext:
-        return TrainingContext(
-            progress=self.config.progress_at(self.tokens),
-            batch_tokens=batch_tokens,
-            dead=self.activity.dead(),
-            density=self.activity.density(),
-            warm=self.warm,
-        )
+    def _fit_input(self, batch: Batch) -> None:
+        """Estimate the input descriptions from these rows, if that has not happened yet."""
+        if not self._input_ready:
+            for sae in self.saes:
+                sae.fit_input(batch.x, batch.target)
+            self._input_ready = True
 
     def fit(
         self, source: Source | Tensor, out: str | Path | None = None, *, resume: bool = False, progress: bool = True
     ) -> SAE:
-        """Train on `total_tokens` rows of `source`, calibrate on its held-out rows, return the SAE in eval mode.
+        """Train on `total_tokens` rows of `source`, calibrate on held-out rows; returns the (first) SAE in eval mode.
 
         A tensor [rows, d_in] counts as filtered; a tenth of it is held out and `seed` orders the rest.
         `out` is the run folder: run.json (the whole configuration), metrics.jsonl, checkpoints, and at the end the SAE.
@@ -161,20 +164,23 @@ class Trainer:
         if self.steps >= total_steps:
             raise ValueError(f"This trainer has already done its {total_steps} steps. Make a new one to train further.")
         run = None if out is None else RunFolder(Path(out), self._describe(source), resume)
-        self.sae.info["source"] = source.describe()
+        for sae in self.saes:
+            sae.info["source"] = source.describe()
         if run is not None and resume and run.load_checkpoint(self, source):
             logger.info("resuming %s at step %d", out, self.steps)
         if not self._input_ready:
-            self.sae.fit_input(source.sample(FIT_INPUT_ROWS))
-            self._input_ready = True
-        self._train(source, run, total_steps, progress)
-        self.sae.info["source"] = source.describe()  # with the counts of a source that filters as it goes
+            self._fit_input(source.sample(FIT_INPUT_ROWS))
+        if self.trains:
+            self._train(source, run, total_steps, progress)
         settings = {name: value for name, value in asdict(self.config).items() if name not in MAY_DIFFER}
-        self.sae.info["training"] = settings | {"tokens": self.tokens}
-        self.sae.calibrate(source.held_out(CALIBRATION_ROWS))
+        for sae in self.saes:
+            sae.info["source"] = source.describe()  # with the counts of a source that filters as it goes
+            sae.info["training"] = settings | {"tokens": self.tokens}
+            sae.calibrate(source.held_out(CALIBRATION_ROWS))
+            sae.eval()
         if run is not None:
             run.finish(self)
-        return self.sae.eval()
+        return self.sae
 
     def _train(self, source: Source, run: RunFolder | None, total_steps: int, progress: bool) -> None:
         """All remaining steps, with log lines and checkpoints."""
@@ -226,30 +232,19 @@ class Trainer:
     def _describe(self, source: Source) -> dict[str, Any]:
         return {
             "sae": {"name": self.sae.name, "settings": self.sae.settings()},
+            **({"num_saes": len(self.saes)} if len(self.saes) > 1 else {}),
             "train": asdict(self.config),
             "source": source.describe(),
         }
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything besides the SAE that the next step depends on: tensors and plain values."""
-        tensors = {f"activity.{name}": t for name, t in self.activity.state_dict().items()}
-        tensors |= {f"clipping.{name}": t for name, t in self.clipping.state_dict().items()}
-        for name, p in self.sae.named_parameters():
-            for key, value in self.optimizer.state(p).items():
-                tensors[f"adam.{name}.{key}"] = value
-        if self.warm.bounds is not None:
-            tensors["warm.bounds"] = self.warm.bounds
+        """Everything besides the SAEs that the next step depends on: tensors and plain values."""
+        tensors = {f"{i}.{name}": t for i, own in enumerate(self.learners) for name, t in own.state().items()}
         return tensors, {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Restore what `state` returned; the SAE itself is restored separately."""
-        for part, module in (("activity.", self.activity), ("clipping.", self.clipping)):
-            module.load_state_dict({n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)})
-        for name, p in self.sae.named_parameters():
-            prefix = f"adam.{name}."
-            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            if state:
-                self.optimizer.load_state(p, state)
-        self.warm.bounds = tensors.get("warm.bounds")
+        """Restore what `state` returned; the SAEs themselves are restored separately."""
+        for i, own in enumerate(self.learners):
+            own.load_state({n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")})
         self.steps, self.tokens, self.seconds = values["steps"], values["tokens"], values["seconds"]
         self._input_ready = True

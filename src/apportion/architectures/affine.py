@@ -1,0 +1,99 @@
+"""Affine encoder, affine decoder: what most sparse autoencoders have in common.
+
+    pre_acts = W_enc (x - b_dec) + b_enc          x prepared by the input description; b_dec only if subtract_b_dec
+    z        = relu(pre_acts) on the matches that the rule chose, by affinity
+    x_hat    = z W_dec + b_dec
+
+Rows may have several sites (crosscoders): weights are then [d_sae, num_sites, d_in], and the products run over both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from apportion.allocation import Rule, WarmStart
+from apportion.architectures.base import SAE, SAEConfig
+from apportion.kernels import choose, decode_matches, encode_matches
+from apportion.latents import Latents, from_matches
+
+
+@dataclass(frozen=True, kw_only=True)
+class AffineConfig(SAEConfig):
+    subtract_b_dec: bool = True
+    """Subtract the decoder bias from the encoder's input."""
+
+
+class Affine(SAE):
+    """Base of the architectures with one affine encoder and one affine decoder."""
+
+    config: AffineConfig
+
+    def __init__(self, config: AffineConfig, allocation: Rule, out_shape: tuple[int, ...] | None = None) -> None:
+        super().__init__(config, allocation)
+        self.out_shape = out_shape or self.row_shape
+        self.W_dec = nn.Parameter(unit_rows(config.d_sae, self.out_shape, config.seed))
+        self.W_enc = nn.Parameter(self._initial_encoder())
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(self.out_shape))
+
+    def _initial_encoder(self) -> Float[Tensor, " d_sae *row"]:
+        return self.W_dec.detach().clone()
+
+    def encode_scaled_by(self, rule: Rule, x: Float[Tensor, " tokens *row"], warm: WarmStart | None = None) -> Latents:
+        return self.encode_centred(rule, self.centred(x), warm)
+
+    def centred(self, x: Float[Tensor, " tokens *row"]) -> Float[Tensor, " tokens *row"]:
+        return x - self.b_dec if self.config.subtract_b_dec else x
+
+    def encode_centred(
+        self,
+        rule: Rule,
+        x: Float[Tensor, " tokens *row"],
+        warm: WarmStart | None,
+        ids: Int[Tensor, " n"] | None = None,
+    ) -> Latents:
+        """Choose among all latents, or among `ids` (ascending) only; gradients to x, W_enc and b_enc."""
+        x, W_enc = x.flatten(1), self.W_enc.flatten(1)
+        W, b = (W_enc, self.b_enc) if ids is None else (W_enc[ids], self.b_enc[ids])
+        norms = None
+        if self.config.affinity == "code_times_decoder_norm":
+            norms = self.decoder_norms() if ids is None else self.decoder_norms()[ids]
+        screen = self.screen if ids is None else None  # few columns: the full product costs less than looking twice
+        m = choose(x, W, b, rule, norms=norms, warm=warm, screen=screen)
+        latents = m.latents if ids is None else ids[m.latents]
+        matches = from_matches(m.rows, latents, m.values, self.d_sae, (x.shape[0],))
+        return encode_matches(x, W_enc, self.b_enc, matches)
+
+    def decode_scaled(
+        self, latents: Latents, x: Float[Tensor, " tokens *row"] | None = None
+    ) -> Float[Tensor, " tokens *out"]:
+        return decode_matches(latents, self.W_dec.flatten(1)).unflatten(1, self.out_shape) + self.b_dec
+
+    def affinities(self, latents: Latents) -> Float[Tensor, " nnz"]:
+        values = latents.values.detach()
+        return values if self.config.affinity == "code" else values * self.decoder_norms()[latents.indices]
+
+    def decoder_norms(self) -> Float[Tensor, " d_sae"]:
+        """What codes are multiplied by where affinity is code_times_decoder_norm; no gradients."""
+        return self.W_dec.detach().flatten(1).norm(dim=1)
+
+    def unit_rows(self) -> list[nn.Parameter]:
+        return [self.W_dec]
+
+    def fold_in(self, mean: Float[Tensor, "*sites d_in"], scale: Float[Tensor, "*sites"]) -> None:
+        if not self.config.subtract_b_dec:
+            self.b_enc.sub_(scale * (self.W_enc @ mean))
+        self.b_enc.div_(scale)
+        self.b_dec.div_(scale).add_(mean)
+        self.allocation.rescale(1 / scale.item())
+
+
+def unit_rows(n: int, shape: tuple[int, ...], seed: int | None) -> Float[Tensor, " n *shape"]:
+    """Random directions; `seed` None uses torch's global generator."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    rows = torch.randn(n, *shape, generator=generator).flatten(1)
+    return (rows / rows.norm(dim=1, keepdim=True)).unflatten(1, shape)

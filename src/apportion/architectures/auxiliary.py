@@ -1,0 +1,104 @@
+"""Gradients for latents that hardly ever win a match: they reconstruct what the others left over.
+
+`aux_k` does so for latents silent for the whole dead window (arXiv 2406.04093), `aux_zipf` also for those whose density
+lies below c times the Zipf curve at their rank (arXiv 2411.02124; losses.underutilised). The loss reaches W_enc, b_enc
+and W_dec of these latents and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from apportion import losses
+from apportion.allocation import Rule, StepContext, TokenChoice
+from apportion.allocation.token_choice import TokenChoiceConfig
+from apportion.allocation.zipf import NOISE_SHARE, fit_zipf, zipf_densities
+from apportion.architectures.affine import Affine, AffineConfig
+from apportion.kernels import decode_matches
+
+MIN_RANKS = 16
+"""With fewer latents above the noise no curve is fitted, and only dead latents count as underutilised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxiliaryConfig(AffineConfig):
+    aux: Literal["none", "aux_k", "aux_zipf"] = "aux_k"
+    """Auxiliary loss for silent latents: none, aux_k (dead ones), aux_zipf (dead and underutilised ones)."""
+    aux_weight: float = 1 / 32
+    """Weight of the auxiliary loss."""
+    k_aux: int | None = None
+    """Silent latents per token in the auxiliary reconstruction; None: d_in / 2, rounded to a power of two."""
+    aux_c: float = 0.5
+    """aux_zipf: a latent is underutilised below this share of the density expected at its rank; 0 is aux_k."""
+    aux_zipf_alpha: float | None = None
+    """aux_zipf: exponent of the expected densities; None fits it to the measured ones at every step."""
+    aux_zipf_beta: float | None = None
+    """aux_zipf: offset of the expected densities; None fits it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k_aux is not None and self.k_aux < 1:
+            raise ValueError(f'k_aux must be at least 1, got {self.k_aux}. For no auxiliary loss use aux="none".')
+        if not 0 <= self.aux_c <= 1:
+            raise ValueError(f"aux_c is a share between 0 and 1, got {self.aux_c}.")
+
+    @property
+    def aux_matches(self) -> int:
+        """k_aux with its default filled in."""
+        return self.k_aux or 2 ** round(torch.tensor(max(self.d_in / 2, 1)).log2().item())
+
+
+class AffineWithAuxiliary(Affine):
+    """Base of the affine architectures that revive silent latents."""
+
+    config: AuxiliaryConfig  # type: ignore[assignment]
+
+    def __init__(self, config: AuxiliaryConfig, allocation: Rule, out_shape: tuple[int, ...] | None = None) -> None:
+        super().__init__(config, allocation, out_shape)
+        if config.aux == "aux_zipf" and allocation.k is None:
+            raise ValueError("aux_zipf compares densities with a curve that sums to k, and this rule has no k.")
+
+    def auxiliary_terms(
+        self, x: Float[Tensor, " tokens *row"], error: Float[Tensor, " tokens *out"], context: StepContext
+    ) -> dict[str, Tensor]:
+        """The weighted auxiliary loss, if any latent is silent. `error` is the target less its reconstruction."""
+        silent = self._silent(context)
+        if silent is None or not silent.numel():
+            return {}
+        limit = self.config.aux_matches
+        rule = TokenChoice(TokenChoiceConfig(k=min(limit, silent.numel())), silent.numel())
+        chosen = self.encode_centred(rule, self.centred(x).detach(), None, silent)
+        error_hat = decode_matches(chosen, self.W_dec.flatten(1))
+        term = losses.auxiliary(error.flatten(1), error_hat, share=min(1.0, silent.numel() / limit))
+        return {self.config.aux: self.config.aux_weight * term}
+
+    def _silent(self, context: StepContext) -> Int[Tensor, " n"] | None:
+        """The latents that the auxiliary loss is for."""
+        if self.config.aux == "none" or not self.config.aux_weight or context.dead is None:
+            return None
+        if self.config.aux == "aux_k":
+            return context.dead.nonzero().squeeze(-1)
+        assert context.density is not None
+        expected = self._expected_densities(context.density)
+        low = losses.underutilised(context.density, context.dead, expected, self.config.aux_c)
+        return low.nonzero().squeeze(-1)
+
+    def _expected_densities(self, measured: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+        """By rank: what the rule hands out, or else a Zipf curve that sums to k."""
+        decided = self.allocation.expected_densities()
+        if decided is not None:
+            return decided
+        k, alpha, beta = self.allocation.k, self.config.aux_zipf_alpha, self.config.aux_zipf_beta
+        assert k is not None, "checked when the SAE was created"
+        if alpha is None or beta is None:
+            noise = NOISE_SHARE * k / self.d_sae
+            if int((measured > noise).sum()) < MIN_RANKS:
+                return torch.zeros_like(measured)
+            fit = fit_zipf(measured, alpha=alpha, beta=beta, min_density=noise)
+            alpha, beta = fit.alpha, fit.beta
+        return zipf_densities(self.d_sae, k, alpha, beta).to(measured)

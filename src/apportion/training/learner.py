@@ -1,0 +1,97 @@
+"""One SAE with all that training keeps for it: activity of latents, warm bounds, clipping, Adam's averages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from apportion.allocation import StepContext, WarmStart
+from apportion.architectures import SAE
+from apportion.latents import Latents
+from apportion.training.activity import Activity
+from apportion.training.adam import Adam
+from apportion.training.clipping import RelativeClipping
+from apportion.training.config import TrainConfig
+
+
+class Learner:
+    def __init__(self, sae: SAE, config: TrainConfig) -> None:
+        self.sae, self.config = sae, config
+        device = sae.mean.device
+        self.activity = Activity(sae.d_sae, config.dead_window, config.density_window).to(device)
+        self.clipping = RelativeClipping(config.clip_ratio).to(device)
+        self.warm = WarmStart()
+        self.optimizer = Adam(sae.parameters(), unit_rows=sae.unit_rows(), beta1=config.beta1, beta2=config.beta2)
+        self.l0: float | None = None
+        """Of the previous step."""
+
+    @property
+    def trains(self) -> bool:
+        """False for a baseline without anything to learn."""
+        return bool(self.optimizer.parameters)
+
+    def begin_step(self, progress: float, batch_tokens: int) -> StepContext:
+        """Put the SAE in train mode and advance its schedules."""
+        sae = self.sae.train()
+        context = StepContext(
+            progress=progress,
+            batch_tokens=batch_tokens,
+            dead=self.activity.dead(),
+            density=self.activity.density(),
+            l0=self.l0,
+            warm=self.warm,
+        )
+        sae.begin_step(context)
+        sae.allocation.forget_threshold()
+        sae.info |= sae.allocation.findings()
+        return context
+
+    @contextmanager
+    def screen_in_force(self) -> Iterator[None]:
+        """The configured screen, within the block only: calibration and evaluation are screened only if asked for."""
+        before, self.sae.screen = self.sae.screen, self.config.screen
+        try:
+            yield
+        finally:
+            self.sae.screen = before
+
+    def update(self, lr: float) -> Float[Tensor, ""]:
+        """Clip, step, spend the gradients; returns their norm before clipping."""
+        norm = self.optimizer.gradient_norm()
+        self.optimizer.step(lr, self.clipping.scale(norm))
+        return norm
+
+    def count(self, latents: Latents) -> None:
+        """Take note of what fired in this step."""
+        self.activity.update(latents.counts(), latents.tokens)
+        self.l0 = latents.nnz / max(latents.tokens, 1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything besides the SAE that its next step depends on."""
+        tensors = {f"activity.{name}": t for name, t in self.activity.state_dict().items()}
+        tensors |= {f"clipping.{name}": t for name, t in self.clipping.state_dict().items()}
+        for name, p in self.sae.named_parameters():
+            for key, value in self.optimizer.state(p).items():
+                tensors[f"adam.{name}.{key}"] = value
+        if self.warm.bounds is not None:
+            tensors["warm.bounds"] = self.warm.bounds
+        if self.l0 is not None:
+            tensors["l0"] = self.activity.weight.new_tensor(self.l0)
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        modules: dict[str, Any] = {"activity.": self.activity, "clipping.": self.clipping}
+        for part, module in modules.items():
+            module.load_state_dict({n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)})
+        for name, p in self.sae.named_parameters():
+            prefix = f"adam.{name}."
+            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            if state:
+                self.optimizer.load_state(p, state)
+        self.warm.bounds = tensors.get("warm.bounds")
+        self.l0 = tensors["l0"].item() if "l0" in tensors else None
