@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,114 @@ def test_from_text_to_an_evaluated_sae(
     assert sae in capsys.readouterr().out
 
 
+def test_the_rule_can_be_an_option(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--sae",
+        "matryoshka",
+        "--allocation",
+        "feature_choice",
+        "--budgets",
+        "zipf",
+        "--prefix-shares",
+        "0.25",
+        "1",
+    ]
+    assert train(cache, tmp_path / "run", *options) == 0
+    settings = load(tmp_path / "run").settings()
+    assert (settings["allocation"], settings["budgets"], settings["prefix_shares"]) == (
+        "feature_choice",
+        "zipf",
+        (0.25, 1),
+    )
+    assert main(["info", str(tmp_path / "run")]) == 0
+    assert '"allocation": "feature_choice"' in capsys.readouterr().out
+
+
+def test_help_shows_the_options_of_the_chosen_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for allocation in ("feature_choice", "topk"):
+        with pytest.raises(SystemExit) as done:
+            main(["train", "--sae", "matryoshka", "--allocation", allocation, "--help"])
+        assert done.value.code == 0
+        shown[allocation] = capsys.readouterr().out
+    assert all("--prefix-shares" in text and "--allocation" in text for text in shown.values())
+    assert "--budgets" in shown["feature_choice"] and "--k-start" not in shown["feature_choice"]
+    assert "--k-start" in shown["topk"] and "--budgets" not in shown["topk"]
+
+
+@pytest.fixture(scope="module")
+def layers(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, text: Path) -> Path:
+    """A cache of three layers and of input and output of an MLP."""
+    out = tmp_path_factory.mktemp("layers") / "acts"
+    arguments = ["collect", str(tiny_model_dir), "--hookpoint", "model.layers.*", *PAIR, "--text", str(text)]
+    assert main([*arguments, "--tokens", "4k", "--context-tokens", "32", "--out", str(out)]) == 0
+    return out
+
+
+LAYERS = ["model.layers.0", "model.layers.1", "model.layers.2"]
+PAIR = ["model.layers.1.mlp:in", "model.layers.1.mlp"]
+
+
+def evaluated(run: Path, tmp_path: Path, *more: str) -> dict[str, Any]:
+    assert main(["eval", str(run), "--json", str(tmp_path / "out.json"), *more]) == 0
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+@pytest.mark.parametrize("sae", ["transcoder", "skip_transcoder"])
+def test_a_transcoder_from_a_cache_of_two_hookpoints(
+    sae: str, layers: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(layers, run, "--sae", sae, "--hookpoint", PAIR[0], "--target-hookpoint", PAIR[1]) == 0
+    loaded = load(run)
+    assert (loaded.hookpoint, loaded.target_hookpoint) == tuple(PAIR)
+    rows = evaluated(run, tmp_path)
+    assert rows["fvu"] < 1 and rows["l0"] == 4 and rows["hookpoint"] == PAIR[0]
+    assert rows["target_hookpoint"] == PAIR[1]
+    inside = evaluated(run, tmp_path, "--text", str(text), "--tokens", "1k")
+    assert inside["fvu"] < 1 and abs(inside["delta_ce"]) < abs(inside["ce_mean_ablation"] - inside["ce_clean"])
+    assert evaluated(run, tmp_path, "--acts", str(layers), "--tokens", "500")["tokens"] < 500
+    capsys.readouterr()
+    assert main(["report", str(run)]) == 2
+    assert "apportion eval" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "names"), [(None, [*LAYERS, *PAIR]), ("model.layers.2,model.layers.0", None)])
+def test_a_crosscoder_of_all_or_some_hookpoints_of_a_cache(
+    given: str | None, names: list[str] | None, layers: Path, text: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    names = names or (given or "").split(",")
+    assert train(layers, run, "--sae", "crosscoder", *(["--hookpoint", given] if given else [])) == 0
+    assert load(run).row_shape == (len(names), 32) and load(run).hookpoint == ",".join(names)
+    capsys.readouterr()
+    rows = evaluated(run, tmp_path)
+    assert rows["fvu"] < 1 and len(rows["fvu_sites"]) == len(names)
+    assert f"site 1, {names[1]}" in capsys.readouterr().out
+    assert main(["eval", str(run), "--text", str(text)]) == 2
+    assert "--acts" in capsys.readouterr().err
+
+
+def test_one_sae_for_all_layers(layers: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert train(layers, run, "--sae", "mlsae", "--hookpoint", "model.layers.*", "--lr", "1e-3") == 0
+    assert load(run).hookpoint == ",".join(LAYERS) and load(run).config.input_norm == "token_standardise"
+    capsys.readouterr()
+    rows = evaluated(run, tmp_path)
+    assert LAYERS[2] in capsys.readouterr().out
+    assert list(rows["layers"]) == LAYERS and rows["tokens"] == 3 * rows["layers"][LAYERS[0]]["tokens"]
+    statistics = rows["layer_statistics"]
+    assert 0 < statistics["mass"]["activity"]["rel_latent"] <= 1 and statistics["num_layers"] == 3
+    one = evaluated(run, tmp_path, "--hookpoint", LAYERS[1])
+    assert one["fvu"] == pytest.approx(rows["layers"][LAYERS[1]]["fvu"], rel=1e-3) and one["hookpoint"] == LAYERS[1]
+    inside = evaluated(run, tmp_path, "--hookpoint", LAYERS[1], "--text", str(text), "--tokens", "1k")
+    assert "delta_ce" in inside
+    capsys.readouterr()
+    assert main(["eval", str(run), "--text", str(text)]) == 2
+    assert "--hookpoint" in capsys.readouterr().err
+
+
 def test_train_on_a_model_without_a_cache(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
     options = ["--hookpoint", "model.layers.0.mlp:in", "--text", str(text), "--tokens", "2k", "--context-tokens", "32"]
     assert train(tiny_model_dir, tmp_path / "live", *options) == 0
@@ -106,9 +215,49 @@ MISTAKES = {
         "4096",
     ),
     "unknown sae": (["train", "{cache}", "--sae", "mutual"], "mutual_choice"),
+    "unknown allocation": (["train", "{cache}", "--sae", "matryoshka", "--allocation", "mutual"], "mutual_choice"),
+    "allocation for an SAE with its own rule": (
+        ["train", "{cache}", "--sae", "topk", "--allocation=topk"],
+        "matryoshka",
+    ),
+    "prefixes without latents": (
+        ["train", "{cache}", "--sae", "matryoshka", "--k", "4", "--d-sae", "8"],
+        "prefix_shares",
+    ),
     "no cache": (["train", "{tmp}", "--k", "4", "--d-sae", "64"], "manifest.json"),
     "cache without that hookpoint": (["train", "{cache}", "--hookpoint", "model.layers.0"], "model.layers.1"),
     "resume of nothing": (["train", "{cache}", "--resume"], "no run"),
+    "transcoder without a target": (
+        ["train", "{layers}", "--sae", "transcoder", "--hookpoint", "model.layers.1.mlp:in"],
+        "--target-hookpoint",
+    ),
+    "transcoder of itself": (
+        [
+            "train",
+            "{layers}",
+            "--sae",
+            "transcoder",
+            "--hookpoint",
+            "model.layers.1",
+            "--target-hookpoint",
+            "model.layers.1",
+        ],
+        "read and predict",
+    ),
+    "crosscoder of one hookpoint": (
+        ["train", "{layers}", "--sae", "crosscoder", "--hookpoint", "model.layers.1"],
+        "two hookpoints",
+    ),
+    "crosscoder of a cache with one": (["train", "{cache}", "--sae", "crosscoder"], "two hookpoints"),
+    "mlsae with an unknown layer": (
+        ["train", "{layers}", "--sae", "mlsae", "--hookpoint", "model.layers.0,model.layers.9"],
+        "model.layers.9",
+    ),
+    "several hookpoints on a model": (
+        ["train", "{model}", "--sae", "mlsae", "--hookpoint", "model.layers.*", "--text", "{text}", "--tokens", "2k"],
+        "apportion collect",
+    ),
+    "several hookpoints for one": (["train", "{layers}", "--hookpoint", "model.layers.0,model.layers.1"], "choose one"),
     "eval of nothing": (["eval", "{tmp}/nothing"], "config.json"),
     "info of nothing": (["info", "{tmp}/nothing"], "nothing"),
 }
@@ -116,11 +265,12 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_get_one_line_and_exit_code_2(
-    name: str, tiny_model_dir: Path, cache: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    name: str, tiny_model_dir: Path, cache: Path, layers: Path, text: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("the cat sat")
-    places = {"model": tiny_model_dir, "cache": cache, "text": text, "tmp": tmp_path}
+    places = {"model": tiny_model_dir, "cache": cache, "layers": layers, "text": text, "tmp": tmp_path}
     words, expected = MISTAKES[name]
     argv = [word.format(**places) for word in words]
     if argv[0] in ("collect", "train") and "--out" not in argv:

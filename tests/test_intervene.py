@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import apportion as ap
+from apportion.activations import TokenFilter
 from apportion.activations.collect import load_model
 from apportion.activations.hookpoints import capture
 from apportion.intervene import ablate, latent_column, splice, steer
@@ -248,3 +250,116 @@ def test_position_0_is_counted_from_the_beginning_of_a_cached_text(model: Any) -
     with splice(model, {place: sae}):
         seen = capture(model, [place], input_ids=torch.tensor([[7]]), past_key_values=copy.deepcopy(cache))[place]
     assert torch.allclose(seen, clean / 2), "the fourth token, not the first"
+
+
+# SAEs of more than one place
+
+MLP_IN, MLP = "model.layers.1.mlp:in", "model.layers.1.mlp"
+
+
+def transcoder(**settings: Any) -> Any:
+    sae = ap.create("skip_transcoder", d_in=32, d_sae=64, k=5, seed=0, hookpoint=MLP_IN, **settings)
+    with torch.no_grad():
+        g = torch.Generator().manual_seed(3)
+        sae.W_skip.copy_(torch.randn(32, 32, generator=g) / 6)
+        sae.b_dec.copy_(torch.randn(32, generator=g))
+    sae.fit_input(torch.randn(500, 32, generator=g) + 1, 3 * torch.randn(500, 32, generator=g))
+    return sae.eval()
+
+
+@torch.no_grad()
+def test_a_transcoder_takes_the_place_of_its_module(model: Any) -> None:
+    sae = transcoder(target_hookpoint=MLP)
+    x = capture(model, [MLP_IN], IDS)[MLP_IN]
+    with splice(model, {MLP: sae}):
+        seen = capture(model, [MLP_IN, MLP], IDS)
+    assert torch.equal(seen[MLP_IN], x), "its input is not touched"
+    assert torch.equal(seen[MLP], sae(x))
+    with splice(model, {MLP_IN: lambda t: 2 * t, f"{MLP}:out": sae}):
+        assert torch.allclose(capture(model, [MLP], IDS)[MLP], sae(2 * x), atol=1e-5), "it reads what is there"
+    assert num_hooks(model) == 0
+
+
+@torch.no_grad()
+def test_edits_and_masks_with_a_transcoder(model: Any) -> None:
+    sae = transcoder(target_hookpoint=MLP)
+    seen = capture(model, [MLP_IN, MLP], IDS)
+    x, y = seen[MLP_IN], seen[MLP]
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[:, 0] = mask[1, 3] = False
+
+    def double(latents: Latents) -> Latents:
+        return latents.map(lambda v: 2 * v)
+
+    latents = sae.encode(x)
+    change = sae.decode(double(latents), x) - sae(x)
+    with splice(model, {MLP: sae}, edit=double, keep_error=True, mask=mask):
+        new = capture(model, [MLP], IDS)[MLP]
+    assert torch.equal(new[~mask], y[~mask])
+    assert torch.allclose(new[mask], (y + change)[mask], atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_filters_of_both_places_of_a_transcoder_apply(model: Any) -> None:
+    sae = transcoder(target_hookpoint=MLP)
+    seen = capture(model, [MLP_IN, MLP], IDS)
+    norms = {name: t.norm(dim=-1) for name, t in seen.items()}
+    bounds = {name: n.flatten().sort().values[-3].item() for name, n in norms.items()}
+    sae.info["source"] = {
+        "sites": [
+            {"hookpoint": name, "filter": TokenFilter(norm_outlier=2.0, median_norm=bound / 2).to_dict()}
+            for name, bound in bounds.items()
+        ]
+    }
+    with splice(model, {MLP: sae}):
+        new = capture(model, [MLP], IDS)[MLP]
+    kept = (norms[MLP_IN] <= bounds[MLP_IN]) & (norms[MLP] <= bounds[MLP])
+    kept &= torch.arange(5) > 0
+    assert 1 <= int(kept.sum()) < 8
+    assert torch.equal((new != seen[MLP]).any(-1), kept)
+
+
+@torch.no_grad()
+def test_an_sae_for_all_layers_uses_the_filter_of_the_layer_it_is_put_at(model: Any) -> None:
+    sae = ap.create("mlsae", d_in=32, d_sae=64, k=4, seed=0).eval()
+    norms = at_point(model).norm(dim=-1)
+    bound = norms.flatten().sort().values[-3].item()
+    strict = TokenFilter(norm_outlier=2.0, median_norm=1e-3, first_position=False).to_dict()
+    here = TokenFilter(norm_outlier=2.0, median_norm=bound / 2, first_position=False).to_dict()
+    sae.info["source"] = {
+        "sites": [{"hookpoint": "model.layers.0", "filter": strict}, {"hookpoint": POINT, "filter": here}]
+    }
+    clean = at_point(model)
+    with splice(model, {POINT: sae}):
+        assert torch.equal((at_point(model) != clean).any(-1), norms <= bound)
+
+
+@pytest.mark.parametrize(
+    ("place", "settings", "message"),
+    [
+        (MLP_IN, {"target_hookpoint": MLP}, "splice it in where it predicts"),
+        ("model.layers.2.mlp", {"target_hookpoint": MLP}, "splice it in where it predicts"),
+        (MLP_IN, {}, "splice it in where it predicts"),
+        ("model.layers.0.mlp", {}, r"before 'model\.layers\.1\.mlp:in'"),
+    ],
+)
+@torch.no_grad()
+def test_places_where_a_transcoder_cannot_be_put(
+    place: str, settings: dict[str, str], message: str, model: Any
+) -> None:
+    with pytest.raises(ValueError, match=message), splice(model, {place: transcoder(**settings)}):
+        model(IDS)
+    assert num_hooks(model) == 0
+
+
+def test_what_cannot_be_spliced_or_steered(model: Any) -> None:
+    nowhere = ap.create("transcoder", d_in=32, d_sae=64, k=5)
+    with pytest.raises(ValueError, match="does not say what it reads"), splice(model, {MLP: nowhere}):
+        pass
+    with pytest.raises(ValueError, match="splice with edit="), steer(model, transcoder(), latent=3, add=1.0):
+        pass
+    crosscoder = ap.create("crosscoder", d_in=32, d_sae=64, k=5)
+    with pytest.raises(ValueError, match="all of its sites"), splice(model, {POINT: crosscoder}):
+        pass
+    with pytest.raises(ValueError, match="W_dec has shape"), steer(model, crosscoder, latent=3, add=1.0):
+        pass

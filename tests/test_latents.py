@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apportion.latents import Latents, from_matches
+from apportion.latents import Latents, concatenated, from_matches
 
 
 def code(*shape: int, seed: int = 0, density: float = 0.4) -> torch.Tensor:
@@ -188,3 +188,11 @@ def test_what_is_computed_in_inference_mode_serves_gradients_later():
 def test_from_matches_counts_rows():
     latents = from_matches(torch.tensor([0, 0, 2]), torch.tensor([1, 3, 0]), torch.ones(3), 4, (2, 2))
     assert latents.offsets.tolist() == [0, 2, 2, 3, 3] and latents.l0().tolist() == [[2, 0], [1, 0]]
+
+
+def test_concatenated_rows_of_several():
+    parts = [code(4, 6), code(0, 6), code(2, 3, 6, seed=1), code(1, 6, density=0)]
+    joined = concatenated([Latents.from_dense(z) for z in parts])
+    assert joined.shape == (11,)
+    assert torch.equal(joined.dense(), torch.cat([z.reshape(-1, 6) for z in parts]))
+    assert torch.equal(concatenated([joined]).dense(), joined.dense())

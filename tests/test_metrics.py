@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apportion.latents import Latents
-from apportion.metrics import FVU, Activations, batch_fvu, correlation, recovered
+from apportion.metrics import FVU, Activations, batch_fvu, correlation, entropy, load, recovered
 
 
 def rows(n: int = 200, d: int = 7, seed: int = 0) -> torch.Tensor:
@@ -111,3 +111,10 @@ def test_recovered():
     assert recovered(4.0, 2.0, 10.0) == 0.75
     assert recovered(12.0, 2.0, 10.0) == -0.25
     assert math.isnan(recovered(3.0, 2.0, 2.0))
+
+
+def test_load_and_its_entropy():
+    assert load(torch.tensor([[0, 2], [2, 2]]), 4).tolist() == [0.25, 0, 0.75, 0]
+    assert entropy(load(torch.arange(12) % 4, 4)) == pytest.approx(math.log(4))
+    assert entropy(load(torch.full((7,), 3), 4)) == 0
+    assert entropy(torch.tensor([0.25, 0, 0.75, 0])) == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3))

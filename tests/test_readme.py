@@ -47,9 +47,9 @@ def test_every_command_line_is_understood() -> None:
         parse(["demo", "--no-such-option"])
 
 
-def test_every_sae_is_in_the_table() -> None:
+def test_every_sae_is_mentioned() -> None:
     for name in SAES:
-        assert f"| `{name}` |" in README
+        assert f"`{name}`" in README
 
 
 def test_links_lead_somewhere() -> None:

@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from apportion.activations import load_model
+from apportion.activations import GroundTruthConfig, TextSource, load_model
 from apportion.activations.collect import collect
+from apportion.architectures import SAES
 from apportion.recipes.compare import METHODS, Compare
 from apportion.recipes.embedded_card import loss_per_character
 from apportion.recipes.embedded_model import TrainModel
+from apportion.recipes.family import Family
+from apportion.recipes.family_parts import CachePart, TruthPart
+from apportion.recipes.objectives import Objectives
+from apportion.training import Trainer
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
 
@@ -105,3 +110,126 @@ def test_the_embedded_model_learns_and_loads(tmp_path: Path) -> None:
     untrained = loss_per_character(small.model(tokenizer).eval(), tokenizer, some)
     assert trained < 0.8 * untrained
     assert tokenizer.decode(tokenizer("The cat, twice!")["input_ids"]) == "The cat, twice!"
+
+
+def test_objectives_are_compared_and_finished_runs_are_not_repeated(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text(some_text(0, 6000))
+    settings = {
+        "out": tmp_path / "results", "model": str(tiny_model_dir), "text": TextSource(tmp_path / "text.txt"),
+        "hookpoint": "model.layers.1", "k": 4, "d_sae": 48, "tokens": 2048, "ce_tokens": 128, "context_tokens": 32,
+        "batch_tokens": 256, "mutual_weights": (0.0, 1.0),
+    }  # fmt: skip
+    Objectives(**settings).run()
+    table = capsys.readouterr().out
+    assert (tmp_path / "results" / "table.md").read_text() == table
+    found = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert [r["objective"] for r in found["objectives"]] == ["local", "e2e", "e2e_ds"]
+    assert all(r["l0"] <= 4 and r["fvu"] > 0 and "delta_ce" in r for r in found["objectives"])
+    assert list(found["layers"]["fvu"]) == [f"model.layers.{i}" for i in range(3)]
+    assert [r["weight"] for r in found["mutual"]] == [0.0, 1.0]
+    assert found["mutual"][1]["mmcs_ab"] > found["mutual"][0]["mmcs_ab"]
+
+    monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: pytest.fail("nothing is trained twice"))
+    (tmp_path / "results" / "runs" / "mutual-1-lr0.01.json").unlink()  # finished, but not measured
+    Objectives(**settings).run()
+    assert capsys.readouterr().out == table
+    with pytest.raises(ValueError, match="other settings"):
+        Objectives(**settings | {"k": 3}).run()
+
+
+@pytest.fixture
+def family(compare: Compare, tmp_path: Path) -> Family:
+    docs = tmp_path / "family.md"
+    docs.write_text("# Family\n<!-- truth -->\nold\n<!-- /truth -->\nbetween\n<!-- cache -->\n<!-- /cache -->\nend\n")
+    world = GroundTruthConfig(d_in=12, num_features=32, active=2.0, num_roots=2)
+    return Family(
+        out=tmp_path / "results",
+        saes=("topk", "crosscoder", "transcoder", "pca"),
+        seeds=(0, 1),
+        lrs=(1e-3, 3e-3),
+        docs=docs,
+        truth=TruthPart(k=2, d_sae=32, total_tokens=1024, batch_tokens=128, eval_tokens=500, world=world),
+        cache=CachePart(
+            k=4, d_sae=48, total_tokens=1024, batch_tokens=256, acts=compare.acts, eval_acts=compare.eval_acts,
+            model=compare.model, text=compare.text, ce_tokens=128,
+        ),
+    )  # fmt: skip
+
+
+def test_the_family_is_compared_and_goes_on_where_it_stopped(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, calls = Trainer.fit, []
+
+    def interrupted_fit(self, *args, **kwargs):
+        calls.append(self.sae.name)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return fit(self, *args, **{**kwargs, "progress": False})
+
+    monkeypatch.setattr(Trainer, "fit", interrupted_fit)
+    with pytest.raises(KeyboardInterrupt):
+        family.run()
+    assert "| `topk` |" in (family.out / "truth.md").read_text(), "results are written as they come"
+    family.run()
+    names, text = ["topk", "crosscoder", "transcoder", "pca"], family.docs.read_text()
+    truth, cache = (json.loads((family.out / f"{part}.json").read_text())["runs"] for part in ("truth", "cache"))
+    assert [(r["name"], r["seed"]) for r in truth] == [(name, seed) for seed in (0, 1) for name in names]
+    assert [(r["name"], r["seed"]) for r in cache] == [(name, seed) for seed in (0, 1) for name in ("topk", "pca")]
+    assert len(calls) == 1 + (3 * 3 + 2) + (3 + 2), "the interrupted one; two rates and a second seed, but once for PCA"
+    for run in truth:
+        assert {"fvu", "l0", "dead", "mcc", "f1", "uniqueness", "seconds"} <= run.keys()
+        assert run["d_sae"] == (24 if run["name"] == "pca" else 32) and run["tokens"] == 500
+    for run in cache:
+        assert run["delta_ce"] == pytest.approx(run["ce_spliced"] - run["ce_clean"]) and run["l0"] <= 4
+    assert text.startswith("# Family\n<!-- truth -->\n32 features in 12 dimensions") and text.endswith("end\n")
+    assert "old" not in text and text.count("| `topk` |") == 2 and text.count("`crosscoder`, which reads several") == 1
+
+    done = len(calls)
+    family.run()
+    assert len(calls) == done and family.docs.read_text() == text
+    with pytest.raises(ValueError, match="other settings"):
+        dataclasses.replace(family, truth=dataclasses.replace(family.truth, k=1)).run()
+    assert len(calls) == done
+
+
+def test_one_run_that_fails_does_not_stop_the_family(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = Trainer.fit
+
+    def failing_fit(self, *args, **kwargs):
+        if self.sae.name == "topk":
+            raise ValueError("loss is nan")
+        return fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "fit", failing_fit)
+    changed = dataclasses.replace(family, saes=("topk", "pca"), seeds=(0,), lrs=(1e-3,), cache=CachePart())
+    with pytest.raises(ValueError, match=r"1 runs failed.*topk, seed 0: loss is nan"):
+        changed.run()
+    text = (family.out / "truth.md").read_text()
+    assert "`pca`" in text and "`topk`" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"saes": ("topk", "nobody")}, "nobody"),
+        ({"seeds": ()}, "at least one seed"),
+        ({"docs": Path("nowhere.md")}, "nowhere.md"),
+        ({"cache": CachePart(acts=Path("x"))}, "--eval-acts"),
+        ({"truth": TruthPart(k=300)}, "k"),
+        ({"truth": TruthPart(world=GroundTruthConfig(active=200))}, "active"),
+    ],
+)
+def test_mistakes_show_before_the_family_is_trained(
+    family: Family, changes: dict, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(family, **changes).run()
+
+
+def test_every_sae_fits_into_the_family_as_it_is_by_default(family: Family) -> None:
+    everything = dataclasses.replace(
+        family, saes=tuple(SAES), truth=TruthPart(), cache=dataclasses.replace(family.cache, k=32, d_sae=4608)
+    )
+    everything.check([everything.truth, everything.cache])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import apportion
-from apportion.allocation import RULES
-from apportion.architectures import SAES
+from apportion.allocation import RULES, Rule
+from apportion.architectures import SAE, SAES, rule_choices
 
 PACKAGE = Path(apportion.__file__).parent
 
@@ -37,8 +38,8 @@ EXCEPTIONS = {
 }
 
 HELPERS = {
-    "allocation": {"base", "zipf", "reference"},
-    "architectures": {"affine", "auxiliary", "base", "files", "inputs"},
+    "allocation": {"annealing", "base", "zipf", "reference"},
+    "architectures": {"affine", "auxiliary", "base", "convert", "files", "inputs", "sparsity"},
 }
 """Files of these rooms that are no rule and no architecture."""
 
@@ -146,7 +147,19 @@ def test_import_does_not_load_rich():
 )
 def test_the_tables_reach_every_file(room, reached):
     files = {p.stem for p in (PACKAGE / room).glob("*.py")} - {"__init__"}
-    assert files == HELPERS[room] | {cls.__module__.rsplit(".", 1)[1] for cls in reached}
+    in_table = {cls.__module__.rsplit(".", 1)[1] for cls in reached}
+    assert not files - HELPERS[room] - in_table, "a file without a line in the table"
+    assert not HELPERS[room] - files, "a helper that is gone"
+    assert not HELPERS[room] & in_table, "no helper"
+    assert all(getattr(cls, "__final__", False) for cls in reached), "what is in the table is final"
+
+
+@pytest.mark.parametrize(("room", "kind"), [("allocation", Rule), ("architectures", SAE)])
+def test_helpers_hold_nothing_that_belongs_in_a_table(room, kind):
+    for stem in HELPERS[room]:
+        classes = vars(importlib.import_module(f"apportion.{room}.{stem}")).values()
+        own = [c for c in classes if isinstance(c, type) and c.__module__ == f"apportion.{room}.{stem}"]
+        assert not [c for c in own if issubclass(c, kind) and getattr(c, "__final__", False)], stem
 
 
 def test_every_sae_uses_a_rule_of_the_table():
@@ -157,9 +170,11 @@ def test_settings_of_architecture_and_rule_do_not_collide():
     from dataclasses import fields
 
     for name, entry in SAES.items():
-        both = [f.name for f in (*fields(entry.architecture.Config), *fields(entry.rule.Config))]
-        assert len(both) == len(set(both)), name
-        assert set(entry.defaults) <= set(both), name
+        for rule in [entry.rule, *([RULES[n] for n in rule_choices()] if entry.any_rule else [])]:
+            both = [f.name for f in (*fields(entry.architecture.Config), *fields(rule.Config))]
+            assert len(both) == len(set(both)), name
+        assert set(entry.defaults) <= set(entry.settings()), name
+        assert entry.rule in [RULES[n] for n in rule_choices()] or not entry.any_rule, name
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -6,10 +6,13 @@ latents = sae.encode(x)
 x_hat = sae.decode(latents)
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from apportion.activations.batch import Batch as Batch
 from apportion.architectures import SAES as SAES
 from apportion.architectures import create as create
-from apportion.architectures import load as load
+from apportion.architectures import to_jumprelu as to_jumprelu
 from apportion.architectures.base import SAE as SAE
 from apportion.intervene import ablate as ablate
 from apportion.intervene import splice as splice
@@ -17,3 +20,17 @@ from apportion.intervene import steer as steer
 from apportion.latents import Latents as Latents
 from apportion.training import TrainConfig as TrainConfig
 from apportion.training import Trainer as Trainer
+
+if TYPE_CHECKING:
+    from apportion import testing as testing
+    from apportion.interop.load import load as load
+
+LATER = {"testing": "apportion.testing", "load": "apportion.interop.load"}
+"""Imported when they are first used: modules, and functions of the same name."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module 'apportion' has no attribute {name!r}")
+    module = import_module(LATER[name])
+    return getattr(module, name, module)

@@ -3,6 +3,7 @@
     with splice(model, {"model.layers.8": sae}):                activations become what the SAE reconstructs
     with splice(model, {...: sae}, edit=fn, keep_error=True):   edited codes; what the SAE misses is added back
     with splice(model, {...: torch.zeros_like}):                any function of x instead of an SAE (zero ablation)
+    with splice(model, {"model.layers.8.mlp": transcoder}):     what it predicts from the input it was trained on
     with steer(model, sae, latent=123, add=4.0):                4 activation units along decoder row 123
     with steer(model, sae, latent=123, clamp=2.0):              as if code 123 were 2; all else in x stays as it was
     with ablate(model, sae, latent=123):                        as if code 123 were 0
@@ -16,16 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from apportion.activations.filter import TokenFilter
-from apportion.activations.hookpoints import hooked
+from apportion.activations.filter import trained_filter
+from apportion.activations.hookpoints import Hookpoint, hooked
 
-Mask = Bool[Tensor, "*lead"] | Callable[[Tensor], Tensor]
+RowsOf = Callable[[Tensor], Tensor]
+Mask = Bool[Tensor, "*lead"] | RowsOf
 """Which rows to change: a tensor in the leading shape of x, or a function of x that makes one."""
 
 
@@ -57,38 +60,101 @@ def splice(
 ) -> Iterator[None]:
     """Within the block, replace the activations at each hookpoint by ``sae.decode(edit(sae.encode(x)), x)``.
 
-    `mask` says which rows: "filter" (default) those that pass the token filter the SAE was trained with, if it has one;
-    None all; or a tensor or function. `keep_error` adds back x minus the unedited reconstruction, so that only the edit
-    changes the model. Where a mask applies, `edit` sees the latents of the rows that take part, [rows, d_sae];
-    otherwise it sees them in the leading shape of x.
+    x are these activations or, for a transcoder, those at its own hookpoint in the same forward pass. `mask` says which
+    rows: "filter" (default) those that pass the token filter the SAE was trained with, if it has one; None all; or a
+    tensor or function. `keep_error` adds back what the unedited reconstruction misses, so that only the edit changes
+    the model. Where a mask applies, `edit` sees the latents of the rows that take part, [rows, d_sae]; otherwise it
+    sees them in the leading shape of x.
     """
     plain = [name for name, sae in saes.items() if not isinstance(sae, Codec)]
     if edit is not None and plain:
         raise ValueError(f"edit needs latents, but a plain function is spliced in at {plain[0]!r}: give an SAE there")
 
-    def change(sae: Codec | Callable[[Tensor], Tensor], rows: Mask | None) -> Callable[[Tensor], Tensor]:
-        return lambda x: on_rows(x, rows, lambda part: reconstruct(part, sae, edit, keep_error))
-
     with ExitStack() as stack:
-        changes = {}
+        changes: dict[str, Callable[[Tensor], Tensor]] = {}
+        sources: list[_Source] = []
         for name, sae in saes.items():
-            rows = stack.enter_context(own_filter(model, sae)) if isinstance(mask, str) else mask
-            changes[name] = change(sae, rows)
+            _check_place(name, sae)
+            places = [name, str(cast(Any, sae).hookpoint)] if getattr(sae, "needs_target", False) else [name]
+            masks: list[Mask | None] = [None if isinstance(mask, str) else mask, None]
+            if isinstance(mask, str):
+                masks[: len(places)] = [stack.enter_context(own_filter(model, sae, place)) for place in places]
+            rows, source = masks[0], None
+            if len(places) > 1:
+                sources.append(source := _Source(places[1], name, masks[1]))
+            changes[name] = partial(_spliced, sae=sae, edit=edit, keep_error=keep_error, mask=rows, source=source)
         stack.enter_context(hooked(model, changes))
+        for source in sources:  # behind the changes, so that it sees what they leave
+            stack.enter_context(hooked(model, {source.hookpoint: source.look}))
         yield
 
 
+def _spliced(
+    y: Float[Tensor, "*lead d_out"],
+    sae: Codec | Callable[[Tensor], Tensor],
+    edit: Callable[[Any], Any] | None,
+    keep_error: bool,
+    mask: Mask | None,
+    source: _Source | None,
+) -> Float[Tensor, "*lead d_out"]:
+    """What takes the place of the activations y."""
+    if source is None:
+        return on_rows(y, mask, lambda part: reconstruct(part, sae, edit, keep_error))
+    x = source.take()
+    here, there = (m(t) if callable(m) else m for m, t in ((mask, y), (source.mask, x)))
+    rows = here if there is None else there if here is None else here & there
+    return on_rows(y, rows, lambda part, read: reconstruct(part, sae, edit, keep_error, read), x)
+
+
+class _Source:
+    """What a transcoder reads, noted as it passes by."""
+
+    def __init__(self, hookpoint: str, target: str, mask: Mask | None) -> None:
+        self.hookpoint, self.target, self.mask = hookpoint, target, mask
+        self.x: Tensor | None = None
+
+    def look(self, x: Tensor) -> None:
+        self.x = x
+
+    def take(self) -> Tensor:
+        if self.x is None:
+            raise ValueError(
+                f"the model runs {self.target!r} before {self.hookpoint!r}, which the transcoder reads: "
+                "splice it in at the hookpoint it was trained to predict"
+            )
+        x, self.x = self.x, None
+        return x
+
+
+def _check_place(name: str, sae: Any) -> None:
+    """Refuse a place where this SAE cannot be put."""
+    if len(getattr(sae, "row_shape", (1,))) > 1:
+        raise ValueError(
+            f"{sae.name} needs all of its sites together, and {name!r} is one: splice works on SAEs of one hookpoint"
+        )
+    if not getattr(sae, "needs_target", False):
+        return
+    if sae.hookpoint is None:
+        raise ValueError(f"the {sae.name} does not say what it reads: create it with hookpoint='model.layers.8.mlp:in'")
+    target, name = sae.target_hookpoint, str(Hookpoint.parse(name))
+    if name != target and (target is not None or name == sae.hookpoint):
+        raise ValueError(
+            f"the {sae.name} reads {sae.hookpoint!r} and predicts {target or 'another place'!r}, not {name!r}: "
+            "splice it in where it predicts"
+        )
+
+
 @contextmanager
-def own_filter(model: nn.Module, sae: Any) -> Iterator[Mask | None]:
-    """The token filter that `sae` was trained with as a mask; None if it has none.
+def own_filter(model: nn.Module, sae: Any, hookpoint: str | None = None) -> Iterator[RowsOf | None]:
+    """The token filter that `sae` was trained with (at a hookpoint, if at several) as a mask; None if it has none.
 
     A hook on the model reads the tokens of each forward pass, and where they stand behind a key-value cache.
     """
-    settings = getattr(sae, "info", {}).get("source", {}).get("filter")
-    if settings is None:
+    place = None if hookpoint is None else str(Hookpoint.parse(hookpoint))
+    token_filter = trained_filter(getattr(sae, "info", {}).get("source", {}), place)
+    if token_filter is None:
         yield None
         return
-    token_filter = TokenFilter.from_dict(settings)
     current: dict[str, Any] = {}
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -115,22 +181,26 @@ def reconstruct(
     sae: Codec | Callable[[Tensor], Tensor],
     edit: Callable[[Any], Any] | None,
     keep_error: bool,
+    source: Float[Tensor, "*lead d_source"] | None = None,
 ) -> Float[Tensor, "*lead d_in"]:
-    """What takes the place of x."""
+    """What takes the place of x; `source` is what the SAE encodes, if not x."""
     if not isinstance(sae, Codec):
         return x if keep_error else sae(x)
-    latents = sae.encode(x)
-    x_hat = sae.decode(latents, x)
+    read = x if source is None else source
+    latents = sae.encode(read)
+    x_hat = sae.decode(latents, read)
     if edit is None:
         return x if keep_error else x_hat
-    edited = sae.decode(edit(latents), x)
+    edited = sae.decode(edit(latents), read)
     return edited + (x - x_hat) if keep_error else edited
 
 
-def on_rows(x: Float[Tensor, "*lead d_in"], mask: Mask | None, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """`x` with `change` applied to the rows that take part, in the dtype of x."""
+def on_rows(
+    x: Float[Tensor, "*lead d_in"], mask: Mask | None, change: Callable[..., Tensor], *more: Float[Tensor, "*lead d"]
+) -> Tensor:
+    """`x` with `change` applied to the rows that take part (and to those of `more`), in the dtype of x."""
     if mask is None:
-        new = change(x).to(x.dtype)
+        new = change(x, *more).to(x.dtype)
         if new.shape != x.shape:
             raise ValueError(
                 f"what is put back has shape {tuple(new.shape)}, the activations have {tuple(x.shape)}: "
@@ -144,7 +214,7 @@ def on_rows(x: Float[Tensor, "*lead d_in"], mask: Mask | None, change: Callable[
         )
     if not rows.any():
         return x
-    return x.index_put((rows,), on_rows(x[rows], None, change))
+    return x.index_put((rows,), on_rows(x[rows], None, change, *(other[rows] for other in more)))
 
 
 @contextmanager
@@ -170,6 +240,11 @@ def steer(
     """
     if (add is not None) + (scale is not None) + (clamp is not None) != 1:
         raise ValueError(f"steer needs exactly one of add={add}, scale={scale} and clamp={clamp}")
+    if getattr(sae, "needs_target", False):
+        raise ValueError(
+            f"steer needs an SAE that reconstructs what it reads, and a {sae.name} predicts something else: "
+            "use splice with edit= and keep_error=True"
+        )
     row, place = _decoder_row(sae, latent), hookpoint or getattr(sae, "hookpoint", None)
     if place is None:
         raise ValueError(

@@ -11,7 +11,7 @@ Zeros are never stored: nnz / tokens is the L0, and a TopK row may hold fewer th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -86,6 +86,20 @@ class Latents:
                 self._shared["by_latent"] = (order, self.rows()[order], offsets)
         return self._shared["by_latent"]
 
+    def by_first_latent(self) -> tuple[Int[Tensor, " tokens"], Latents]:
+        """The tokens in the order of their first latents, and so reordered the matches, with their numbers as values.
+
+        Not to be written to.
+        """
+        if "by_first_latent" not in self._shared:
+            with torch.inference_mode(False):
+                numbers = torch.arange(self.nnz, device=self.indices.device)
+                padded = torch.cat([self.indices, self.indices.new_zeros(1)])
+                order = padded[self.offsets[:-1]].int().argsort()
+                flat = Latents(numbers, self.indices, self.offsets, self.d_sae, (self.tokens,))
+                self._shared["by_first_latent"] = (order, flat[order])
+        return self._shared["by_first_latent"]
+
     def counts(self) -> Int[Tensor, " d_sae"]:
         """How many tokens each latent is active on."""
         counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.indices.device)
@@ -158,4 +172,17 @@ def from_matches(
 ) -> Latents:
     """Latents from (token, latent, value) triples that are already in (token, latent) order."""
     offsets = torch.searchsorted(rows, torch.arange(prod(shape) + 1, device=rows.device))
-    return Latents(values, indices, offsets, d_sae, shape)
+    return Latents(values, indices, offsets, d_sae, shape, {"rows": rows})
+
+
+def concatenated(parts: Sequence[Latents]) -> Latents:
+    """The rows of several Latents one after the other, in one leading dimension; at least one part."""
+    ends = torch.cat([part.offsets[-1:] for part in parts]).cumsum(0)
+    later = [part.offsets[1:] + end for part, end in zip(parts[1:], ends, strict=False)]
+    return Latents(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.indices for part in parts]),
+        torch.cat([parts[0].offsets, *later]),
+        parts[0].d_sae,
+        (sum(part.tokens for part in parts),),
+    )

@@ -6,7 +6,8 @@ Everything is on scaled data (E||x||^2 = d_in), so weights mean the same for eve
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -50,3 +51,24 @@ def underutilised(
     low = torch.zeros_like(dead)
     low[order] = density[order] < c * expected.to(density)
     return low | dead
+
+
+def kl_divergence(clean: Float[Tensor, "*rows vocab"], logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, ""]:
+    """mean over rows of KL(p_clean || p) = sum_v p_clean (log p_clean - log p), in nats, from logits.
+
+    The direction of the public code of arXiv 2405.12241, whose docstring announces the other one. In float32 at least.
+    """
+    of, by = (torch.promote_types(t.dtype, torch.float32) for t in (clean, logits))
+    log_clean, log_p = F.log_softmax(clean, -1, dtype=of), F.log_softmax(logits, -1, dtype=by)
+    return F.kl_div(log_p, log_clean, reduction="none", log_target=True).sum(-1).mean()
+
+
+def load_balance(probabilities: Float[Tensor, "tokens e"], expert: Int[Tensor, " tokens"]) -> Float[Tensor, ""]:
+    """E sum_i f_i P_i: keeps a router from sending everything to a few of its E experts (arXiv 2410.08201).
+
+    f_i is the share of tokens whose `expert` is i, a constant, and P_i the mean over tokens of their probability for i.
+    1 if either is uniform, E if one expert has all tokens with certainty. Both are means over the whole batch.
+    """
+    tokens, num_experts = probabilities.shape
+    share = torch.bincount(expert, minlength=num_experts).to(probabilities.dtype) / tokens
+    return num_experts * share @ probabilities.mean(0)

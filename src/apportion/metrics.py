@@ -90,3 +90,13 @@ def recovered(ce: float, ce_clean: float, ce_ablated: float) -> float:
     Zero ablation of a residual stream is so destructive that almost anything recovers 0.98 of it; give delta-CE too.
     """
     return (ce_ablated - ce) / (ce_ablated - ce_clean) if ce_ablated != ce_clean else float("nan")
+
+
+def load(labels: Int[Tensor, "*lead"], num: int) -> Float[Tensor, " num"]:
+    """Share of each of `num` labels (of the tokens sent to each expert, say); NaN without any."""
+    return torch.bincount(labels.flatten(), minlength=num).double() / labels.numel()
+
+
+def entropy(shares: Float[Tensor, " num"]) -> float:
+    """In nats: log num if all shares are equal, 0 if one is 1; its exponential is the number that is in effect used."""
+    return -torch.special.xlogy(shares, shares).sum().item()

@@ -19,6 +19,7 @@ from apportion.allocation.mutual_choice import MutualChoiceConfig
 from apportion.allocation.threshold import ThresholdConfig
 from apportion.allocation.token_choice import TokenChoiceConfig
 from apportion.kernels import choose, primitives, select
+from apportion.kernels.product import Product
 
 
 @dataclass
@@ -296,7 +297,7 @@ def test_feature_choice_looks_up_single_latents(monkeypatch):
 
 def test_looking_up_a_latent_finds_its_best_tokens_and_no_more():
     p = PROBLEMS["all equal"]
-    (found,) = select._Scan(p.x, p.W, p.b, None, None).columns(torch.tensor([3, 1]), torch.full((5,), 2))
+    (found,) = select._Scan(Product(p.x, p.W, p.b)).columns(torch.tensor([3, 1]), torch.full((5,), 2))
     assert found.latents.tolist() == 8 * [3] + 8 * [1] and found.rows.tolist() == 2 * list(range(8))
 
 

@@ -29,7 +29,7 @@ def folder(tmp_path):
     return tmp_path / "sae"
 
 
-@pytest.mark.parametrize("name", ap.SAES)
+@pytest.mark.parametrize("name", ["topk", "mutual_choice", "feature_choice"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_saved_sae_is_the_same_sae(name, dtype, tmp_path):
     sae = ready(name).to(dtype)
@@ -49,7 +49,7 @@ def test_a_saved_sae_is_the_same_sae(name, dtype, tmp_path):
     assert torch.equal(loaded(x), sae(x))
 
 
-@pytest.mark.parametrize("name", ap.SAES)
+@pytest.mark.parametrize("name", ["topk", "mutual_choice", "feature_choice"])
 def test_all_settings_survive(name, tmp_path):
     changed = {
         "d_in": 4, "d_sae": 16, "k": 2, "input_norm": "token_norm", "centre": "geometric_median",

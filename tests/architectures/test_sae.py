@@ -60,7 +60,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n].nan_to_num(-7), b[n].nan_to_num(-7)) for n in a)
 
 
-@pytest.fixture(params=ap.SAES)
+@pytest.fixture(params=["topk", "mutual_choice", "feature_choice"])
 def name(request) -> str:
     return request.param
 

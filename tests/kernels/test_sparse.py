@@ -55,7 +55,16 @@ def popular() -> Case:
     return Case(63, 60, 1000, 60, mask)
 
 
+def experts() -> Case:
+    """Each token has latents of one of ten experts; some have none."""
+    expert = torch.randint(0, 10, (63, 1), generator=torch.Generator().manual_seed(3))
+    mask = random_mask(63, 1000, 0.1) & (torch.arange(1000) // 100 == expert)
+    mask[[0, 5, 6, 62]] = False
+    return Case(63, 60, 1000, 60, mask)
+
+
 CASES = {
+    "experts": experts(),
     "awkward": awkward(),
     "popular latent": popular(),
     "other output width": Case(7, 5, 11, 3, random_mask(7, 11, 0.4)),
@@ -129,6 +138,26 @@ def test_rows_and_latents_without_matches_get_exact_zeros():
     assert not bool(x_hat[empty].any()) and not bool(x.grad[empty].any())
     for grad in (W.grad, b.grad, W_dec.grad):
         assert not bool(grad[idle].any()) and bool(grad[~idle].any())
+
+
+def test_local_latents_are_recognised():
+    for name, local in {"experts": True, "last latent only": True, "awkward": False, "no matches": False}.items():
+        case = CASES[name]
+        assert sparse._is_local(matches(case, *(p.detach() for p in case.parameters(torch.float32)[:3]))) == local, name
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_the_centre_gets_the_gradient_of_what_was_subtracted(case):
+    x, W, b, _ = (p.detach() for p in case.parameters(torch.float64))
+    W.requires_grad_(), b.requires_grad_()
+    centre = torch.linspace(-1, 1, case.d_in, dtype=torch.float64, requires_grad=True)
+    grads = []
+    for given in (None, centre):
+        rows = x - centre if given is None else (x - centre).detach()
+        codes = encode_matches(rows, W, b, matches(case, x - centre.detach(), W, b), given)
+        grads.append(torch.autograd.grad((codes.values**3).sum(), [centre, W, b]))
+    for name, a, wanted in zip(("centre", "W_enc", "b_enc"), *reversed(grads), strict=True):
+        assert_close(name, a, wanted, torch.float64)
 
 
 @pytest.mark.parametrize("wanted", NAMES)

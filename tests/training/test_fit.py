@@ -55,7 +55,7 @@ def press_ctrl_c(*_):
     os.kill(os.getpid(), signal.SIGINT)
 
 
-CASES = {name: (name, {}) for name in ap.SAES}
+CASES = {name: (name, {}) for name in ("topk", "mutual_choice", "feature_choice")}
 CASES["feature_choice, switch in the middle"] = ("feature_choice", {"switch_at": 0.6, "budgets": "zipf"})
 CASES["feature_choice, switched before"] = (
     "feature_choice",

@@ -24,7 +24,7 @@ def trainer(name: str = "mutual_choice", settings: dict | None = None, **train: 
     return ap.Trainer(new(name, **(settings or {})), ap.TrainConfig(batch_tokens=64, **train))  # type: ignore[arg-type]
 
 
-@pytest.fixture(params=ap.SAES)
+@pytest.fixture(params=["topk", "mutual_choice", "feature_choice"])
 def name(request) -> str:
     return request.param
 

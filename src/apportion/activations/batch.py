@@ -44,7 +44,7 @@ class Batch:
 
 @runtime_checkable
 class Source(Protocol):
-    """Where training rows come from. All rows handed out have passed the token filter."""
+    """Where training rows come from. All rows handed out have passed the token filter, or a mask says which have."""
 
     @property
     def d_in(self) -> int: ...

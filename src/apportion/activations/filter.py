@@ -15,7 +15,7 @@ for the same row for ever, so it travels with the cache and with the SAE trained
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -102,6 +102,12 @@ class TokenFilter:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> TokenFilter:
         return TokenFilter(**{**values, "special_ids": tuple(values.get("special_ids", ()))})
+
+
+def trained_filter(source: Mapping[str, Any], hookpoint: str | None = None) -> TokenFilter | None:
+    """The filter in the description of a source, at one hookpoint if it has several; None if it does not say."""
+    about = next((site for site in source.get("sites", ()) if site["hookpoint"] == hookpoint), source)
+    return TokenFilter.from_dict(about["filter"]) if "filter" in about else None
 
 
 def row_norms(x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows"]:

@@ -84,6 +84,22 @@ def expand(model: nn.Module, hookpoints: str | Iterable[str]) -> list[str]:
     return list(found)
 
 
+def choose_from(names: Iterable[str], wanted: str) -> list[str]:
+    """Those of the hookpoints `names` that `wanted` stands for: hookpoints or globs, separated by commas.
+
+    Each once; in the order of `wanted`, those of a glob in the order of `names`.
+    """
+    known, found = list(names), dict[str, None]()
+    for text in wanted.split(","):
+        point = Hookpoint.parse(text.strip())
+        points = {name: Hookpoint.parse(name) for name in known}
+        hits = [n for n, p in points.items() if p.side == point.side and (p == point or _matches(p.path, point.path))]
+        if not hits:
+            raise ValueError(f"there is no hookpoint {str(point)!r}: choose among {', '.join(known)}")
+        found |= dict.fromkeys(hits)
+    return list(found)
+
+
 def middle_layer(model: nn.Module) -> str:
     """The hookpoint at the output of the middle layer: of the longest list of modules in the model."""
     stacks = [(len(m), name) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion.activations.batch import Batch
@@ -55,7 +55,7 @@ class _Rows:
         return len(self.x)
 
 
-def _joined(parts: list[_Rows]) -> _Rows:
+def joined(parts: list[_Rows]) -> _Rows:
     return _Rows(
         torch.cat([p.x for p in parts]), torch.cat([p.tokens for p in parts]), torch.cat([p.positions for p in parts])
     )
@@ -124,7 +124,7 @@ class LiveSource:
         if self._filter is None:
             num_contexts = -(-FIT_ROWS // self.contexts.shape[1])
             parts = [_Rows(row_norms(p.x), p.tokens, p.positions) for p in self._run(self._train[:num_contexts])]
-            rows = _joined(parts)
+            rows = joined(parts)
             self._filter = self._settings.fit(rows.x, rows.tokens, rows.positions, self._special_ids)
         return self._filter
 
@@ -139,15 +139,16 @@ class LiveSource:
 
     def _filtered_rows(self, which: Int[Tensor, " n"]) -> _Rows:
         """The rows of the contexts `which` that pass the filter."""
-        parts = []
-        for rows in self._run(which):
-            mask = torch.ones(len(rows), dtype=torch.bool, device=rows.x.device)
-            for reason, left_out in self.filter.reasons(row_norms(rows.x), rows.tokens, rows.positions).items():
-                self._filtered[reason] += int(left_out.sum())
-                mask &= ~left_out
-            self._rows_seen += len(rows)
-            parts.append(rows[mask])
-        return _joined(parts)
+        return joined([rows[self._mask(rows)] for rows in self._run(which)])
+
+    def _mask(self, rows: _Rows) -> Bool[Tensor, " n"]:
+        """True for the rows that pass the filter; the others are counted."""
+        mask = torch.ones(len(rows), dtype=torch.bool, device=rows.x.device)
+        for reason, left_out in self.filter.reasons(row_norms(rows.x), rows.tokens, rows.positions).items():
+            self._filtered[reason] += int(left_out.sum())
+            mask &= ~left_out
+        self._rows_seen += len(rows)
+        return mask
 
     def _block(self, epoch: int, block: int) -> _Rows | None:
         """Block `block` of an epoch, shuffled; None behind the last one."""
@@ -189,7 +190,7 @@ class LiveSource:
                 parts.append(part)
                 row, missing = row + len(part), missing - len(part)
                 if not missing:
-                    yield _joined(parts), LivePosition(epoch, block, row)
+                    yield joined(parts), LivePosition(epoch, block, row)
                     parts, missing = [], batch_tokens
             block, row = block + 1, 0
 

@@ -15,20 +15,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from jaxtyping import Int
 from torch import Tensor
 
 from apportion.activations.batch import Batch, read_held_out
 from apportion.activations.order import EpochOrder, Position, held_out_groups, split_held_out
-from apportion.activations.store import ActivationStore
+from apportion.activations.sites import Rows
 
 PREFETCH = 2
 
 
 class CacheSource:
-    """The unfiltered rows of an `ActivationStore`: an exact permutation of all training rows in each epoch."""
+    """The unfiltered rows of a cache (an `ActivationStore`, or one of sites.py): each epoch permutes all of them."""
 
-    def __init__(self, store: ActivationStore, held_out_share: float = 0.1, seed: int = 0) -> None:
+    def __init__(self, store: Rows, held_out_share: float = 0.1, seed: int = 0) -> None:
         self.store, self.held_out_share, self.seed = store, held_out_share, seed
         contexts = store.contexts
         num_contexts = int(contexts.max()) + 1
@@ -48,20 +47,16 @@ class CacheSource:
     def num_rows(self) -> int:
         return self._order.num_rows
 
-    def _read(self, indices: Int[Tensor, " n"]) -> Batch:
-        tokens, positions = self.store.gather_labels(indices)
-        return Batch(self.store.gather(indices), tokens=tokens, positions=positions)
-
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
-        for batch, position in _read_ahead(self._read, self._order.upcoming(batch_tokens)):
+        for batch, position in _read_ahead(self.store.batch, self._order.upcoming(batch_tokens)):
             self._order.position = position
             yield batch
 
     def sample(self, n: int) -> Batch:
-        return self._read(self._order.sample(n))
+        return self.store.batch(self._order.sample(n))
 
     def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
-        return read_held_out(self._read, self._held_out, max_rows, chunk, self.seed)
+        return read_held_out(self.store.batch, self._held_out, max_rows, chunk, self.seed)
 
     def state_dict(self) -> dict[str, Any]:
         return self._order.state_dict()

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from apportion.activations.batch import Batch
 from apportion.activations.filter import TokenFilter
 from apportion.activations.hookpoints import Hookpoint
 
@@ -136,6 +137,11 @@ class ActivationStore:
     def gather_labels(self, indices: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
         """The tokens and positions at `indices`."""
         return self._tokens.gather(indices), self._positions.gather(indices)
+
+    def batch(self, indices: Int[Tensor, " n"]) -> Batch:
+        """The rows at `indices` with their labels."""
+        tokens, positions = self.gather_labels(indices)
+        return Batch(self.gather(indices), tokens=tokens, positions=positions)
 
     def verify(self) -> None:
         """ValueError naming the files whose sha256 differs from the manifest's."""

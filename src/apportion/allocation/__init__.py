@@ -2,6 +2,7 @@
 
 from apportion.allocation.base import Candidates, Rule, Settled, StepContext, WarmStart
 from apportion.allocation.feature_choice import FeatureChoice
+from apportion.allocation.learned_threshold import LearnedThreshold
 from apportion.allocation.mutual_choice import MutualChoice
 from apportion.allocation.threshold import Threshold
 from apportion.allocation.token_choice import TokenChoice
@@ -11,12 +12,14 @@ RULES: dict[str, type[Rule]] = {
     "mutual_choice": MutualChoice,
     "feature_choice": FeatureChoice,
     "threshold": Threshold,
+    "learned_threshold": LearnedThreshold,
 }
 
 __all__ = [
     "RULES",
     "Candidates",
     "FeatureChoice",
+    "LearnedThreshold",
     "MutualChoice",
     "Rule",
     "Settled",

@@ -58,6 +58,8 @@ class StepContext:
 
     progress: float = 1.0
     """Share of the run that is done, 0..1; 1 for a run without an end."""
+    lr_share: float = 1.0
+    """Learning rate of this step as a share of its peak."""
     batch_tokens: int = 0
     dead: Bool[Tensor, " d_sae"] | None = None
     """Latents that have been silent for the whole dead window."""
@@ -75,6 +77,8 @@ class Rule(nn.Module, ABC):
     Config: ClassVar[type]
     batch_coupled: ClassVar[bool]
     """True if, in train mode, a token's code depends on the other tokens; such rules need thresholds in eval mode."""
+    needs_own_architecture: ClassVar[bool] = False
+    """True if the rule learns only in an architecture made for it, so that others cannot choose it."""
     threshold: Tensor
     """Eval-mode threshold, a scalar or one per latent; NaN until calibrated. Rules without one leave it out."""
 

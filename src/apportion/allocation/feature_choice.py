@@ -13,8 +13,17 @@ Which latent gets which rank is free at the start (their index). With `switch_at
 Mutual Choice; then the latents are ranked by measured density, and ranks and densities stay frozen. The phases and the
 constants alpha = 1, beta = 7 are our form of the method, not quoted from the paper.
 
+k is not annealed (annealing.py): that keeps latents alive early on, and here none can die. Densities, ranks and what
+aux_zipf expects of them are all stated for one k.
+
 In eval mode latent j fires where its affinity exceeds its own threshold, calibrated so that its expected density is
 m_j / tokens.
+
+When to use it: where no latent may die, or where the frequencies of latents are to be known beforehand. In our main
+experiment (docs/experiments.md) that costs some FVU; Zipf budgets cost less than uniform ones.
+
+Cost: as Mutual Choice, one dense product and k matches per token, with a selection that is more work, because every
+latent has a bound and a cut of its own. A batch must have at least d_sae / k tokens.
 """
 
 from __future__ import annotations

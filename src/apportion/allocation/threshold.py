@@ -20,6 +20,8 @@ from apportion.allocation.base import Candidates, Rule, Settled, WarmStart
 class ThresholdConfig:
     theta: float = 0.0
     """Matches with an affinity above this are kept."""
+    per_latent: bool = False
+    """One threshold for each latent, all theta at first, instead of one for all."""
 
 
 @final
@@ -29,7 +31,7 @@ class Threshold(Rule):
 
     def __init__(self, config: ThresholdConfig, d_sae: int) -> None:
         super().__init__(config, d_sae)
-        self.register_buffer("threshold", torch.tensor(float(config.theta)))
+        self.register_buffer("threshold", torch.full((d_sae,) if config.per_latent else (), float(config.theta)))
 
     @staticmethod
     def at(threshold: Tensor, d_sae: int) -> Threshold:

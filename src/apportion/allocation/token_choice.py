@@ -2,36 +2,43 @@
 
     S_b = the k largest affinities of token b          maximise sum S A   subject to  sum_j S_bj <= k  for every token b
 
-Nothing couples tokens, so train and eval mode agree and there are no thresholds.
+Nothing couples tokens, so train and eval mode agree and there are no thresholds. In training k may be annealed
+(annealing.py).
+
+When to use it: where every token is to have the same number of latents, and to compare with: it is the simplest of the
+SAEs with a budget, and has nothing to calibrate.
+
+Cost: one dense product finds the matches; encoder, decoder and gradients then touch k matches per token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import final
 
 import torch
 from torch import Tensor
 
-from apportion.allocation.base import Candidates, Rule, Settled, WarmStart, check_k
+from apportion.allocation.annealing import AnnealedConfig, AnnealedRule
+from apportion.allocation.base import Candidates, Settled, WarmStart
 
 INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenChoiceConfig:
+class TokenChoiceConfig(AnnealedConfig):
     k: int = 32
     """Latents kept per token."""
 
 
 @final
-class TokenChoice(Rule):
+class TokenChoice(AnnealedRule):
     Config = TokenChoiceConfig
     batch_coupled = False
 
     def __init__(self, config: TokenChoiceConfig, d_sae: int) -> None:
-        super().__init__(config, d_sae)
-        check_k("TopK", config.k, d_sae)
+        super().__init__(config, d_sae, "TopK")
         if config.k != int(config.k):
             raise ValueError(
                 f"TopK keeps a whole number of latents per token, got k = {config.k}. "
@@ -40,7 +47,7 @@ class TokenChoice(Rule):
 
     @property
     def row_limit(self) -> int:
-        return int(self.config.k)
+        return ceil(self.k_in_force)
 
     def budget(self, tokens: int) -> int:
         return self.row_limit * tokens

@@ -2,6 +2,9 @@
 
 To add one: write one file in this folder (an architecture) or in `allocation/` (a rule), add one line to `SAES`, and
 one test for what is special in its paper. Creation, files, the command line and evaluation follow from the table.
+
+Some architectures work with any rule: they have the setting `allocation`, a name of `RULES`, and then the settings of
+that rule: create("matryoshka", allocation="feature_choice", budgets="zipf", ...).
 """
 
 from __future__ import annotations
@@ -13,8 +16,19 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from apportion.allocation import RULES, Rule
 from apportion.architectures.base import SAE, SAEConfig
+from apportion.architectures.convert import to_jumprelu
+from apportion.architectures.crosscoder import Crosscoder
 from apportion.architectures.files import load
+from apportion.architectures.fixed_basis import FixedBasis
+from apportion.architectures.frozen import Frozen
+from apportion.architectures.gated import Gated
+from apportion.architectures.jumprelu import JumpReLU
+from apportion.architectures.matryoshka import Matryoshka
+from apportion.architectures.multi_topk import MultiTopK
 from apportion.architectures.plain import Plain
+from apportion.architectures.relu import ReLU
+from apportion.architectures.switch import Switch
+from apportion.architectures.transcoder import Transcoder
 
 
 @dataclass(frozen=True)
@@ -25,11 +39,42 @@ class NamedSAE:
     """Who gets how much of the budget, in one line."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Settings whose default differs from that of the architecture or the rule."""
+    any_rule: bool = False
+    """True if the rule is a setting, `allocation`, and `rule` only its default."""
+    all_hookpoints: bool = False
+    """True if it takes all hookpoints of a cache unless told otherwise; False if it takes one."""
 
-    def settings(self) -> dict[str, Any]:
-        """Every setting with its default, in order; d_in and d_sae have none."""
-        both = [*fields(self.architecture.Config), *fields(self.rule.Config)]
-        return {f.name: self.defaults.get(f.name, f.default) for f in both}
+    def rule_named(self, allocation: str | None = None) -> type[Rule]:
+        """The rule of that name, or the default one. ValueError if there is none, or if this SAE has its own."""
+        if allocation is None:
+            return self.rule
+        if not self.any_rule:
+            raise ValueError(
+                f"allocation = {allocation!r} is not for this SAE, whose rule is always {rule_name(self.rule)}. "
+                f"SAEs with a choice: {', '.join(name for name, entry in SAES.items() if entry.any_rule)}."
+            )
+        if allocation not in (choices := rule_choices()):
+            raise ValueError(f"There is no allocation {allocation!r} to choose; {_nearest(str(allocation), choices)}")
+        return RULES[allocation]
+
+    def settings(self, allocation: str | None = None) -> dict[str, Any]:
+        """Every setting with its default under this rule, in order; d_in and d_sae have none."""
+        rule = self.rule_named(allocation)
+        of_architecture, of_rule = (
+            {f.name: self.defaults.get(f.name, f.default) for f in fields(part.Config)}
+            for part in (self.architecture, rule)
+        )
+        chosen = {"allocation": rule_name(rule)} if self.any_rule else {}
+        return of_architecture | chosen | of_rule
+
+
+def rule_choices() -> list[str]:
+    """The rules that `allocation` can name."""
+    return [name for name, rule in RULES.items() if not rule.needs_own_architecture]
+
+
+def rule_name(rule: type[Rule]) -> str:
+    return next(name for name, known in RULES.items() if known is rule)
 
 
 SAES: dict[str, NamedSAE] = {
@@ -46,34 +91,134 @@ SAES: dict[str, NamedSAE] = {
         "every latent keeps a fixed share of tokens, those it matches best: tokens take what they need, no latent dies",
         {"aux": "aux_zipf"},
     ),
+    "multi_topk": NamedSAE(
+        MultiTopK, RULES["topk"], "every token keeps its k strongest latents, and could use more: 4 k are trained too"
+    ),
+    "matryoshka": NamedSAE(
+        Matryoshka,
+        RULES["mutual_choice"],
+        "nested SAEs of growing width in one: the first latents alone reconstruct as well as they can",
+        any_rule=True,
+    ),
+    "transcoder": NamedSAE(
+        Transcoder,
+        RULES["topk"],
+        "codes of a module's input predict its output; every token keeps its k strongest latents",
+        any_rule=True,
+    ),
+    "skip_transcoder": NamedSAE(
+        Transcoder,
+        RULES["topk"],
+        "a transcoder with a dense linear map beside the latents, which need not spend themselves on what is linear",
+        {"skip": True},
+        any_rule=True,
+    ),
+    "crosscoder": NamedSAE(
+        Crosscoder,
+        RULES["topk"],
+        "one code for several layers or models; every token keeps the k latents that write most to all of them",
+        {"affinity": "code_times_decoder_norm", "subtract_b_dec": False},
+        any_rule=True,
+        all_hookpoints=True,
+    ),
+    "mlsae": NamedSAE(
+        Plain,
+        RULES["topk"],
+        "one SAE for all layers: every (token, layer) is a row, standardised alone, and keeps its k strongest latents",
+        {"input_norm": "token_standardise"},
+        any_rule=True,
+        all_hookpoints=True,
+    ),
+    "switch": NamedSAE(
+        Switch,
+        RULES["topk"],
+        "a router sends each token to one of several small SAEs, of which only that one is computed",
+        {"aux": "none"},
+        any_rule=True,
+    ),
+    "relu": NamedSAE(
+        ReLU, RULES["threshold"], "every positive latent is kept, and an L1 penalty makes codes small until k are left"
+    ),
+    "gated": NamedSAE(
+        Gated,
+        RULES["threshold"],
+        "one path decides which latents fire and bears the L1 penalty, another says how strongly",
+    ),
+    "jumprelu": NamedSAE(
+        JumpReLU,
+        RULES["learned_threshold"],
+        "every latent has a threshold of its own, which is learned: tokens take as many latents as exceed theirs",
+        {"aux": "none"},
+    ),
+    "frozen_decoder": NamedSAE(
+        Frozen,
+        RULES["topk"],
+        "baseline: decoder directions are random and never trained, every token keeps its k strongest latents",
+        {"frozen": "decoder"},
+        any_rule=True,
+    ),
+    "soft_frozen_decoder": NamedSAE(
+        Frozen,
+        RULES["topk"],
+        "baseline: decoder directions stay near a random start, every token keeps its k strongest latents",
+        {"frozen": "soft_decoder"},
+        any_rule=True,
+    ),
+    "frozen_encoder": NamedSAE(
+        Frozen,
+        RULES["topk"],
+        "baseline: encoder directions are random and never trained, every token keeps its k strongest latents",
+        {"frozen": "encoder"},
+        any_rule=True,
+    ),
+    "pca": NamedSAE(
+        FixedBasis,
+        RULES["topk"],
+        "baseline: nothing is trained, every token keeps its k largest principal components",
+        {"basis": "pca"},
+        any_rule=True,
+    ),
+    "neurons": NamedSAE(
+        FixedBasis,
+        RULES["topk"],
+        "baseline: nothing is trained, every token keeps its k largest activations as they are",
+        {"basis": "neurons"},
+        any_rule=True,
+    ),
 }
 
 
 def create(name: str, **settings: Any) -> SAE:
     """A new SAE in train mode, e.g. create("mutual_choice", d_in=576, d_sae=4608, k=32).
 
-    Settings are the fields of the architecture's and the rule's Config. Raises ValueError for an unknown name or
-    setting, with the nearest known one, and for values that cannot work.
+    Settings are the fields of the architecture's and the rule's Config, and `allocation` where the rule is a setting.
+    Raises ValueError for an unknown name or setting, with the nearest known one, and for values that cannot work.
     """
     if name not in SAES:
         raise ValueError(f"There is no SAE named {name!r}; {_nearest(name, SAES)}")
     entry = SAES[name]
-    known = entry.settings()
+    allocation = settings.get("allocation")
+    rule_type, known = entry.rule_named(allocation), entry.settings(allocation)
     for setting in settings:
         if setting not in known:
-            raise ValueError(f"{name} has no setting {setting!r}; {_nearest(setting, known)}")
+            under = f" with allocation={known['allocation']!r}" if entry.any_rule else ""
+            raise ValueError(f"{name}{under} has no setting {setting!r}; {_nearest(setting, known)}")
+    if "d_sae" not in settings and (d_sae := entry.architecture.d_sae_for(settings.get("d_in", 0))):
+        settings["d_sae"] = d_sae
     missing = [s for s in ("d_in", "d_sae") if s not in settings]
     if missing:
         raise ValueError(f"create({name!r}) needs {' and '.join(missing)}.")
     values = entry.defaults | settings
-    rule_names = {f.name for f in fields(entry.rule.Config)}
-    config = entry.architecture.Config(**{k: v for k, v in values.items() if k not in rule_names})
-    rule_config = entry.rule.Config(**{k: v for k, v in values.items() if k in rule_names})
+    config, rule_config = (
+        part.Config(**{f.name: values[f.name] for f in fields(part.Config) if f.name in values})
+        for part in (entry.architecture, rule_type)
+    )
     for part in (config, rule_config):
         _check_choices(part)
-    rule = entry.rule(rule_config, config.d_sae)
+    rule = rule_type(rule_config, config.d_sae)
     sae = entry.architecture(config, rule)
     sae.name = name
+    sae.allocation_name = known.get("allocation")
     return sae.train()
 
 
@@ -81,7 +226,8 @@ def _check_choices(config: Any) -> None:
     """Refuse words that are none of a setting's choices, and words where a number belongs."""
     for setting, kind in get_type_hints(type(config)).items():
         value = getattr(config, setting)
-        if {int, float} & {kind, *get_args(kind)} and not isinstance(value, int | float | NoneType):
+        number = {int, float} & {kind, *get_args(kind)}
+        if number and get_origin(kind) is not tuple and not isinstance(value, int | float | NoneType):
             raise ValueError(f"{setting} must be a number, got {value!r}.")
         if get_origin(kind) is Literal and getattr(config, setting) not in get_args(kind):
             nearest = _nearest(str(getattr(config, setting)), get_args(kind))
@@ -93,4 +239,4 @@ def _nearest(word: str, known: Any) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known are: {', '.join(known)}."
 
 
-__all__ = ["SAES", "NamedSAE", "SAE", "SAEConfig", "create", "load"]
+__all__ = ["SAES", "NamedSAE", "SAE", "SAEConfig", "create", "load", "rule_choices", "to_jumprelu"]

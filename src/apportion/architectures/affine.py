@@ -9,6 +9,9 @@ Rows may have several sites (crosscoders): weights are then [d_sae, num_sites, d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 
 from apportion.allocation import Rule, WarmStart
 from apportion.architectures.base import SAE, SAEConfig
-from apportion.kernels import choose, decode_matches, encode_matches
+from apportion.kernels import Experts, choose, decode_matches, encode_matches
 from apportion.latents import Latents, from_matches
 
 
@@ -44,7 +47,19 @@ class Affine(SAE):
         return self.W_dec.detach().clone()
 
     def encode_scaled_by(self, rule: Rule, x: Float[Tensor, " tokens *row"], warm: WarmStart | None = None) -> Latents:
-        return self.encode_centred(rule, self.centred(x), warm)
+        return self.encode_rows(rule, x, warm)
+
+    def encode_rows(
+        self,
+        rule: Rule,
+        x: Float[Tensor, " tokens *row"],
+        warm: WarmStart | None = None,
+        experts: Experts | None = None,
+    ) -> Latents:
+        """Choose among all latents of prepared rows, with gradients to x and all encoder parameters."""
+        if x.requires_grad or not self.config.subtract_b_dec:
+            return self.encode_centred(rule, self.centred(x), warm, experts=experts)
+        return self.encode_centred(rule, self.centred(x).detach(), warm, experts=experts, centre=self.b_dec)
 
     def centred(self, x: Float[Tensor, " tokens *row"]) -> Float[Tensor, " tokens *row"]:
         return x - self.b_dec if self.config.subtract_b_dec else x
@@ -55,18 +70,24 @@ class Affine(SAE):
         x: Float[Tensor, " tokens *row"],
         warm: WarmStart | None,
         ids: Int[Tensor, " n"] | None = None,
+        experts: Experts | None = None,
+        centre: Float[Tensor, "*row"] | None = None,
     ) -> Latents:
-        """Choose among all latents, or among `ids` (ascending) only; gradients to x, W_enc and b_enc."""
+        """Choose among all latents, or among `ids` (ascending) only; gradients to x, W_enc and b_enc.
+
+        With `experts`, each token has its expert's latents only, and its affinities are gated, but its codes are not.
+        `centre` gets the gradient of what was subtracted from x, if x itself has none.
+        """
         x, W_enc = x.flatten(1), self.W_enc.flatten(1)
         W, b = (W_enc, self.b_enc) if ids is None else (W_enc[ids], self.b_enc[ids])
         norms = None
         if self.config.affinity == "code_times_decoder_norm":
             norms = self.decoder_norms() if ids is None else self.decoder_norms()[ids]
         screen = self.screen if ids is None else None  # few columns: the full product costs less than looking twice
-        m = choose(x, W, b, rule, norms=norms, warm=warm, screen=screen)
+        m = choose(x, W, b, rule, norms=norms, experts=experts, warm=warm, screen=screen)
         latents = m.latents if ids is None else ids[m.latents]
         matches = from_matches(m.rows, latents, m.values, self.d_sae, (x.shape[0],))
-        return encode_matches(x, W_enc, self.b_enc, matches)
+        return encode_matches(x, W_enc, self.b_enc, matches, None if centre is None else centre.flatten())
 
     def decode_scaled(
         self, latents: Latents, x: Float[Tensor, " tokens *row"] | None = None
@@ -92,8 +113,23 @@ class Affine(SAE):
         self.allocation.rescale(1 / scale.item())
 
 
+_blank: ContextVar[bool] = ContextVar("blank", default=False)
+
+
+@contextmanager
+def blank_weights() -> Iterator[None]:
+    """New SAEs within have weights that are not set, which saves time where they are about to be read from a file."""
+    token = _blank.set(True)
+    try:
+        yield
+    finally:
+        _blank.reset(token)
+
+
 def unit_rows(n: int, shape: tuple[int, ...], seed: int | None) -> Float[Tensor, " n *shape"]:
     """Random directions; `seed` None uses torch's global generator."""
+    if _blank.get():
+        return torch.empty(n, *shape)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     rows = torch.randn(n, *shape, generator=generator).flatten(1)
     return (rows / rows.norm(dim=1, keepdim=True)).unflatten(1, shape)

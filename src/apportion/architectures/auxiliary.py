@@ -20,6 +20,7 @@ from apportion.allocation.token_choice import TokenChoiceConfig
 from apportion.allocation.zipf import NOISE_SHARE, fit_zipf, zipf_densities
 from apportion.architectures.affine import Affine, AffineConfig
 from apportion.kernels import decode_matches
+from apportion.latents import Latents
 
 MIN_RANKS = 16
 """With fewer latents above the noise no curve is fitted, and only dead latents count as underutilised."""
@@ -72,10 +73,14 @@ class AffineWithAuxiliary(Affine):
             return {}
         limit = self.config.aux_matches
         rule = TokenChoice(TokenChoiceConfig(k=min(limit, silent.numel())), silent.numel())
-        chosen = self.encode_centred(rule, self.centred(x).detach(), None, silent)
+        chosen = self.encode_silent(rule, x, silent)
         error_hat = decode_matches(chosen, self.W_dec.flatten(1))
         term = losses.auxiliary(error.flatten(1), error_hat, share=min(1.0, silent.numel() / limit))
         return {self.config.aux: self.config.aux_weight * term}
+
+    def encode_silent(self, rule: Rule, x: Float[Tensor, " tokens *row"], silent: Int[Tensor, " n"]) -> Latents:
+        """Codes of these latents (ascending) alone, with gradients to their W_enc and b_enc and to nothing else."""
+        return self.encode_centred(rule, self.centred(x).detach(), None, silent)
 
     def _silent(self, context: StepContext) -> Int[Tensor, " n"] | None:
         """The latents that the auxiliary loss is for."""

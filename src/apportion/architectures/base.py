@@ -77,6 +77,10 @@ class SAE(nn.Module, ABC):
     Config: ClassVar[type[SAEConfig]]
     name: str
     """The name in the table of SAEs that it was created by."""
+    needs_target: ClassVar[bool] = False
+    """True if a training step needs `Batch.target`."""
+    allocation_name: str | None = None
+    """The name of its rule, where the rule is a setting."""
 
     def __init__(self, config: SAEConfig, allocation: Rule) -> None:
         super().__init__()
@@ -121,6 +125,11 @@ class SAE(nn.Module, ABC):
         return self.input.scale
 
     @property
+    def needs_fit(self) -> bool:
+        """True until `fit_input` has set what it sets."""
+        return self.input.needs_fit
+
+    @property
     def decode_needs_x(self) -> bool:
         """True if `decode` cannot do without the input: tokens are normalised singly, or there is a skip."""
         return self.input.kind in PER_TOKEN
@@ -128,6 +137,11 @@ class SAE(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    @classmethod
+    def d_sae_for(cls, d_in: int) -> int | None:
+        """The number of latents where it follows from d_in; None where it is a setting."""
+        return None
 
     # What an architecture supplies
 
@@ -182,6 +196,10 @@ class SAE(nn.Module, ABC):
         """Weighted losses besides reconstruction of `y`, on scaled data."""
         return {}
 
+    def lr_factors(self) -> dict[Tensor, float]:
+        """Parameters that want another learning rate, with the factor between the two. The Trainer goes by it."""
+        return {}
+
     def unit_rows(self) -> list[nn.Parameter]:
         """Matrices whose rows are held at unit norm. The Trainer does it; other loops call the two methods below."""
         return []
@@ -195,9 +213,13 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """After the optimiser's step: make the rows of unit norm again (zero rows stay zero)."""
+        """After the optimiser's step: make the rows of unit norm again (zero rows stay zero), then `after_step`."""
         for p in self.unit_rows():
             p.div_(p.norm(dim=1, keepdim=True).clamp_min(torch.finfo(p.dtype).eps))
+        self.after_step()
+
+    def after_step(self) -> None:
+        """What else has to hold after every step of the optimiser; rows of `unit_rows` have unit norm by then."""
 
     # What users call
 
@@ -247,7 +269,7 @@ class SAE(nn.Module, ABC):
     def _finite_rows(self, x: Tensor) -> Tensor:
         rows = self._rows(x)
         if not bool(torch.isfinite(rows.detach().sum())) and not bool(torch.isfinite(rows.detach()).all()):
-            bad = (~torch.isfinite(rows.detach())).any(1).nonzero()[0].item()
+            bad = (~torch.isfinite(rows.detach().flatten(1))).any(1).nonzero()[0].item()
             raise ValueError(f"Row {bad} of the activations holds NaN or infinity. Filter such rows out first.")
         return rows
 
@@ -357,7 +379,8 @@ class SAE(nn.Module, ABC):
 
     def settings(self) -> dict[str, Any]:
         """Everything `create` needs to build it again."""
-        return asdict(self.config) | asdict(self.allocation.config)
+        chosen = {} if self.allocation_name is None else {"allocation": self.allocation_name}
+        return asdict(self.config) | chosen | asdict(self.allocation.config)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors; `ap.load(folder)` reads them."""

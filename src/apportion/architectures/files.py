@@ -15,9 +15,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from apportion.architectures.affine import blank_weights
 from apportion.architectures.base import SAE
 
 VERSION = 1
+SIZES = [
+    ("d_sae", "W_enc", 0),
+    ("d_in", "W_enc", -1),
+    ("d_out", "W_dec", -1),
+    ("num_sites", "W_enc", -2),
+    ("num_experts", "W_router", 0),
+]
+"""Settings that are sizes, and the dimension of a tensor that each is."""
 
 
 def save(sae: SAE, folder: Path) -> None:
@@ -52,13 +61,15 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
     if not isinstance(settings, dict):
         raise ValueError(f"{config_file} has no settings.")
     try:
-        sae = create(config.get("sae", ""), **settings)
+        tensors = load_file(tensor_file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{tensor_file} is damaged: {error}") from None
+    _check_sizes(settings, tensors, tensor_file)
+    try:
+        with blank_weights():
+            sae = create(config.get("sae", ""), **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_file} does not describe an SAE: {error}") from error
-    try:
-        tensors = load_file(tensor_file)
-    except SafetensorError as error:
-        raise ValueError(f"{tensor_file} is damaged: {error}") from None
     wanted = sae.state_dict()
     wrong = sorted(wanted.keys() ^ tensors.keys())
     if wrong:
@@ -68,10 +79,31 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
             raise ValueError(
                 f"{tensor_file}: {name} has shape {list(tensor.shape)}, its config says {list(wanted[name].shape)}."
             )
+    for name, _ in sae.named_parameters():
+        if not all_finite(tensors[name]):
+            raise ValueError(f"{tensor_file}: {name} holds NaN or infinity.")
     sae.to(tensors["W_dec"].dtype)
     sae.load_state_dict(tensors)
     sae.info = config.get("info", {})
     return sae.eval()
+
+
+def _check_sizes(settings: dict[str, Any], tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Before anything is made in the sizes that a config asks for: they are those of the weights."""
+    for name, weights, dimension in SIZES:
+        said = settings.get(name)
+        if said is None:
+            continue
+        if weights not in tensors:
+            raise ValueError(f"{file} does not fit its config: missing {weights}.")
+        found = list(tensors[weights].shape)
+        if len(found) < 2 or said != found[dimension]:
+            raise ValueError(f"{file}: {weights} has shape {found}, its config says {name} = {said!r}.")
+
+
+def all_finite(x: torch.Tensor) -> bool:
+    """Without a copy in the usual case, where even the sum is finite."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -105,7 +137,7 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} does not hold a JSON object.")

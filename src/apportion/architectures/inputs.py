@@ -6,6 +6,9 @@
     token_standardise   x~ = (x - mean_d x) / (std_d x + 1e-5)         each vector on its own (MLSAE, OpenAI's TopK)
     token_norm          x~ = x sqrt(d_in) / ||x||                      each vector on its own
 
+The summand 1e-5 keeps constant vectors finite; the way back, x = x~ std_d x + mean_d x, is without it, as in the
+libraries that these come from.
+
 `dataset` is the default and folds into weights; the per-token kinds do not, and need x again to go back.
 """
 
@@ -20,6 +23,8 @@ from torch import Tensor, nn
 InputNorm = Literal["none", "token_standardise", "token_norm", "dataset"]
 Centre = Literal["mean", "geometric_median"]
 PER_TOKEN = ("token_standardise", "token_norm")
+SMALLEST = {"token_standardise": 1e-5, "token_norm": 1e-8}
+"""Added to what a vector is divided by."""
 
 
 @final
@@ -62,7 +67,7 @@ class InputDescription(nn.Module):
         if self.kind == "none":
             return x
         shift, size = _token_statistics(x, self.kind)
-        return (x - shift) / size
+        return (x - shift) / (size + SMALLEST[self.kind])
 
     def undo(
         self, x_hat: Float[Tensor, " n *sites d_in"], x: Float[Tensor, " n *sites d_in"] | None
@@ -79,10 +84,13 @@ class InputDescription(nn.Module):
 
 
 def _token_statistics(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Shift and size of each vector, the latter 0 for a constant one."""
     if kind == "token_norm":
         size = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
-        return torch.zeros((), dtype=x.dtype, device=x.device), size + 1e-8
-    return x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
+        return torch.zeros((), dtype=x.dtype, device=x.device), size
+    if not len(x):  # std would warn
+        return x[..., :1], x[..., :1]
+    return x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
 
 
 def geometric_median(

@@ -35,7 +35,7 @@ def parse(argv: list[str]) -> Any:
     commands = {
         "demo": Demo,
         "collect": Collect,
-        "train": train_command(chosen_sae(argv)),
+        "train": train_command(*chosen_sae(argv)),
         "eval": Eval,
         "report": Report,
         "info": Info,

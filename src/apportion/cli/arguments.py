@@ -96,7 +96,8 @@ def best_device(name: str) -> str:
 def check_same_model(trained_on: dict[str, Any], found: dict[str, Any], where: str) -> None:
     """Refuse activations of another model than the SAE was trained on."""
     ours, theirs = trained_on.get("model", {}), found.get("model", {})
-    if ours and theirs and ours.get("config_sha256") != theirs.get("config_sha256"):
+    known = "config_sha256" in ours and "config_sha256" in theirs  # other libraries do not say
+    if known and ours["config_sha256"] != theirs["config_sha256"]:
         raise ValueError(
             f"{where} belongs to another model ({theirs.get('name_or_path')}) than the SAE was trained on "
             f"({ours.get('name_or_path')}). Use the same model."

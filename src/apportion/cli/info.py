@@ -42,14 +42,12 @@ class Info:
             for name, about in manifest["hookpoints"].items():
                 say(f"  {name}: width {about['d_in']}, {describe_filter(about)}")
             say("  all checksums agree" if self.verify else "  checksums not compared (--verify)")
-        elif (self.path / "config.json").exists():
-            from apportion.architectures import load
+        elif (self.path / "run.json").exists() and not (self.path / "config.json").exists():
+            say(f"{self.path}: a run that has not finished. Go on with apportion train ... --resume")
+        else:
+            from apportion.interop.load import load
 
             sae = load(self.path)
             about = f"{sae.name}, d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}, {sae.hookpoint or 'no hookpoint'}"
             say(f"{self.path}: {about}")
             say(json.dumps({"settings": sae.settings(), **sae.info}, indent=2))
-        elif (self.path / "run.json").exists():
-            say(f"{self.path}: a run that has not finished. Go on with apportion train ... --resume")
-        else:
-            raise ValueError(f"{self.path} holds no cache, run or SAE of apportion (no manifest.json, config.json).")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from apportion.cli.arguments import Count, Text, best_device, check_same_model, say
+from apportion.cli.rows import kind_of
 
 
 @dataclass(kw_only=True)
@@ -35,8 +36,8 @@ class Report:
     def run(self) -> None:
         from apportion.activations import load_model
         from apportion.activations.collect import model_fingerprint
-        from apportion.architectures import load
         from apportion.evals.report import check_report, make_report
+        from apportion.interop.load import load
 
         if not self.run_folders:
             raise ValueError("Name at least one run folder.")
@@ -73,6 +74,11 @@ class Report:
     def _trained_on(self, saes: list[Any]) -> dict[str, Any]:
         """What the SAEs were trained on; one model and one hookpoint."""
         first, *others = saes
+        for sae in saes:
+            if kind_of(sae.name) != "one":
+                raise ValueError(
+                    f"A report is about SAEs that reconstruct one hookpoint, not {sae.name}: use apportion eval."
+                )
         trained_on = first.info.get("source", {})
         for other in others:
             if other.hookpoint != first.hookpoint:

@@ -11,11 +11,13 @@ from typing import Annotated, Any, get_type_hints
 
 from tyro.conf import Positional, arg
 
-from apportion.architectures import SAES
+from apportion.architectures import SAES, rule_choices
 from apportion.cli.arguments import Count, Filter, Text, best_device, say
+from apportion.cli.objectives import CONFIGS, THROUGH_MODEL, check_objective, objective_config, objective_for
+from apportion.cli.rows import kind_of, open_rows, settings_of
 from apportion.training import TrainConfig
 
-SAE_FLAGS_OWN = {"d_in", "d_sae", "k", "seed", "hookpoint"}
+SAE_FLAGS_OWN = {"d_in", "d_out", "num_sites", "d_sae", "k", "seed", "hookpoint"}
 """SAE settings that the train command asks for itself, or that follow from the activations."""
 
 
@@ -29,12 +31,16 @@ class TrainBase:
     """The run folder to create."""
     sae: str = "mutual_choice"
     """Which SAE; its own options follow below (see --help with another --sae)."""
+    training_objective: str = "local"
+    """What is minimised: local (reconstruction), e2e or e2e_ds (what the language model does with it; needs a model),
+    mutual (several SAEs side by side). Its own options follow below."""
     k: float = 32
     """Active latents per token: the sparsity budget."""
     d_sae: int = 16_384
-    """Number of latents."""
+    """Number of latents; of pca and neurons it is always twice the width of the activations."""
     hookpoint: str | None = None
-    """Which hookpoint; needed for a model and for a cache that holds several."""
+    """Which hookpoint; needed for a model and for a cache that holds several. For an SAE that takes several: names or
+    globs separated by commas; default: all of the cache."""
     tokens: Count | None = None
     """Rows to train on; default: every training row of the cache once."""
     held_out_share: float = 0.1
@@ -55,20 +61,28 @@ class TrainBase:
         from apportion.training import Trainer
 
         self._check_out()
-        settings = {n: getattr(self, n) for n in SAES[self.sae].settings() if n not in SAE_FLAGS_OWN}
+        known = SAES[self.sae].settings(getattr(self, "allocation", None))
+        settings = {n: getattr(self, n) for n in known if n not in SAE_FLAGS_OWN}
         k = int(self.k) if self.k == int(self.k) else self.k
-        settings |= {"d_sae": self.d_sae, "seed": self.seed} | ({"k": k} if "k" in SAES[self.sae].settings() else {})
+        settings |= {"seed": self.seed} | ({"k": k} if "k" in known else {})
+        follows = SAES[self.sae].architecture.d_sae_for(1) is not None
+        settings |= {} if follows else {"d_sae": self.d_sae}
         train = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(self, f.name)}
         device = best_device(self.device)
         # Mistakes in the settings show before anything is loaded.
-        create(self.sae, d_in=1, **settings).allocation.check_batch(TrainConfig(**train).batch_tokens)
+        objective = objective_config(self.training_objective, self)
+        if not follows:
+            create(self.sae, d_in=1, **settings).allocation.check_batch(TrainConfig(**train).batch_tokens)
         source = self._source()
-        sae = create(self.sae, d_in=source.d_in, hookpoint=source.hookpoint, **settings)
+        settings |= settings_of(source)
+        seeds = range(self.seed, self.seed + getattr(self, "num_saes", 1))
+        saes = [create(self.sae, **settings | {"seed": seed}).to(device) for seed in seeds]
         config = TrainConfig(**train | {"total_tokens": self.tokens or source.num_rows, "seed": self.seed})
         if source.num_rows and config.total_tokens and config.total_tokens > source.num_rows:
             epochs = config.total_tokens / source.num_rows
             logging.getLogger("apportion").warning("--tokens asks for %.1f epochs of the training rows", epochs)
-        trainer = Trainer(sae.to(device), config)
+        trainer = Trainer(saes, config, objective_for(self.training_objective, objective, source))
+        sae = trainer.sae
         try:
             trainer.fit(source, self.out, resume=self.resume)
         except KeyboardInterrupt:
@@ -77,7 +91,7 @@ class TrainBase:
         calibration = sae.info["calibration"]
         say(f"{self.out}: {sae.name} on {trainer.tokens:,} tokens of {sae.hookpoint}")
         say(f"  calibrated on {calibration['tokens']:,} held-out tokens: L0 {calibration['l0']:.2f}")
-        say(f"  next: apportion eval {self.out}")
+        say(f"  next: apportion eval {self.out if len(saes) == 1 else self.out / 'sae-0'}")
 
     def _check_out(self) -> None:
         if self.resume and not (self.out / "run.json").exists():
@@ -88,18 +102,22 @@ class TrainBase:
             raise ValueError(f"--held-out-share must lie between 0 and 1, got {self.held_out_share}.")
 
     def _source(self) -> Any:
-        from apportion.activations import ActivationStore, CacheSource, LiveSource, load_model, read_contexts
+        from apportion.activations import CacheSource, ContextSource, LiveSource, load_model, read_contexts
         from apportion.activations.hookpoints import expand
 
         if not Path(self.source).exists() and self.source.count("/") != 1 and self.source != "embedded":
             raise ValueError(f"There is no cache or model at {self.source!r}.")
         if (Path(self.source) / "manifest.json").exists():
+            if self.training_objective in THROUGH_MODEL:
+                raise ValueError(f"{self.training_objective} runs the language model: give a model, not a cache.")
             if self.corpus != Text() or self.filter != Filter():
                 raise ValueError(f"{self.source} is a cache: its text and filter were chosen when it was collected.")
-            store = ActivationStore(self.source, self.hookpoint)
+            store = open_rows(self.source, self.sae, self.hookpoint, getattr(self, "target_hookpoint", None))
             return CacheSource(store, self.held_out_share, self.seed)
         if Path(self.source).is_dir() and not (Path(self.source) / "config.json").exists():
             raise ValueError(f"{self.source} is neither a cache (no manifest.json) nor a model (no config.json).")
+        if kind_of(self.sae) != "one":
+            raise ValueError(f"{self.sae} takes several hookpoints: make a cache of them first (apportion collect).")
         if self.hookpoint is None or self.tokens is None:
             raise ValueError("To train on a model give --hookpoint and --tokens (and --text or --dataset).")
         text = self.corpus.source()
@@ -108,7 +126,7 @@ class TrainBase:
         expand(model, self.hookpoint)
         wanted = int(self.tokens / max(1 - self.held_out_share, 1e-9) * 1.05) + self.context_tokens
         contexts = read_contexts(tokenizer, text, tokens=wanted, context_tokens=self.context_tokens)
-        return LiveSource(
+        return (ContextSource if self.training_objective in THROUGH_MODEL else LiveSource)(
             model,
             tokenizer,
             self.hookpoint,
@@ -120,42 +138,53 @@ class TrainBase:
         )
 
 
-def train_command(name: str) -> type:
-    """The train command with the typed options of one SAE and of TrainConfig."""
-    docs = setting_docs(name)
-    own = {f.name for f in dataclasses.fields(TrainBase)}
+def train_command(name: str, allocation: str | None = None, objective: str = TrainBase.training_objective) -> type:
+    """The train command with the typed options of TrainConfig, of one SAE, its rule where that is a setting, and of
+    the training objective."""
+    from tyro._docstrings import get_field_docstring
+
     entry = SAES[name]
+    defaults = entry.settings(allocation)
+    own = {f.name for f in dataclasses.fields(TrainBase)}
     extra: list[Any] = []
-    for config in (TrainConfig, entry.architecture.Config, entry.rule.Config):
+    if "allocation" in defaults:
+        doc = f"Which rule of allocation: {', '.join(rule_choices())}. Its own options follow below."
+        extra.append(("allocation", Annotated[str, arg(help=doc)], field(default=defaults["allocation"])))
+    configs = [TrainConfig, entry.architecture.Config, entry.rule_named(allocation).Config]
+    if (chosen := CONFIGS[objective]) is not None:
+        configs.append(type(chosen))
+        defaults = defaults | dataclasses.asdict(chosen)
+    if objective == "mutual":
+        doc = "How many SAEs are trained side by side, with seeds from --seed on."
+        extra.append(("num_saes", Annotated[int, arg(help=doc)], field(default=2)))
+    for config in configs:
         hints = get_type_hints(config)
         for f in dataclasses.fields(config):
             if f.name in own | SAE_FLAGS_OWN | {"total_tokens"}:
                 continue
-            default = entry.defaults.get(f.name, f.default)
-            extra.append((f.name, Annotated[hints[f.name], arg(help=docs[f.name])], field(default=default)))
+            doc = get_field_docstring(config, f.name, ()) or ""
+            default = defaults.get(f.name, f.default)
+            extra.append((f.name, Annotated[hints[f.name], arg(help=doc)], field(default=default)))
     namespace = {"__doc__": TrainBase.__doc__}
     return dataclasses.make_dataclass("Train", extra, bases=(TrainBase,), kw_only=True, namespace=namespace)
 
 
-def setting_docs(name: str) -> dict[str, str]:
-    """The documentation string under every setting."""
-    from tyro._docstrings import get_field_docstring
-
-    entry = SAES[name]
-    docs = {}
-    for config in (TrainConfig, entry.architecture.Config, entry.rule.Config):
-        for f in dataclasses.fields(config):
-            docs[f.name] = get_field_docstring(config, f.name, ()) or ""
-    return docs
-
-
-def chosen_sae(argv: list[str]) -> str:
-    """The value of --sae, which decides what other options there are."""
-    given = [word.partition("=")[2] or following for word, following in pairwise([*argv, ""]) if is_flag(word, "sae")]
-    name = given[-1] if given else TrainBase.sae
+def chosen_sae(argv: list[str]) -> tuple[str, str | None, str]:
+    """The values of --sae, --allocation and --training-objective, which decide what other options there are."""
+    name = given_value(argv, "sae") or TrainBase.sae
     if name not in SAES:
         raise ValueError(f"There is no SAE named {name!r}. Known are: {', '.join(SAES)}.")
-    return name
+    allocation = given_value(argv, "allocation")
+    SAES[name].rule_named(allocation)
+    objective = given_value(argv, "training-objective") or TrainBase.training_objective
+    check_objective(objective)
+    return name, allocation, objective
+
+
+def given_value(argv: list[str], name: str) -> str | None:
+    """What stands after the last --name, or None."""
+    given = [word.partition("=")[2] or following for word, following in pairwise([*argv, ""]) if is_flag(word, name)]
+    return given[-1] if given else None
 
 
 def is_flag(word: str, name: str) -> bool:

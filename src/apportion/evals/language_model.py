@@ -5,6 +5,7 @@
     delta_ce   spliced - clean, in nats per predicted token
     recovered  (ablated - spliced) / (ablated - clean), against each of the two ablations
 
+A transcoder is measured where it predicts: its target is what is replaced, by what it makes of its own hookpoint.
 Rows that the token filter leaves out stay untouched everywhere, in the ablations too. The rows seen on the way are
 measured like those of a cache. Cross-entropy is over all predictions within a context.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,10 +67,15 @@ def evaluate_model(
     token_filter: TokenFilter,
     *,
     hookpoint: str,
+    target: tuple[str, TokenFilter] | None = None,
     batch_contexts: int = 4,
     progress: bool = True,
 ) -> tuple[dict[str, Measurement], CrossEntropies]:
-    """Measure SAEs of one hookpoint on `contexts`; clean and ablated passes are shared by all of them."""
+    """Measure SAEs of one hookpoint on `contexts`; clean and ablated passes are shared by all of them.
+
+    For transcoders `target` is the hookpoint they predict and its token filter; rows have to pass both filters.
+    """
+    replaced = hookpoint if target is None else target[0]
     measurements = {name: Measurement(sae) for name, sae in saes.items()}
     entropies = CrossEntropies()
     total = _Sum()
@@ -76,22 +83,28 @@ def evaluate_model(
     done, passes = 0, contexts.numel() * (len(saes) + 3)
     with progress_bar("evaluating", passes, show=progress) as show:
         for ids in contexts.split(batch_contexts):
-            x, losses = _clean(model, ids, hookpoint)
+            (x, *others), losses = _clean(model, ids, [hookpoint] if target is None else [hookpoint, replaced])
             positions = torch.arange(ids.shape[1]).expand_as(ids)
             mask = token_filter.mask(x, ids.to(x.device), positions.to(x.device))
+            y = x
+            if target is not None:
+                y = others[0]
+                mask &= target[1].mask(y, ids.to(x.device), positions.to(x.device))
             masks.append(mask)
             entropies.add("clean", losses)
-            total.add(x[mask])
+            total.add(y[mask])
             difficulty = F.pad(losses, (0, 1), value=torch.nan)
             for name, measurement in measurements.items():
-                x_hat = measurement.add(x.flatten(0, 1), mask.flatten(), difficulty.flatten()).reshape(x.shape)
-                entropies.add(f"sae:{name}", _replaced(model, ids, hookpoint, mask, x_hat))
+                y_hat = measurement.add(
+                    x.flatten(0, 1), mask.flatten(), difficulty.flatten(), None if target is None else y.flatten(0, 1)
+                )
+                entropies.add(f"sae:{name}", _replaced(model, ids, replaced, mask, y_hat.reshape(y.shape)))
             done += ids.numel() * (len(saes) + 1)
             show(done)
         mean = total.mean()
         for ids, mask in zip(contexts.split(batch_contexts), masks, strict=True):
             for name, vector in (("zero", torch.zeros_like(mean)), ("mean", mean)):
-                entropies.add(name, _replaced(model, ids, hookpoint, mask, vector))
+                entropies.add(name, _replaced(model, ids, replaced, mask, vector))
             done += 2 * ids.numel()
             show(done)
     return measurements, entropies
@@ -113,12 +126,18 @@ class _Sum:
         return (self.sum / self.rows).float()
 
 
-def _clean(model: Any, ids: Tensor, hookpoint: str) -> tuple[Float[Tensor, "n pos d"], Float[Tensor, "n pos_minus_1"]]:
-    """Activations at the hookpoint and losses of the untouched model."""
-    seen: list[Tensor] = []
-    with hooked(model, {hookpoint: lambda x: seen.append(x.float().clone())}):
+def _clean(
+    model: Any, ids: Tensor, hookpoints: list[str]
+) -> tuple[list[Float[Tensor, "n pos d"]], Float[Tensor, "n pos_minus_1"]]:
+    """Activations at the hookpoints and losses of the untouched model."""
+    seen: dict[str, Tensor] = {}
+
+    def look(hookpoint: str, x: Tensor) -> None:
+        seen[hookpoint] = x.float().clone()
+
+    with hooked(model, {name: partial(look, name) for name in hookpoints}):
         losses = token_losses(model, ids)
-    return seen[0], losses
+    return [seen[name] for name in hookpoints], losses
 
 
 def _replaced(model: Any, ids: Tensor, hookpoint: str, mask: Tensor, new: Tensor) -> Float[Tensor, "n pos_minus_1"]:

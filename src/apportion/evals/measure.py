@@ -14,6 +14,7 @@ from torch import Tensor
 
 from apportion.allocation.zipf import fit_zipf
 from apportion.architectures import SAE
+from apportion.latents import Latents
 from apportion.metrics import FVU, Activations, correlation
 
 MIN_FIRINGS = 10
@@ -26,6 +27,7 @@ class Measurement:
     def __init__(self, sae: SAE) -> None:
         self.sae = sae
         self.filtered, self.unfiltered = FVU(), FVU()
+        self.sites: list[FVU] = []
         self.activations = Activations(sae.d_sae)
         self.rows = 0
         self._distances: list[Tensor] = []
@@ -44,20 +46,37 @@ class Measurement:
         `difficulty` is the model's cross-entropy of the prediction made at each row (NaN where there is none);
         `target` is what is to be reconstructed, if not x.
         """
-        x, mask = x.to(self.sae.mean.device), mask.to(self.sae.mean.device)
-        y = x if target is None else target.to(x.device)
+        if self.sae.needs_target and target is None:
+            raise ValueError(f"{self.sae.name} predicts a target from x: it can only be measured against one.")
+        x = x.to(self.sae.mean.device)
         with self.sae.in_eval_mode():
             latents = self.sae.encode(x)
-            x_hat = self.sae.decode(latents, x)
-        self.unfiltered.add(y, x_hat)
-        self.filtered.add(y[mask], x_hat[mask])
-        kept = latents[mask]
-        self.activations.add(kept)
+            y_hat = self.sae.decode(latents, x)
+        self.record(x, mask, latents, x if target is None else target.to(x.device), y_hat, difficulty)
+        return y_hat
+
+    def record(
+        self,
+        x: Float[Tensor, " n *row"],
+        mask: Bool[Tensor, " n"],
+        latents: Latents,
+        y: Float[Tensor, " n *out"],
+        y_hat: Float[Tensor, " n *out"],
+        difficulty: Float[Tensor, " n"] | None = None,
+    ) -> None:
+        """Take note of rows that have been encoded (in eval mode) and decoded already."""
+        mask = mask.to(x.device)
+        self.unfiltered.add(y, y_hat)
+        self.filtered.add(y[mask], y_hat[mask])
+        if y.ndim == 3:
+            self.sites = self.sites or [FVU() for _ in range(y.shape[1])]
+            for site, fvu in enumerate(self.sites):
+                fvu.add(y[mask, site], y_hat[mask, site])
+        self.activations.add(latents[mask])
         self.rows += len(x)
         self._distances.append((x[mask].float() - self.sae.mean).flatten(1).norm(dim=1).cpu())
         if difficulty is not None:
             self._difficulty.append(difficulty.to(mask.device)[mask].cpu())
-        return x_hat
 
     def l0_of_tokens(self) -> Tensor:
         """Active latents of every token that took part."""
@@ -82,6 +101,7 @@ class Measurement:
             "filtered_share": 1 - tokens / self.rows,
             "fvu": self.filtered.value(),
             "fvu_unfiltered": self.unfiltered.value(),
+            **({"fvu_sites": [fvu.value() for fvu in self.sites]} if self.sites else {}),
             "l0": acts.mean_l0(),
             "l0_quantiles": dict(zip(("5%", "25%", "50%", "75%", "95%"), quantiles.tolist(), strict=True)),
             "dead": acts.dead(),

@@ -1,10 +1,13 @@
 """From inputs to chosen matches, without ever holding the [tokens, d_sae] matrix.
 
-The one dense product of an SAE, x W_enc^T + b_enc, is made in row blocks into a reused buffer. Of each block only the
-entries above the rule's bounds survive as candidates; after the last block the rule settles which are chosen. If the
-bounds turn out too high, the kernel looks again: a scalar bound is lowered and the blocks are scanned once more;
-latents with bounds of their own are looked up one by one in the transposed product. Under a rule that limits rows
-(TopK) each row has a bound of its own, just below its k-th largest entry, and no second look is needed.
+The one dense product of an SAE, x W_enc^T + b_enc, is made in row blocks into a reused buffer (kernels/product.py). Of
+each block only the entries above the rule's bounds survive as candidates; after the last block the rule settles which
+are chosen. If the bounds turn out too high, the kernel looks again: a scalar bound is lowered and the blocks are
+scanned once more; latents with bounds of their own are looked up one by one in the transposed product. Under a rule
+that limits rows (TopK) each row has a bound just below its k-th largest entry, and no second look is needed.
+
+With experts the blocks come expert by expert, but candidates are settled all together and in token order: the rule
+chooses exactly as if all other entries were zero.
 
 With `screen="bfloat16"` the product is made in bfloat16, several times faster, and only finds candidates: everything
 within SCREEN_MARGIN of the cut. Their codes are computed again in full precision, and on these the rule settles.
@@ -20,7 +23,6 @@ b_enc cancels a large component common to all inputs, or where the cut is next t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,9 +32,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.allocation.base import Candidates, Rule, Settled, WarmStart
+from apportion.allocation.threshold import Threshold
 from apportion.allocation.token_choice import rank_within
 from apportion.kernels.dispatch import backend_for
-from apportion.kernels.primitives import block_rows, dot_products
+from apportion.kernels.product import Block, Experts, Product
 
 SPARE_CANDIDATES = 2**20
 """So many candidates beyond twice the budget, and those that cannot be chosen any more are thrown out."""
@@ -65,6 +68,8 @@ class _Found:
     def __getitem__(self, keep: Tensor) -> _Found:
         """Those that a mask marks, or those at given places."""
         places = _marked(keep) if keep.dtype == torch.bool else keep
+        if keep.dtype == torch.bool and places.numel() == keep.numel():
+            return self
         values = self.values[places]
         affinity = values if self.affinity is self.values else self.affinity[places]
         return _Found(self.rows[places], self.latents[places], values, affinity)
@@ -89,14 +94,16 @@ def choose(
     rule: Rule,
     *,
     norms: Float[Tensor, " d_sae"] | None = None,
+    experts: Experts | None = None,
     warm: WarmStart | None = None,
     screen: Screen = None,
 ) -> Matches:
     """The matches that `rule` chooses. Affinity = relu(x W_enc^T + b_enc), times `norms` if given (decoder norms).
 
-    `warm`, if given, supplies the rule's bounds and receives those for the next batch.
+    With `experts` each token has the latents of its expert only, and its affinities are multiplied by its gate; the
+    codes are not. `warm`, if given, supplies the rule's bounds and receives those for the next batch.
     """
-    scan = _Scan(x, W_enc, b_enc, norms, screen)
+    scan = _Scan(Product(x, W_enc, b_enc, norms, experts), screen)
     budget = rule.budget(scan.tokens)
     bounds = rule.bounds(warm)
     if bounds is not None:
@@ -126,30 +133,31 @@ def choose(
     return Matches(chosen.rows, chosen.latents, chosen.values)
 
 
-class _Scan:
-    """The blocked product of one batch."""
+@torch.no_grad()
+def all_above(
+    x: Float[Tensor, "tokens d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    bounds: Float[Tensor, " d_sae"],
+) -> Matches:
+    """Every match whose pre-activation exceeds its latent's bound; under a negative bound also negative ones."""
+    scan = _Scan(Product(x, W_enc, b_enc))
+    found, _ = scan.rows(Threshold.at(bounds, scan.d_sae), bounds.to(scan.x), None)
+    return Matches(found.rows, found.latents, found.values)
 
-    def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None, screen: Screen) -> None:
-        self.x, self.W_enc, self.b_enc, self.norms = x, W_enc, b_enc, norms
-        self.tokens, self.d_sae = x.shape[0], W_enc.shape[0]
-        self.screened = screen is not None and x.dtype == torch.float32
-        self.scratch = torch.empty(0, dtype=torch.bool, device=x.device)
+
+class _Scan:
+    """The search for candidates in the blocks of one product."""
+
+    def __init__(self, product: Product, screen: Screen = None) -> None:
+        self.product = product
+        self.x = product.x
+        self.tokens, self.d_sae = product.x.shape[0], product.W_enc.shape[0]
+        self.screened = screen is not None and self.x.dtype == torch.float32
+        self.scratch = torch.empty(0, dtype=torch.bool, device=self.x.device)
 
     def settle(self, rule: Rule, found: _Found, budget: int | Tensor | None) -> Settled:
         return rule.settle(Candidates(found.rows, found.latents, found.affinity, self.tokens, self.d_sae), budget)
-
-    def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(first row, codes, affinities) of each row block; the buffers are reused."""
-        to = torch.bfloat16 if self.screened else self.x.dtype
-        x, W, b = (t.to(to) for t in (self.x, self.W_enc, self.b_enc))
-        norms = None if self.norms is None else self.norms.to(to)
-        size = max(1, min(self.tokens, block_rows(self.d_sae, x)))
-        buffer = x.new_empty(size, self.d_sae)
-        weighted = buffer if norms is None else torch.empty_like(buffer)
-        for start in range(0, self.tokens, size):
-            block = x[start : start + size]
-            codes = torch.addmm(b, block, W.T, out=buffer[: len(block)])
-            yield start, codes, codes if norms is None else torch.mul(codes, norms, out=weighted[: len(block)])
 
     def candidates(
         self, rule: Rule, bounds: Tensor | None, budget: int | Tensor | None
@@ -172,9 +180,7 @@ class _Scan:
 
     def exact(self, rough: _Found) -> _Found:
         """The same matches with codes in full precision; those that are not positive are dropped."""
-        offsets = torch.searchsorted(rough.rows, torch.arange(self.tokens + 1, device=rough.rows.device))
-        values = dot_products(offsets, rough.rows, rough.latents, self.x, self.W_enc) + self.b_enc[rough.latents]
-        affinity = values if self.norms is None else values * self.norms[rough.latents]
+        values, affinity = self.product.at(rough.rows, rough.latents)
         found = _Found(rough.rows, rough.latents, values, affinity)
         return found[affinity > 0]
 
@@ -188,21 +194,22 @@ class _Scan:
         total, limit = int(budget.sum()) if isinstance(budget, Tensor) else budget, rule.row_limit
         parts: list[_Found] = []
         pending = 0
-        for start, codes, affinity in self.blocks():
+        for latents, block in self.product.blocks(torch.bfloat16 if self.screened else self.x.dtype):
             if limit is not None:
-                at = _below_largest(affinity, limit)
+                at = _below_largest(block.affinity, limit)
             elif bounds is None:
-                guess = rule.first_bounds(affinity)
+                guess = rule.first_bounds(block.affinity)
                 at = bounds = self.x.new_zeros(()) if guess is None else guess.to(self.x.dtype)
             else:
-                at = bounds
-            found = self.above(codes, affinity, self.lowered(at))
+                at = bounds if bounds.ndim == 0 else bounds[latents]
+            found = self.above(block, self.lowered(at))
             values = found.values.to(self.x.dtype)
             weights = values if found.affinity is found.values else found.affinity.to(self.x.dtype)
-            parts.append(_Found(found.rows + start, found.latents, values, weights))
+            tokens = self.product.tokens_at(found.rows + block.first)
+            parts.append(_Found(tokens, found.latents + latents.start, values, weights))
             pending += found.rows.numel()
             if total is not None and pending > 2 * total + SPARE_CANDIDATES:
-                merged = _Found.cat(parts, self.x)
+                merged = self.merged(parts)
                 settled = self.settle(rule, merged, budget)
                 parts = [merged[self.in_reach(merged, settled)]]
                 pending = parts[0].rows.numel()
@@ -211,7 +218,12 @@ class _Scan:
                 if self.screened and pending > 2 * total + SPARE_CANDIDATES:  # too much lies within the margin
                     self.screened = False
                     return self.rows(rule, bounds, budget)
-        return _Found.cat(parts, self.x), bounds
+        return self.merged(parts), bounds
+
+    def merged(self, parts: list[_Found]) -> _Found:
+        """In token order, each token's matches being together and in order already."""
+        found = _Found.cat(parts, self.x)
+        return found if self.product.order is None else found[found.rows.int().argsort(stable=True)]
 
     def lowered(self, bounds: Tensor) -> Tensor:
         """What a block is compared with: the bounds, under the screen less the margin.
@@ -231,8 +243,9 @@ class _Scan:
             return torch.ones_like(settled.keep)
         return found.affinity > (1 - SCREEN_MARGIN) * _each(settled.cut, found.latents)
 
-    def above(self, codes: Tensor, affinity: Tensor, bounds: Tensor) -> _Found:
-        """Entries whose affinity exceeds the bounds: a scalar, one per latent, or one per row [rows, 1]."""
+    def above(self, block: Block, bounds: Tensor) -> _Found:
+        """Entries whose affinity exceeds the bounds (a scalar, one per column, or one per row [rows, 1]), as places."""
+        codes, affinity = block.codes, block.affinity
         if backend_for(affinity) == "triton":
             from apportion.kernels import triton_kernels
 
@@ -242,21 +255,19 @@ class _Scan:
                 self.scratch = torch.empty(affinity.numel(), dtype=torch.bool, device=affinity.device)
             flat = _above_in_torch(affinity, bounds, self.scratch[: affinity.numel()].view(affinity.shape))
         rows = flat.div(codes.shape[1], rounding_mode="floor")
-        values = codes.view(-1)[flat]
-        weights = values if affinity is codes else affinity.view(-1)[flat]
+        values = codes.view(-1).index_select(0, flat)
+        weights = values if affinity is codes else affinity.view(-1).index_select(0, flat)
         return _Found(rows, flat - rows * codes.shape[1], values, weights)
 
     def columns(self, latents: Int[Tensor, " n"], budget: Int[Tensor, " d_sae"]) -> list[_Found]:
         """The best tokens of each of these latents: twice its budget and four more, so that bounds can be told."""
-        latents = latents[budget[latents].argsort(descending=True)]
         parts = []
-        for ids in latents.split(block_rows(self.tokens, self.x)):
-            codes = torch.addmm(self.b_enc[ids, None], self.W_enc[ids], self.x.T)
-            affinity = codes if self.norms is None else codes * self.norms[ids, None]
+        for ids, block in self.product.columns(latents[budget[latents].argsort(descending=True)]):
             reach = 2 * int(budget[ids].max()) + 4
-            found = self.above(codes, affinity, _below_largest(affinity, reach))
+            found = self.above(block, _below_largest(block.affinity, reach))
             found = found[rank_within(found.rows, found.affinity, len(ids)) < reach]
-            parts.append(_Found(found.latents, ids[found.rows], found.values, found.affinity))
+            tokens = self.product.tokens_at(found.latents + block.first)
+            parts.append(_Found(tokens, ids[found.rows], found.values, found.affinity))
         return parts
 
 
@@ -283,9 +294,7 @@ def _above_in_torch(affinity: Tensor, bounds: Tensor, out: Tensor) -> Int[Tensor
 
 
 def _marked(mask: Tensor) -> Int[Tensor, " n"]:
-    """mask.nonzero() of a flat mask with few marks: eight entries are looked at together."""
-    if len(mask) % 8 or mask.is_cuda:
+    """mask.nonzero() of a flat mask; numpy finds the marks many times faster than torch where there are many."""
+    if mask.is_cuda:
         return mask.nonzero().squeeze(-1)
-    eights = mask.view(torch.int64).nonzero().squeeze(-1)
-    which = mask.view(-1, 8)[eights].nonzero()
-    return 8 * eights[which[:, 0]] + which[:, 1]
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))

@@ -12,6 +12,8 @@ gradient:
 
 All three are exact; nothing of size [tokens, d_sae] is made. Where so many entries are active that a list of them is no
 longer short (ReLU, Gated and JumpReLU early in training), the same sums are made as dense products of row blocks.
+Where every token's latents lie close together (those of its expert), tokens are taken in the order of their latents, so
+that rows of W_enc and W_dec are read while they are in the cache.
 """
 
 from __future__ import annotations
@@ -31,15 +33,23 @@ from apportion.latents import Latents
 DENSE_SHARE = 0.2
 """Share of active entries above which dense row blocks are faster than lists of matches (benchmarks/dense_share.py)."""
 
+LOCAL_SHARE = 0.25
+"""Share of all latents within which those of a token must lie, in the mean, for the order of tokens to matter."""
+
 
 def encode_matches(
     x: Float[Tensor, "tokens d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     matches: Latents,
+    centre: Float[Tensor, " d_in"] | None = None,
 ) -> Latents:
-    """The matches with their codes as an autograd function of x, W_enc and b_enc (fixed matches, codes known)."""
-    values = _Encode.apply(x, W_enc, b_enc, matches)
+    """The matches with their codes as an autograd function of x, W_enc and b_enc (fixed matches, codes known).
+
+    `centre`, where given, is what has been subtracted from a constant x, and gets its gradient: -W_enc^T d b_enc, much
+    cheaper than by way of d x.
+    """
+    values = _Encode.apply(x, W_enc, b_enc, centre, matches)
     return replace(matches, values=values)
 
 
@@ -50,7 +60,7 @@ def decode_matches(latents: Latents, W_dec: Float[Tensor, "d_sae d_out"]) -> Flo
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, matches: Latents) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, centre: Tensor | None, matches: Latents) -> Tensor:
         ctx.save_for_backward(x, W_enc)
         ctx.matches = matches
         return matches.values.clone()
@@ -59,14 +69,16 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
         x, W_enc = ctx.saved_tensors
-        dx = dW = db = None
+        dx = dW = db = d_centre = None
         if ctx.needs_input_grad[0]:
             dx = _sum_by_row(ctx.matches, g, W_enc)
         if ctx.needs_input_grad[1]:
             dW = _sum_by_latent(ctx.matches, g, x)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             db = g.new_zeros(ctx.matches.d_sae).index_add_(0, ctx.matches.indices, g)
-        return dx, dW, db, None
+        if ctx.needs_input_grad[3]:
+            d_centre = -(db @ W_enc)
+        return dx, dW, db, d_centre, None
 
 
 class _Decode(torch.autograd.Function):
@@ -82,7 +94,7 @@ class _Decode(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         d_values = dW = None
         if ctx.needs_input_grad[0]:
-            d_values = _dot_products(ctx.latents, g, W_dec)
+            d_values = match_products(ctx.latents, g, W_dec)
         if ctx.needs_input_grad[1]:
             dW = _sum_by_latent(ctx.latents, values, g)
         return d_values, dW, None
@@ -92,6 +104,10 @@ def _sum_by_row(latents: Latents, weights: Tensor, table: Float[Tensor, "d_sae d
     """sum over the matches of each token of weight * table[latent]."""
     if _is_dense(latents):
         return torch.cat([z @ table for _, _, z in _dense_blocks(latents, weights)])
+    if _is_local(latents):
+        order, matches = latents.by_first_latent()
+        sums = weighted_sums(matches.indices, matches.offsets, weights[matches.values], table)
+        return torch.empty_like(sums).index_copy_(0, order, sums)
     return weighted_sums(latents.indices, latents.offsets, weights, table)
 
 
@@ -106,7 +122,7 @@ def _sum_by_latent(latents: Latents, weights: Tensor, table: Float[Tensor, "toke
     return weighted_sums(rows, offsets, weights[order], table)
 
 
-def _dot_products(latents: Latents, g: Float[Tensor, "tokens d"], table: Float[Tensor, "d_sae d"]) -> Tensor:
+def match_products(latents: Latents, g: Float[Tensor, "tokens d"], table: Float[Tensor, "d_sae d"]) -> Tensor:
     """<g[token], table[latent]> of every match."""
     if _is_dense(latents):
         found = g.new_empty(latents.nnz)
@@ -114,11 +130,25 @@ def _dot_products(latents: Latents, g: Float[Tensor, "tokens d"], table: Float[T
             rows = latents.rows()[matches] - tokens.start
             found[matches] = (g[tokens] @ table.T)[rows, latents.indices[matches]]
         return found
+    if _is_local(latents):
+        order, matches = latents.by_first_latent()
+        products = dot_products(matches.offsets, matches.rows(), matches.indices, g[order], table)
+        return torch.empty_like(products).index_copy_(0, matches.values, products)
     return dot_products(latents.offsets, latents.rows(), latents.indices, g, table)
 
 
 def _is_dense(latents: Latents) -> bool:
     return latents.nnz > DENSE_SHARE * latents.tokens * latents.d_sae
+
+
+def _is_local(latents: Latents) -> bool:
+    """True if reading the table in the order of latents pays: on a CPU, for latents that lie close together."""
+    if latents.indices.is_cuda or not latents.nnz:
+        return False
+    first, last = (
+        latents.indices[ends.clamp(0, latents.nnz - 1)] for ends in (latents.offsets[:-1], latents.offsets[1:] - 1)
+    )
+    return bool((last - first).clamp_min(0).double().mean() < LOCAL_SHARE * latents.d_sae)
 
 
 def _dense_blocks(latents: Latents, weights: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:

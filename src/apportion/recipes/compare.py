@@ -16,25 +16,31 @@ tokens, d_sae 4608, k 32: about a minute and a half for a run on one CPU core.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-import torch
 import tyro
-from torch import Tensor
 
-from apportion.activations import ActivationStore, CacheSource, load_model, read_contexts
-from apportion.activations.filter import TokenFilter
-from apportion.architectures import SAE, create, load
+from apportion.activations import ActivationStore, CacheSource
+from apportion.architectures import create, load
 from apportion.architectures.files import read_json, write_json
-from apportion.evals import evaluate_model, evaluate_rows, held_out_rows
+from apportion.evals import evaluate_rows, held_out_rows
 from apportion.evals.plots import save_plots
-from apportion.training import TrainConfig, Trainer
+from apportion.recipes.runs import (
+    at_equal_l0,
+    best_rate,
+    check_caches,
+    fitted,
+    halves,
+    in_language_model,
+    markdown,
+    recalibrate,
+    spread,
+)
+from apportion.training import TrainConfig
 
 logger = logging.getLogger("apportion.compare")
 
@@ -84,26 +90,18 @@ class Compare:
     """Window of the dead counter and of the density averages."""
 
     def run(self) -> None:
-        self._check()
+        check_caches(self.acts, self.eval_acts)
         grid = [self.trained(method, lr, seed=0) for method in self.methods for lr in self.lrs]
         chosen = []
         for method in self.methods:
-            best = min((r for r in grid if r["method"] == method), key=lambda r: r["held_out"]["fvu"])
-            if best["lr"] in (min(self.lrs), max(self.lrs)):
-                logger.warning("%s: the best learning rate %g lies at the edge of the grid", method, best["lr"])
-            chosen += [self.evaluated(self.trained(method, best["lr"], seed)) for seed in range(self.seeds)]
+            lr = best_rate(method, {r["lr"]: r["held_out"]["fvu"] for r in grid if r["method"] == method})
+            chosen += [self.evaluated(self.trained(method, lr, seed)) for seed in range(self.seeds)]
         self.add_delta_ce(chosen)
         self.draw([run for run in chosen if run["seed"] == 0])
         table = self.table(grid, chosen)
         (self.out / "table.md").write_text(table)
         write_json(self.out / "results.json", {"settings": to_json(self), "grid": grid, "chosen": chosen})
         sys.stdout.write(table)
-
-    def _check(self) -> None:
-        train, evaluation = ActivationStore(self.acts).describe(), ActivationStore(self.eval_acts).describe()
-        for key in ("model", "hookpoint"):
-            if train[key] != evaluation[key]:
-                raise ValueError(f"{self.acts} and {self.eval_acts} differ in {key}. Use caches of one hookpoint.")
 
     def folder(self, run: dict[str, Any]) -> Path:
         name = "".join(c if c.isalnum() else "_" for c in run["method"])
@@ -126,15 +124,10 @@ class Compare:
             density_window_tokens=self.window_tokens,
             seed=seed,
         )
-        if (folder / "config.json").exists():
-            same_run(folder, sae, config)
-            if record.exists():
-                return read_json(record)
-            sae, run["seconds"] = load(folder), seconds_of(folder)
-        else:
-            trainer = Trainer(sae, config)
-            sae = trainer.fit(source, folder, resume=(folder / "run.json").exists())
-            run["seconds"] = trainer.seconds
+        done = record.exists()
+        sae, run["seconds"] = fitted(folder, sae, config, source)
+        if done:
+            return read_json(record)
         rows = held_out_rows(store, source.held_out_share)
         run["held_out"] = evaluate_rows({method: sae}, store, rows, progress=False)[method].result()
         write_json(record, run)
@@ -148,15 +141,7 @@ class Compare:
         record = folder / "evaluated.json"
         if record.exists():
             return read_json(record)
-        store = ActivationStore(self.eval_acts)
-        sae, (calibrate, evaluate) = load(folder), halves(store)
-        as_fitted = evaluate_rows({"sae": sae}, store, evaluate, progress=False)["sae"].result()
-        self.recalibrate(sae, store, calibrate)
-        run = {
-            **run,
-            "as_fitted": as_fitted,
-            **evaluate_rows({"sae": sae}, store, evaluate, progress=False)["sae"].result(),
-        }
+        run = {**run, **at_equal_l0(load(folder), ActivationStore(self.eval_acts))}
         write_json(record, run)
         return run
 
@@ -166,82 +151,37 @@ class Compare:
         calibrate, evaluate = halves(store)
         saes = {run["method"]: load(self.folder(run)) for run in runs}
         for sae in saes.values():
-            self.recalibrate(sae, store, calibrate)
+            recalibrate(sae, store, calibrate)
         save_plots(evaluate_rows(saes, store, evaluate, progress=False), self.out / "plots")
-
-    def recalibrate(self, sae: SAE, store: ActivationStore, rows: Tensor) -> None:
-        kept = rows[store.mask[rows]]
-        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))
-        sae.calibrate(store.gather(kept[part]) for part in order.split(4096))
 
     def add_delta_ce(self, chosen: list[dict[str, Any]]) -> None:
         """delta-CE of the chosen runs on contexts of the evaluation half; clean and ablated passes are shared."""
         missing = {str(self.folder(run)): run for run in chosen if "delta_ce" not in run}
         if not missing or self.model is None or self.text is None:
             return
-        store = ActivationStore(self.eval_acts)
-        about, calibrate = store.describe(), halves(store)[0]
-        model, tokenizer = load_model(self.model)
-        contexts = read_contexts(
-            tokenizer, self.text, tokens=2 * self.ce_tokens, context_tokens=about["context_tokens"], bos=about["bos"]
-        )[1::2]
         saes = {folder: load(folder) for folder in missing}
-        for sae in saes.values():
-            self.recalibrate(sae, store, calibrate)
-        measurements, entropies = evaluate_model(
-            saes, model, contexts, TokenFilter.from_dict(about["filter"]), hookpoint=about["hookpoint"]
-        )
+        store = ActivationStore(self.eval_acts)
+        found = in_language_model(saes, store, self.model, self.text, self.ce_tokens)
         for folder, run in missing.items():
-            correlation = measurements[folder].result()["l0_difficulty_correlation"]
-            run |= entropies.of(folder) | {"l0_difficulty_correlation": correlation}
+            run |= found[folder]
             write_json(Path(folder) / "evaluated.json", run)
 
     def table(self, grid: list[dict[str, Any]], chosen: list[dict[str, Any]]) -> str:
         """Two markdown tables: FVU and dead latents over the grid, and every figure at the chosen rate over seeds."""
-        head = " | ".join(f"lr {lr:g}" for lr in self.lrs)
-        lines = [f"| method | {head} |", "| --- " * (len(self.lrs) + 1) + "|"]
+        lines = []
         for method in self.methods:
             found = {run["lr"]: run["held_out"] for run in grid if run["method"] == method}
-            cells = " | ".join(f"{found[lr]['fvu']:.4f} ({found[lr]['dead']:.1%})" for lr in self.lrs)
-            lines.append(f"| {method} | {cells} |")
-        titles = ("method", "lr", "FVU", "L0", "dead", "ΔCE", "seconds", "FVU as fitted", "L0 as fitted")
-        lines += ["", f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+            lines.append([method, *(f"{found[lr]['fvu']:.4f} ({found[lr]['dead']:.1%})" for lr in self.lrs)])
+        over_grid = markdown(["method", *(f"lr {lr:g}" for lr in self.lrs)], lines)
+        titles = ["method", "lr", "FVU", "L0", "dead", "ΔCE", "seconds", "FVU as fitted", "L0 as fitted"]
+        lines = []
         for method in self.methods:
             runs = [run for run in chosen if run["method"] == method]
             styles = {"fvu": ".4f", "l0": ".2f", "dead": ".2%", "delta_ce": ".4f", "seconds": ".0f"}
             cells = [spread(runs, key, style) for key, style in styles.items()]
             cells += [spread([run["as_fitted"] for run in runs], key, styles[key]) for key in ("fvu", "l0")]
-            lines.append(f"| {method} | {runs[0]['lr']:g} | {' | '.join(cells)} |")
-        return "\n".join(lines) + "\n"
-
-
-def halves(store: ActivationStore) -> tuple[Tensor, Tensor]:
-    """The rows of every other context, to calibrate, and those of the contexts in between, to evaluate."""
-    odd = store.contexts % 2 == 1
-    return (~odd).nonzero().squeeze(1), odd.nonzero().squeeze(1)
-
-
-def same_run(folder: Path, sae: SAE, config: TrainConfig) -> None:
-    """Refuse finished runs that were made with other settings."""
-    found = read_json(folder / "run.json")
-    wanted = json.loads(json.dumps({"settings": sae.settings(), "train": dataclasses.asdict(config)}))
-    if found["sae"]["settings"] | {"hookpoint": None} != wanted["settings"] or found["train"] != wanted["train"]:
-        raise ValueError(f"{folder} was made with other settings. Choose another --out, or remove it.")
-
-
-def seconds_of(folder: Path) -> float:
-    """Training time of a finished run."""
-    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
-    return json.loads(last)["seconds"]
-
-
-def spread(runs: list[dict[str, Any]], key: str, style: str) -> str:
-    """Mean and standard deviation over seeds."""
-    values = [r[key] for r in runs if r.get(key) is not None]
-    if not values:
-        return "-"
-    deviation = f" ± {format(stdev(values), style)}" if len(values) > 1 else ""
-    return format(mean(values), style) + deviation
+            lines.append([method, f"{runs[0]['lr']:g}", *cells])
+        return over_grid + "\n" + markdown(titles, lines)
 
 
 def to_json(settings: Compare) -> dict[str, Any]:

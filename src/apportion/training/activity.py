@@ -35,6 +35,11 @@ class Activity(nn.Module):
         self.average.mul_(keep).add_(counts, alpha=(1 - keep) / tokens)
         self.weight.mul_(keep).add_(1 - keep)
 
+    def forget(self, latents: Int[Tensor, " n"]) -> None:
+        """Count these latents anew: a dead window from now on, and a density of zero."""
+        self.silent_tokens[latents] = 0
+        self.average[latents] = 0
+
     def dead(self) -> Bool[Tensor, " d_sae"]:
         return self.silent_tokens >= self.dead_window
 

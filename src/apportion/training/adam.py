@@ -14,11 +14,11 @@ Triton kernel.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.optim.adam import adam
 
@@ -39,18 +39,20 @@ class Moments:
 
 
 class Adam:
-    """Updates `parameters`; those among `unit_rows` keep rows of unit norm."""
+    """Updates `parameters`; those among `unit_rows` keep rows of unit norm; `lr_factors` (default 1) multiply lr."""
 
     def __init__(
         self,
         parameters: Iterable[Tensor],
         *,
         unit_rows: Iterable[Tensor] = (),
+        lr_factors: Mapping[Tensor, float] | None = None,
         beta1: float = 0.9,
         beta2: float = 0.999,
     ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.unit_rows = set(unit_rows)
+        self.lr_factors = lr_factors or {}
         self.beta1, self.beta2 = beta1, beta2
         self.moments: dict[Tensor, Moments] = {}
         self._along: dict[Tensor, Tensor] = {}
@@ -73,11 +75,11 @@ class Adam:
         """One update with gradients times `scale`; to be called after `gradient_norm`. Gradients are spent."""
         for p in self._with_gradient():
             assert p not in self.unit_rows or p in self._along, "gradient_norm comes before step"
-            m = self.moments.get(p) or self._begin(p)
+            m, own_lr = self.moments.get(p) or self._begin(p), lr * self.lr_factors.get(p, 1.0)
             if backend_for(p) == "triton" and p.dtype == torch.float32:
-                self._step_in_triton(p, m, lr, scale)
+                self._step_in_triton(p, m, own_lr, scale)
             else:
-                self._step_in_blocks(p, m, lr, scale)
+                self._step_in_blocks(p, m, own_lr, scale)
             m.steps += 1
             p.grad = None
         self._along.clear()
@@ -121,6 +123,12 @@ class Adam:
         for name in ("exp_avg", "exp_avg_sq"):
             getattr(m, name).copy_(state[name])
         m.steps = int(state["step"])
+
+    def forget(self, p: Tensor, rows: Int[Tensor, " n"]) -> None:
+        """Begin the averages of some rows anew."""
+        if p in self.moments:
+            self.moments[p].exp_avg[rows] = 0
+            self.moments[p].exp_avg_sq[rows] = 0
 
     def _begin(self, p: Tensor) -> Moments:
         self.moments[p] = Moments(torch.zeros_like(p), torch.zeros_like(p))

@@ -78,6 +78,10 @@ class TrainConfig:
     def density_window(self) -> int:
         return self.density_window_tokens or max(1, min(1_000_000, (self.total_tokens or 10_000_000) // 10))
 
+    def logs_step(self, step: int) -> bool:
+        """Whether the figures of this step, counted from 1, are written down."""
+        return step % self.log_every_steps == 0 or step == self.total_steps
+
     def progress_at(self, tokens: int) -> float:
         """Share of the run that is done after so many tokens; 1 for a run without an end."""
         return 1.0 if self.total_steps is None else min(1.0, tokens / (self.total_steps * self.batch_tokens))

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.allocation import StepContext, WarmStart
-from apportion.architectures import SAE
+from apportion.architectures import SAE, create
 from apportion.latents import Latents
 from apportion.training.activity import Activity
 from apportion.training.adam import Adam
@@ -25,7 +26,13 @@ class Learner:
         self.activity = Activity(sae.d_sae, config.dead_window, config.density_window).to(device)
         self.clipping = RelativeClipping(config.clip_ratio).to(device)
         self.warm = WarmStart()
-        self.optimizer = Adam(sae.parameters(), unit_rows=sae.unit_rows(), beta1=config.beta1, beta2=config.beta2)
+        self.optimizer = Adam(
+            sae.parameters(),
+            unit_rows=sae.unit_rows(),
+            lr_factors=sae.lr_factors(),
+            beta1=config.beta1,
+            beta2=config.beta2,
+        )
         self.l0: float | None = None
         """Of the previous step."""
 
@@ -34,11 +41,12 @@ class Learner:
         """False for a baseline without anything to learn."""
         return bool(self.optimizer.parameters)
 
-    def begin_step(self, progress: float, batch_tokens: int) -> StepContext:
+    def begin_step(self, progress: float, batch_tokens: int, lr_share: float) -> StepContext:
         """Put the SAE in train mode and advance its schedules."""
         sae = self.sae.train()
         context = StepContext(
             progress=progress,
+            lr_share=lr_share,
             batch_tokens=batch_tokens,
             dead=self.activity.dead(),
             density=self.activity.density(),
@@ -63,12 +71,28 @@ class Learner:
         """Clip, step, spend the gradients; returns their norm before clipping."""
         norm = self.optimizer.gradient_norm()
         self.optimizer.step(lr, self.clipping.scale(norm))
+        self.sae.after_step()
         return norm
 
     def count(self, latents: Latents) -> None:
         """Take note of what fired in this step."""
         self.activity.update(latents.counts(), latents.tokens)
         self.l0 = latents.nnz / max(latents.tokens, 1)
+
+    @torch.no_grad()
+    def redraw(self, latents: Int[Tensor, " n"], seed: int) -> None:
+        """Give latents the weights of a new SAE; optimiser, counters and bounds forget what they were.
+
+        Everything that has one row per latent is redrawn (the decoder bias is not per latent, even if d_in = d_sae).
+        """
+        sae = self.sae
+        fresh = create(sae.name, **sae.settings() | {"seed": seed})
+        for name, p in sae.named_parameters():
+            if p.shape[:1] == (sae.d_sae,) and name != "b_dec":
+                p[latents] = fresh.get_parameter(name).to(p)[latents]
+                self.optimizer.forget(p, latents)
+        self.activity.forget(latents)
+        self.warm.bounds = None
 
     def state(self) -> dict[str, Tensor]:
         """Everything besides the SAE that its next step depends on."""

@@ -24,6 +24,10 @@ class TrainingContext:
 
     each: tuple[StepContext, ...]
     """For each SAE in turn: progress, dead latents, densities, warm bounds."""
+    logged: bool = False
+    """Whether this step's figures will be written down: the time for costly ones."""
+    figures: dict[str, Tensor] = field(default_factory=dict)
+    """What an objective wants to report besides its losses, as 0-d tensors."""
     seen: list[tuple[Latents, Tensor]] = field(default_factory=list)
 
     def observe(self, latents: Latents, y: Tensor, y_hat: Tensor) -> None:
@@ -32,7 +36,14 @@ class TrainingContext:
 
 
 class Objective(Protocol):
-    """Named, weighted losses; their sum is minimised. Calls `context.observe` for each SAE in turn."""
+    """Named, weighted losses; their sum is minimised. Calls `context.observe` for each SAE in turn.
+
+    A plain function will do. An objective may also have
+
+        whole_contexts = True      it is given batches as they come, with rows that the mask leaves out
+        after_step(trainer)        called behind each step
+        describe() -> dict         its settings (JSON-able) for the run's record
+    """
 
     def __call__(self, saes: Sequence[SAE], batch: Batch, context: TrainingContext) -> dict[str, Tensor]: ...
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from apportion.activations.batch import Source
     from apportion.training.trainer import Trainer
 
-MAY_DIFFER = {"log_every_steps", "checkpoint_every_tokens", "folder", "filtered", "filtered_share", "rows_seen"}
+MAY_DIFFER = {
+    "log_every_steps", "checkpoint_every_tokens", "folder", "folders", "filtered", "filtered_share", "rows_seen"
+}  # fmt: skip
 """What may change when a run is resumed: how it is watched, where the cache lies, counts of a source that runs live."""
 
 
@@ -47,6 +49,8 @@ class RunFolder:
         for part, old, new in (
             ("sae", before["sae"]["settings"], now["sae"]["settings"]),
             ("sae", {"name": before["sae"]["name"]}, {"name": now["sae"]["name"]}),
+            ("run", {"num_saes": before.get("num_saes", 1)}, {"num_saes": now.get("num_saes", 1)}),
+            ("objective", before.get("objective", {}), now.get("objective", {})),
             ("train", before["train"], now["train"]),
             ("source", before["source"], now["source"]),
         ):
@@ -84,7 +88,7 @@ class RunFolder:
     def load_checkpoint(self, trainer: Trainer, source: Source) -> bool:
         """Restore trainer, SAE and source from the newest checkpoint; False if there is none."""
         checkpoints = self._checkpoints()
-        if not checkpoints and (self.folder / "config.json").exists():
+        if not checkpoints and (self.folder / subfolders(trainer)[0] / "config.json").exists():
             raise ValueError(f"The run in {self.folder} is finished: ap.load reads it. Choose another for a new run.")
         if not checkpoints:
             self._cut_metrics(0)

@@ -69,7 +69,7 @@ class Trainer:
         self.steps = 0
         self.tokens = 0
         self.seconds = 0.0
-        self._input_ready = not any(s.input.needs_fit for s in self.saes)
+        self._input_ready = not any(s.needs_fit for s in self.saes)
 
     @property
     def sae(self) -> SAE:
@@ -90,23 +90,27 @@ class Trainer:
         if not self.trains:
             raise ValueError(f"{self.sae.name} has nothing to train; fit prepares and calibrates it.")
         batch = self._accept(batch)
-        progress = self.config.progress_at(self.tokens)
-        context = TrainingContext(tuple(own.begin_step(progress, len(batch.x)) for own in self.learners))
+        progress, lr = self.config.progress_at(self.tokens), self.config.lr_at(self.tokens)
+        context = TrainingContext(
+            tuple(own.begin_step(progress, len(batch.x), lr / self.config.lr) for own in self.learners),
+            logged=self.config.logs_step(self.steps + 1),
+        )
         with ExitStack() as screens:
             for own in self.learners:
                 screens.enter_context(own.screen_in_force())
             terms = self.objective(self.saes, batch, context)
         loss = torch.stack(list(terms.values())).sum()
         loss.backward()
-        lr = self.config.lr_at(self.tokens)
         norms = [own.update(lr) for own in self.learners if own.trains]
         for own, (latents, _) in zip(self.learners, context.seen, strict=True):
             own.count(latents)
         self.steps += 1
         self.tokens += len(batch.x)
+        getattr(self.objective, "after_step", lambda trainer: None)(self)
         metrics = {
             "loss": loss.detach(),
             **{name: term.detach() for name, term in terms.items()},
+            **context.figures,
             "fvu_batch": torch.stack([fvu for _, fvu in context.seen]).mean(),
             "l0": torch.tensor(sum(own.l0 or 0.0 for own in self.learners) / len(self.learners)),
             "dead": torch.stack([own.activity.dead().double().mean() for own in self.learners]).mean(),
@@ -129,16 +133,17 @@ class Trainer:
         row = self.sae.row_shape
         if isinstance(batch, Tensor):
             batch = Batch(batch.reshape(-1, *row) if batch.shape[-len(row) :] == row else batch)
-        if batch.mask is not None:
-            batch = batch.rows()
+        rows = batch.rows()
+        if not getattr(self.objective, "whole_contexts", False):
+            batch = rows
         if batch.x.shape[1:] != row:
             wanted = ", ".join(str(n) for n in row)
             raise ValueError(
                 f"This SAE trains on rows [n, {wanted}] (d_in = {self.sae.d_in}), got {list(batch.x.shape)}."
             )
-        if not len(batch.x):
+        if not len(rows.x):
             raise ValueError("A training step needs at least one row; all rows of this batch are masked out.")
-        self._fit_input(batch)
+        self._fit_input(rows)
         return batch
 
     def _fit_input(self, batch: Batch) -> None:
@@ -175,7 +180,7 @@ class Trainer:
         settings = {name: value for name, value in asdict(self.config).items() if name not in MAY_DIFFER}
         for sae in self.saes:
             sae.info["source"] = source.describe()  # with the counts of a source that filters as it goes
-            sae.info["training"] = settings | {"tokens": self.tokens}
+            sae.info["training"] = settings | {"tokens": self.tokens, **self._objective()}
             sae.calibrate(source.held_out(CALIBRATION_ROWS))
             sae.eval()
         if run is not None:
@@ -191,7 +196,7 @@ class Trainer:
                 metrics = self.step(batch)
                 self.seconds = time.perf_counter() - started
                 last, stop = self.steps == total_steps, interrupted()
-                log = last or self.steps % self.config.log_every_steps == 0
+                log = self.config.logs_step(self.steps)
                 save = last or stop or self.tokens - last_checkpoint >= self.config.checkpoint_every_tokens
                 if log or save:
                     self._check_finite(metrics)
@@ -233,9 +238,15 @@ class Trainer:
         return {
             "sae": {"name": self.sae.name, "settings": self.sae.settings()},
             **({"num_saes": len(self.saes)} if len(self.saes) > 1 else {}),
+            **self._objective(),
             "train": asdict(self.config),
             "source": source.describe(),
         }
+
+    def _objective(self) -> dict[str, Any]:
+        """The objective's own description, if it has one."""
+        described = getattr(self.objective, "describe", dict)()
+        return {"objective": described} if described else {}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything besides the SAEs that the next step depends on: tensors and plain values."""

@@ -1,0 +1,57 @@
+"""Learned thresholds: a match is made where its affinity exceeds its latent's own theta, a parameter of the SAE.
+
+    S_bj = 1[A_bj > theta_j]        theta_j = exp(t_j), so that it stays positive
+
+JumpReLU SAEs, arXiv 2407.14435. The rule is the same in train and eval mode and has no budget. Nothing here gives t a
+gradient: a step function has none, and the architecture supplies a substitute (architectures/jumprelu.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from apportion.allocation.base import Candidates, Rule, Settled, WarmStart
+from apportion.allocation.threshold import Threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedThresholdConfig:
+    pass
+
+
+@final
+class LearnedThreshold(Rule):
+    Config = LearnedThresholdConfig
+    batch_coupled = False
+    needs_own_architecture = True
+
+    def __init__(self, config: LearnedThresholdConfig, d_sae: int) -> None:
+        super().__init__(config, d_sae)
+        self.log_threshold = nn.Parameter(torch.zeros(d_sae))
+
+    @property
+    def threshold(self) -> Float[Tensor, " d_sae"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """theta; no gradients."""
+        return self.log_threshold.detach().exp()
+
+    def budget(self, tokens: int) -> None:
+        return None
+
+    def bounds(self, warm: WarmStart | None) -> Tensor:
+        return self.threshold
+
+    def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
+        return Settled(keep=torch.ones_like(candidates.affinity, dtype=torch.bool))
+
+    def relaxed(self, factor: float) -> Threshold:
+        return Threshold.at(self.threshold / factor, self.d_sae)
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        self.log_threshold.add_(log(factor))

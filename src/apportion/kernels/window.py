@@ -1,0 +1,122 @@
+"""Gradients for thresholds: a step has none, so matches near their threshold stand in for it (arXiv 2407.14435).
+
+Raising theta_j a little switches off the matches (b, j) with pre-activation a_bj just above it. If the loss rises by
+jump_n when match n is switched on, the expected loss changes by
+
+    d E[loss] / d theta_j = -sum over tokens of  p(a = theta_j) E[jump | a = theta_j]
+
+and the density is estimated from the matches within a window of width eps around the threshold (rectangle kernel):
+
+    d loss / d theta_j   := -(1 / eps) sum over n near of jump_n         near:  |a_n - theta_j| < eps / 2
+    d loss / d t_j        =  theta_j  d loss / d theta_j                 theta = exp(t)
+
+    jump of L0                1
+    jump of a function of z   theta_j d loss / d z_n        (to first order: z goes from 0 to theta_j)
+
+The window is about pre-activations, before any step or ReLU: half of it lies below the threshold, where codes are zero,
+and where theta_j < eps / 2 part of it is negative. Those matches are not in the `Latents` of the code; `reach` finds
+both lists in the same row-block scan, with one dense product. Sums run in float32 at least.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from apportion.kernels.select import all_above
+from apportion.kernels.sparse import match_products
+from apportion.latents import Latents, from_matches
+
+
+@torch.no_grad()
+def reach(
+    x: Float[Tensor, "tokens d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    theta: Float[Tensor, " d_sae"],
+    bandwidth: Float[Tensor, ""],
+) -> tuple[Latents, Latents]:
+    """The active matches, a > theta, and those near their threshold, |a - theta| < bandwidth / 2.
+
+    Values of both are pre-activations a; of the second they can be negative, and it overlaps with the first.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    found = all_above(*(t.to(wide) for t in (x, W_enc, b_enc, theta - bandwidth / 2)))
+    above, values = found.values - theta[found.latents], found.values.to(x.dtype)
+    active, near = (
+        from_matches(found.rows[keep], found.latents[keep], values[keep], W_enc.shape[0], (x.shape[0],))
+        for keep in (above > 0, above.abs() < bandwidth / 2)
+    )
+    return active, near
+
+
+def felt_by_thresholds(
+    y_hat: Float[Tensor, "tokens d_out"],
+    log_threshold: Float[Tensor, " d_sae"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    near: Latents,
+    bandwidth: Float[Tensor, ""],
+) -> Float[Tensor, "tokens d_out"]:
+    """`y_hat` unchanged; whatever gradient g it receives reaches t through jump_n = theta_j <g, W_dec_j>."""
+    return _OfReconstruction.apply(y_hat, log_threshold, W_dec, near, bandwidth)  # type: ignore[return-value]
+
+
+def with_jumps(
+    loss: Float[Tensor, ""],
+    log_threshold: Float[Tensor, " d_sae"],
+    near: Latents,
+    jumps: Float[Tensor, " near"],
+    bandwidth: Float[Tensor, ""],
+) -> Float[Tensor, ""]:
+    """`loss` unchanged; its gradient reaches t as well, by the given jumps."""
+    return _OfJumps.apply(loss, log_threshold, near, jumps, bandwidth)  # type: ignore[return-value]
+
+
+def _gradient_to_t(log_threshold: Tensor, near: Latents, jumps: Tensor, bandwidth: Tensor) -> Tensor:
+    wide = torch.promote_types(log_threshold.dtype, torch.float32)
+    sums = torch.zeros(near.d_sae, dtype=wide, device=jumps.device).index_add_(0, near.indices, jumps.to(wide))
+    return (-log_threshold.to(wide).exp() / bandwidth.to(wide) * sums).to(log_threshold.dtype)
+
+
+class _OfReconstruction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y_hat: Tensor, log_threshold: Tensor, W_dec: Tensor, near: Latents, bandwidth: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(log_threshold, W_dec, bandwidth)
+        ctx.near = near
+        return y_hat.view_as(y_hat)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        log_threshold, W_dec, bandwidth = ctx.saved_tensors
+        dt = None
+        if ctx.needs_input_grad[1]:
+            near = ctx.near
+            wide = torch.promote_types(log_threshold.dtype, torch.float32)
+            jumps = log_threshold.to(wide).exp()[near.indices] * match_products(near, g, W_dec)
+            dt = _gradient_to_t(log_threshold, near, jumps, bandwidth)
+        return g, dt, None, None, None
+
+
+class _OfJumps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, log_threshold: Tensor, near: Latents, jumps: Tensor, bandwidth: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(log_threshold, jumps, bandwidth)
+        ctx.near = near
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        log_threshold, jumps, bandwidth = ctx.saved_tensors
+        dt = None
+        if ctx.needs_input_grad[1]:
+            dt = _gradient_to_t(log_threshold, ctx.near, g * jumps, bandwidth)
+        return g, dt, None, None, None

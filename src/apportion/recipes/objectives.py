@@ -1,0 +1,262 @@
+"""What is minimised, and on what: end-to-end against local training, one SAE for all layers, SAEs side by side.
+
+    python -m apportion.recipes.objectives --out results/objectives
+
+Three tables on one model, by default the one inside the package on its own stories, everything in eval mode:
+
+    objectives   local, e2e and e2e_ds (training/end_to_end.py) at the same L0: delta-CE and FVU on contexts that were
+                 neither trained nor calibrated on; of several learning rates each objective takes the one with the
+                 lowest delta-CE on the contexts for calibration
+    layers       one SAE trained on every layer (MLSAE): FVU at each, and how far latents spread over layers
+    mutual       two SAEs side by side with and without the penalty of training/mutual.py: how alike they become
+
+What is finished lies in --out and is not done again when the command is given a second time. Embedded model, 300k
+tokens, three learning rates: about 20 minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from apportion.activations import CacheSource, ContextSource, TextSource, load_model, read_contexts
+from apportion.activations.collect import collect, width_at
+from apportion.activations.hookpoints import expand, middle_layer
+from apportion.activations.order import held_out_groups, split_held_out
+from apportion.activations.sites import LayersStore, SitesStore, open_stores
+from apportion.activations.store import ActivationStore
+from apportion.architectures import SAE, create, load
+from apportion.architectures.files import read_json, write_json, write_text
+from apportion.embedded import stories
+from apportion.evals import evaluate_model, evaluate_rows, held_out_rows
+from apportion.evals.layers import evaluate_layers
+from apportion.evals.similarity import similarity, within_similarity
+from apportion.recipes.runs import markdown, seconds_of
+from apportion.training import EndToEnd, MutualConfig, MutualFeatureRegularisation, TrainConfig, Trainer
+from apportion.training.end_to_end import PRESETS
+
+logger = logging.getLogger("apportion.objectives")
+
+HELD_OUT = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objectives:
+    """Compare objectives on one language model."""
+
+    out: Path
+    """Where runs and tables go."""
+    model: str = "embedded"
+    """A transformers model: a local folder or a Hub id; embedded is the small story model inside the package."""
+    text: TextSource | None = None
+    """Text to run the model on; default: stories that the embedded model wrote."""
+    hookpoint: str | None = None
+    """Where to put the SAE; default: the output of the middle layer."""
+    sae: str = "topk"
+    """Which SAE for the first and the last table."""
+    k: int = 16
+    d_sae: int | None = None
+    """Number of latents; default: eight times the width of the activations."""
+    tokens: int = 300_000
+    """Tokens to train on; the layers of one token count as one here."""
+    ce_tokens: int = 16_384
+    """Held-out tokens for delta-CE."""
+    lrs: tuple[float, ...] = (2e-3, 5e-3, 1e-2)
+    """Learning rates that each objective chooses from; the other tables take the last."""
+    mutual_weights: tuple[float, ...] = (0.0, 0.1, 1.0)
+    context_tokens: int = 256
+    batch_tokens: int = 2048
+    seed: int = 0
+
+    def run(self) -> None:
+        parts = {"objectives": self.objectives, "layers": self.layers, "mutual": self.mutual}
+        results = {name: part() for name, part in parts.items()}
+        write_json(self.out / "results.json", {"settings": self.settings() | {"lrs": self.lrs}, **results})
+        text = self.tables(results)
+        write_text(self.out / "table.md", text)
+        sys.stdout.write(text)
+
+    def settings(self) -> dict[str, Any]:
+        """What the figures of a run depend on besides what its name says."""
+        left_out = ("out", "text", "lrs", "mutual_weights")
+        mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
+        return json.loads(json.dumps(mine | {"text": None if self.text is None else self.text.describe()}))
+
+    # The model, its text and its activations
+
+    @cached_property
+    def lm(self) -> tuple[Any, Any]:
+        return load_model(self.model)
+
+    @cached_property
+    def place(self) -> str:
+        return expand(self.lm[0], self.hookpoint or middle_layer(self.lm[0]))[0]
+
+    @cached_property
+    def source(self) -> ContextSource:
+        """Enough contexts to train on `tokens` once."""
+        wanted = int(self.tokens / (1 - HELD_OUT)) + 20 * self.context_tokens
+        text = self.text or stories()
+        contexts = read_contexts(self.lm[1], text, tokens=wanted, context_tokens=self.context_tokens)
+        return ContextSource(*self.lm, self.place, contexts, held_out_share=HELD_OUT, seed=self.seed)
+
+    @cached_property
+    def acts(self) -> Path:
+        """A cache of the same contexts at every layer."""
+        folder = self.out / "acts"
+        if not folder.exists():
+            layers = self.place.rpartition(".")[0] + ".*"
+            contexts = self.source.contexts
+            collect(
+                *self.lm,
+                layers,
+                self.text or stories(),
+                tokens=contexts.numel(),
+                out=folder,
+                context_tokens=self.context_tokens,
+            )
+        return folder
+
+    def new(self, name: str, seed: int) -> SAE:
+        d_in = width_at(self.lm[0], self.place)
+        return create(name, d_in=d_in, d_sae=self.d_sae or 8 * d_in, k=self.k, hookpoint=self.place, seed=seed)
+
+    def config(self, lr: float, rows_per_token: int = 1) -> TrainConfig:
+        return TrainConfig(
+            lr=lr, batch_tokens=self.batch_tokens, total_tokens=rows_per_token * self.tokens, seed=self.seed
+        )
+
+    def once(self, name: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """The figures of a run in the folder `name`, from disk if they are there."""
+        folder = self.out / "runs" / name
+        record = self.out / "runs" / f"{name}.json"
+        if record.exists():
+            found = read_json(record)
+            if found["settings"] != self.settings():
+                raise ValueError(f"{record} was made with other settings. Choose another --out, or remove it.")
+            return found
+        figures = make(folder) | {"settings": self.settings()}
+        write_json(record, figures)
+        logger.info("%s: %s", name, {k: round(v, 4) for k, v in figures.items() if isinstance(v, float)})
+        return figures
+
+    # The three tables
+
+    def objectives(self) -> list[dict[str, Any]]:
+        every = [(preset, lr) for preset in PRESETS for lr in self.lrs]
+        runs = [
+            self.once(f"{preset}-lr{lr:g}", lambda f, p=preset, lr=lr: self.through(f, p, lr)) for preset, lr in every
+        ]
+        return [
+            min((r for r in runs if r["objective"] == preset), key=lambda r: r["chosen_by"]["delta_ce"])
+            for preset in PRESETS
+        ]
+
+    def through(self, folder: Path, preset: str, lr: float) -> dict[str, Any]:
+        """One objective at one learning rate."""
+        trainer = Trainer(self.new(self.sae, self.seed), self.config(lr), EndToEnd(self.lm[0], self.place, preset))
+        self.source.load_state_dict(self.source.state_dict() | {"epoch": 0, "row": 0})
+        sae = fitted(trainer, self.source, folder)[0]
+        calibration, evaluation = split_held_out(held_out_groups(len(self.source.contexts), HELD_OUT))
+        figures = [self.in_model(sae, half) for half in (calibration, evaluation)]
+        return {"objective": preset, "lr": lr, "seconds": seconds_of(folder), **figures[1], "chosen_by": figures[0]}
+
+    def in_model(self, sae: SAE, which: Any) -> dict[str, Any]:
+        contexts = self.source.contexts[which][: self.ce_tokens // self.context_tokens]
+        measured, entropies = evaluate_model(
+            {"sae": sae}, self.lm[0], contexts, self.source.filter, hookpoint=self.place, progress=False
+        )
+        result = measured["sae"].result()
+        return {key: result[key] for key in ("fvu", "l0", "dead", "tokens")} | entropies.of("sae")
+
+    def layers(self) -> dict[str, Any]:
+        return self.once(f"mlsae-lr{self.lrs[-1]:g}", self.on_all_layers)
+
+    def on_all_layers(self, folder: Path) -> dict[str, Any]:
+        stores = open_stores(self.acts)
+        trainer = Trainer(self.new("mlsae", self.seed), self.config(self.lrs[-1], len(stores)))
+        sae = fitted(trainer, CacheSource(LayersStore(stores), HELD_OUT, self.seed), folder)[0]  # type: ignore[arg-type]
+        together = SitesStore(stores)
+        found = evaluate_layers(sae, together, held_out_rows(together, HELD_OUT), progress=False)
+        return {
+            "lr": self.lrs[-1],
+            "seconds": seconds_of(folder),
+            "fvu": {name: one.result()["fvu"] for name, one in found.layers.items()},
+            "l0": {name: one.result()["l0"] for name, one in found.layers.items()},
+            "dead": found.pooled.result()["dead"],
+            "variances": found.statistics.result(),
+        }
+
+    def mutual(self) -> list[dict[str, Any]]:
+        runs = {w: f"mutual-{w:g}-lr{self.lrs[-1]:g}" for w in self.mutual_weights}
+        return [self.once(name, lambda f, w=w: self.side_by_side(f, w)) for w, name in runs.items()]
+
+    def side_by_side(self, folder: Path, weight: float) -> dict[str, Any]:
+        store = ActivationStore(self.acts, self.place)
+        objective = MutualFeatureRegularisation(MutualConfig(weight=weight))
+        pair = [self.new(self.sae, self.seed + i) for i in range(2)]
+        trainer = Trainer(pair, self.config(self.lrs[-1]), objective)
+        saes = {str(i): sae for i, sae in enumerate(fitted(trainer, CacheSource(store, HELD_OUT, self.seed), folder))}
+        measured = evaluate_rows(saes, store, held_out_rows(store, HELD_OUT), progress=False)
+        return {
+            "weight": weight,
+            "lr": self.lrs[-1],
+            "seconds": seconds_of(folder),
+            **similarity(saes["0"], saes["1"]),
+            "within": [within_similarity(sae) for sae in saes.values()],
+            **{key: [m.result()[key] for m in measured.values()] for key in ("fvu", "l0", "dead")},
+        }
+
+    def tables(self, results: dict[str, Any]) -> str:
+        """All three in markdown."""
+        styles = {"lr": "g", "delta_ce": ".4f", "recovered_mean": ".4f", "fvu": ".4f", "l0": ".2f", "dead": ".1%"}
+        titles = ("objective", "lr", "ΔCE", "recovered (mean)", "FVU", "L0", "dead", "seconds")
+        one = [[r["objective"], *shown(r, styles | {"seconds": ".0f"})] for r in results["objectives"]]
+        found = results["layers"]
+        two = [[layer, f"{fvu:.4f}", f"{found['l0'][layer]:.2f}"] for layer, fvu in found["fvu"].items()]
+        variances = found["variances"]["mass"]["activity"]
+        var = "Var(L) {var:.3f}, E Var(L|j) {var_latent:.3f}, E Var(L|j,t) {var_pair:.3f}".format(**variances)
+        styles = {"mmcs_ab": ".4f", "mmcs_ba": ".4f", "one_to_one": ".4f", "within": ".4f", "fvu": ".4f", "dead": ".1%"}
+        three = [shown(r, {"weight": "g", **styles}) for r in results["mutual"]]
+        return "\n".join(
+            [
+                markdown(titles, one),
+                markdown(("layer", "FVU", "L0"), two),
+                f"{var}, over layers numbered from 0\n",
+                markdown(("lambda", "MMCS a to b", "b to a", "one-to-one", "within each", "FVU", "dead"), three),
+            ]
+        )
+
+
+def shown(figures: dict[str, Any], styles: dict[str, str]) -> list[str]:
+    """The figures that have a style, formatted; of a pair of SAEs both."""
+    values = {key: figures[key] if isinstance(figures[key], list) else [figures[key]] for key in styles}
+    return [" / ".join(format(v, style) for v in values[key]) for key, style in styles.items()]
+
+
+def fitted(trainer: Trainer, source: Any, folder: Path) -> Sequence[SAE]:
+    """All SAEs of a run: trained, trained on from where it stopped, or read if it is finished."""
+    parts = [folder] if len(trainer.saes) == 1 else [folder / f"sae-{i}" for i in range(len(trainer.saes))]
+    if all((part / "config.json").exists() for part in parts):
+        return [load(part) for part in parts]
+    trainer.fit(source, folder, resume=(folder / "run.json").exists())
+    return trainer.saes
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logger.setLevel(logging.INFO)
+    tyro.cli(Objectives, description=__doc__).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What experiments of many runs share: runs done only once, evaluation at equal L0, delta-CE, spread over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apportion.activations import ActivationStore, Source, load_model, read_contexts
+from apportion.activations.filter import TokenFilter
+from apportion.architectures import SAE, load
+from apportion.architectures.files import read_json
+from apportion.evals import evaluate_model, evaluate_rows
+from apportion.training import TrainConfig, Trainer
+from apportion.training.run import MAY_DIFFER
+
+logger = logging.getLogger("apportion.runs")
+
+
+def fitted(folder: Path, sae: SAE, config: TrainConfig, source: Source) -> tuple[SAE, float]:
+    """Train, go on training, or read what is finished; and the seconds of training.
+
+    Raises ValueError if the folder holds a run with other settings.
+    """
+    if (folder / "config.json").exists():
+        same_run(folder, sae, config, source)
+        return load(folder), seconds_of(folder)
+    trainer = Trainer(sae, config)
+    return trainer.fit(source, folder, resume=(folder / "run.json").exists()), trainer.seconds
+
+
+def same_run(folder: Path, sae: SAE, config: TrainConfig, source: Source) -> None:
+    """Refuse finished runs that were made with other settings or on other rows."""
+    found = read_json(folder / "run.json")
+    wanted = {"settings": sae.settings(), "train": dataclasses.asdict(config), "source": source.describe()}
+    made = {"settings": found["sae"]["settings"] | {"hookpoint": None}, **{k: found[k] for k in ("train", "source")}}
+    for part, values in json.loads(json.dumps(wanted)).items():
+        for name, value in values.items():
+            if name not in MAY_DIFFER and made[part].get(name) != value:
+                raise ValueError(
+                    f"{folder} was made with other settings: {name} was {made[part].get(name)!r}, now it is {value!r}. "
+                    "Choose another --out, or remove it."
+                )
+
+
+def seconds_of(folder: Path) -> float:
+    """Training time of a finished run; 0 if there was nothing to train."""
+    log = folder / "metrics.jsonl"
+    return json.loads(log.read_text().splitlines()[-1])["seconds"] if log.exists() else 0.0
+
+
+def best_rate(name: str, fvu: Mapping[float, float]) -> float:
+    """The learning rate with the lowest FVU; says so if it lies at the edge of a grid."""
+    best = min(fvu, key=lambda lr: fvu[lr])
+    if len(fvu) > 1 and best in (min(fvu), max(fvu)):
+        logger.warning("%s: the best learning rate %g lies at the edge of the grid", name, best)
+    return best
+
+
+def check_caches(acts: Path, eval_acts: Path) -> None:
+    """ValueError if two caches are not of the same hookpoint."""
+    train, evaluation = ActivationStore(acts).describe(), ActivationStore(eval_acts).describe()
+    for key in ("model", "hookpoint"):
+        if train[key] != evaluation[key]:
+            raise ValueError(f"{acts} and {eval_acts} differ in {key}. Use caches of one hookpoint.")
+
+
+def halves(store: ActivationStore) -> tuple[Tensor, Tensor]:
+    """The rows of every other context, to calibrate, and those of the contexts in between, to evaluate."""
+    odd = store.contexts % 2 == 1
+    return (~odd).nonzero().squeeze(1), odd.nonzero().squeeze(1)
+
+
+def recalibrate(sae: SAE, store: ActivationStore, rows: Tensor) -> None:
+    """Calibrate on these rows of a cache, as far as they take part."""
+    kept = rows[store.mask[rows]]
+    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))
+    sae.calibrate(store.gather(kept[part]) for part in order.split(4096))
+
+
+def at_equal_l0(sae: SAE, store: ActivationStore) -> dict[str, Any]:
+    """Figures on the evaluation half: calibrated on the other half (which remains), and under "as_fitted" before that.
+
+    Other text has another difficulty, and methods are to be compared at equal L0.
+    """
+    calibrate, evaluate = halves(store)
+    as_fitted = evaluate_rows({"sae": sae}, store, evaluate, progress=False)["sae"].result()
+    recalibrate(sae, store, calibrate)
+    return {"as_fitted": as_fitted, **evaluate_rows({"sae": sae}, store, evaluate, progress=False)["sae"].result()}
+
+
+def in_language_model(
+    saes: Mapping[str, SAE], store: ActivationStore, model_name: str, text: Path, ce_tokens: int
+) -> dict[str, dict[str, Any]]:
+    """delta-CE and what belongs to it, on contexts of the evaluation half; clean and ablated passes are shared.
+
+    The SAEs are calibrated on the other half.
+    """
+    about, calibrate = store.describe(), halves(store)[0]
+    model, tokenizer = load_model(model_name)
+    contexts = read_contexts(
+        tokenizer, text, tokens=2 * ce_tokens, context_tokens=about["context_tokens"], bos=about["bos"]
+    )[1::2]
+    for sae in saes.values():
+        recalibrate(sae, store, calibrate)
+    measurements, entropies = evaluate_model(
+        saes, model, contexts, TokenFilter.from_dict(about["filter"]), hookpoint=about["hookpoint"]
+    )
+    correlation = "l0_difficulty_correlation"
+    return {name: entropies.of(name) | {correlation: measurements[name].result()[correlation]} for name in saes}
+
+
+def spread(runs: list[dict[str, Any]], key: str, style: str) -> str:
+    """Mean and standard deviation over seeds."""
+    values = [r[key] for r in runs if r.get(key) is not None]
+    if not values:
+        return "-"
+    deviation = f" ± {format(stdev(values), style)}" if len(values) > 1 else ""
+    return format(mean(values), style) + deviation
+
+
+def markdown(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in markdown."""
+    rows = [titles, ["---"] * len(titles), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

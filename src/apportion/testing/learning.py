@@ -1,0 +1,226 @@
+"""Checks of training: gradients, determinism, and that it helps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from apportion.activations.batch import ArraySource
+from apportion.allocation import StepContext
+from apportion.architectures import SAE
+from apportion.metrics import FVU
+from apportion.testing.subject import D_SAE, K, Subject, changed, require, snapshot
+from apportion.training import TrainConfig, Trainer
+
+STEP = 1e-6
+"""Of finite differences, in float64."""
+TOLERANCE = 1e-5
+"""Relative, of a directional derivative."""
+ESTIMATE_STEP, ESTIMATE_TOLERANCE = 0.05, 0.25
+"""For gradients that are estimates: step of the finite difference, and tolerance, wide because windows have a width."""
+ROWS, BATCH, STEPS = 8192, 128, 120
+"""Of a training run: under a second."""
+
+Terms = Callable[[], dict[str, Tensor]]
+
+
+def gradients_of_losses(s: Subject) -> None:
+    """Every loss term has the gradient that finite differences show on fixed matches, for every trained parameter.
+
+    Terms besides the reconstruction may hold something constant on purpose (an auxiliary loss its error, say). There
+    what `own_terms` detaches keeps its value, and only entries that have a gradient are moved. A rule's own parameters
+    are left to `gradients_of_rules`. Not for an SAE that stops gradients within its reconstruction.
+    """
+    sae = s.fitted(torch.float64)
+    terms, held = loss_terms(sae, s, tokens=4)
+    of_rule = {id(p) for p in sae.allocation.parameters()}
+    trained = {n: p for n, p in sae.named_parameters() if p.requires_grad and id(p) not in of_rule}
+    for term, gradients in all_gradients(terms, trained).items():
+        for name, p in trained.items():
+            if term == "reconstruction":
+                compare(terms, term, name, p, gradients[name], torch.ones_like(p))
+            else:
+                compare(held, term, name, p, gradients[name], (gradients[name] != 0).to(p))
+
+
+def gradient_to_the_input(s: Subject) -> None:
+    """The gradient of sae(x) with respect to x is that of finite differences."""
+    sae = s.ready(torch.float64)
+    x = s.rows(4).double()
+    weights = torch.randn(sae(x).shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((sae(leaf) * weights).sum(), leaf, materialize_grads=True)
+    compare(lambda: {"sae(x)": (sae(x) * weights).sum()}, "sae(x)", "x", x, gradient, torch.ones_like(x))
+
+
+def gradients_of_rules(s: Subject) -> None:
+    """The gradient of a rule's own parameters is nearly the derivative of the mean loss over many rows.
+
+    Selection is a step function of them, so on few rows a loss does not change with them at all: straight-through
+    gradients estimate the change of the expectation.
+    """
+    sae = s.fitted(torch.float64)
+    own = {n: p for n, p in sae.named_parameters() if n.startswith("allocation.") and p.requires_grad}
+    if not own:
+        return
+    terms, _ = loss_terms(sae, s, tokens=40_000)
+    for term, gradients in all_gradients(terms, own).items():
+        for name, p in own.items():
+            uphill = torch.where(gradients[name] < 0, -1.0, 1.0).to(p)
+            slope = central_difference(terms, term, p, uphill, ESTIMATE_STEP)
+            got = gradients[name].abs().sum().item()
+            require(
+                abs(got - slope) <= ESTIMATE_TOLERANCE * max(got, abs(slope)),
+                f"{term}: the gradient of {name} promises a slope of {got:.4g}; over many rows it is {slope:.4g}",
+            )
+
+
+def loss_terms(sae: SAE, s: Subject, tokens: int) -> tuple[Terms, Terms]:
+    """All losses of a training step, and the same with constant what `own_terms` detaches. Silent latents are dead."""
+    batch = s.batch(tokens)
+    with torch.no_grad():
+        x, _ = sae.prepare(batch.x.double(), batch.target)
+        dead = sae.encode_scaled(x).counts() == 0
+    density = torch.where(dead, 0.0, K / D_SAE).double()
+    context = StepContext(progress=0.5, batch_tokens=tokens, dead=dead, density=density, l0=float(K))
+    sae.begin_step(context)
+
+    def terms(detached: _Detached | None = None) -> dict[str, Tensor]:
+        x, y = sae.prepare(batch.x.double(), None if batch.target is None else batch.target.double())
+        made = sae.forward_scaled(x, context)
+        with detached or nullcontext():
+            own = sae.own_terms(x, y, made, context)
+        return {"reconstruction": sae.reconstruction_loss(y, made)} | own
+
+    noted: list[Tensor] = []
+    terms(_Detached(noted, replays=False))
+    return terms, lambda: terms(_Detached(noted, replays=True))
+
+
+class _Detached(TorchFunctionMode):
+    """Within it, what is detached is noted, or has the value that was noted in its place."""
+
+    def __init__(self, noted: list[Tensor], replays: bool) -> None:
+        super().__init__()
+        self.noted, self.replays, self.count = noted, replays, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value = func(*args, **(kwargs or {}))
+        if func is not torch.Tensor.detach:
+            return value
+        if not self.replays:
+            self.noted.append(value.clone())
+        self.count += 1
+        return self.noted[self.count - 1]
+
+
+def all_gradients(terms: Terms, parameters: dict[str, torch.nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """Of every term that has any, for every parameter."""
+    found = {}
+    for term, value in terms().items():
+        if value.requires_grad:
+            grads = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, materialize_grads=True)
+            found[term] = dict(zip(parameters, grads, strict=True))
+    return found
+
+
+def compare(terms: Terms, term: str, name: str, p: Tensor, gradient: Tensor, moved: Tensor) -> None:
+    """Raise unless the gradient along a random direction is the slope. A kink in the way is given a second chance."""
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        direction = moved * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        slope = central_difference(terms, term, p, direction, STEP)
+        got = (gradient * direction).sum().item()
+        noise = TOLERANCE * gradient.norm().item() + 1e-8 * abs(terms()[term].item())
+        if abs(got - slope) <= noise:
+            return
+    require(False, f"{term}: the gradient of {name} is {got:.8g} along a direction in which the slope is {slope:.8g}")
+
+
+@torch.no_grad()
+def central_difference(terms: Terms, term: str, p: Tensor, direction: Tensor, step: float) -> float:
+    values, before = [], p.clone()
+    for sign in (1, -1):
+        p.add_(direction, alpha=sign * step)
+        values.append(terms()[term].item())
+        p.copy_(before)
+    return (values[0] - values[1]) / (2 * step)
+
+
+def determined_by_the_seed(s: Subject) -> None:
+    """The same seed gives the same SAE, and the same training the same result, bit for bit."""
+    one, other = s.fresh(), s.fresh()
+    require(not (names := changed(snapshot(one), other)), f"equal seeds, different {', '.join(names)}")
+    for sae in (one, other):
+        trainer = Trainer(sae, TrainConfig(lr=1e-2, batch_tokens=64, total_tokens=640))
+        if not trainer.trains:
+            return
+        for seed in range(5):
+            trainer.step(s.batch(64, seed))
+    require(not (names := changed(snapshot(one), other)), f"equal training, different {', '.join(names)}")
+
+
+def training_steps(s: Subject) -> None:
+    """step takes any number of rows, returns finite numbers, `loss` the sum of its terms, and moves every parameter."""
+    sae = s.fitted()
+    before = snapshot(sae)
+    trainer = Trainer(sae, TrainConfig(lr=1e-2, batch_tokens=64, total_tokens=640))
+    if not trainer.trains:
+        return
+    for n in (64, 64, 1, 33):
+        out = trainer.step(s.batch(n, seed=n))
+        told = {name: value for name, value in out.items() if n > 1 or name != "fvu_batch"}  # one row has no variance
+        odd = [f"{name} = {value}" for name, value in told.items() if value.ndim or not bool(value.isfinite())]
+        require(not odd, f"a step on {n} rows returned {', '.join(odd)}")
+        terms = [v for name, v in out.items() if name not in {"loss", "fvu_batch", "l0", "dead", "grad_norm", "lr"}]
+        total = torch.stack(terms).sum().item()
+        require(
+            abs(total - out["loss"].item()) <= 1e-5 * abs(total), f"loss is {out['loss']:.6g}, its terms {total:.6g}"
+        )
+    moved = changed(before, sae)
+    for name, p in sae.named_parameters():
+        require(
+            p.requires_grad == (name in moved), f"{name} {'did not move' if p.requires_grad else 'moved'} in training"
+        )
+
+
+def training_helps(s: Subject) -> None:
+    """Trained for a moment, FVU in eval mode is well below that of the untrained SAE, of the mean (which is 1) and of
+    the same SAE with its random decoder frozen.
+
+    SAEs that have nothing to train, or a part that is not trained, are baselines themselves and are let off.
+    """
+    if not any(p.requires_grad for p in s.fresh().parameters()):
+        return
+    trained = fvu(train(s.fresh(), s), s)
+    untrained = s.fresh()
+    batch = s.batch(1000, seed=1)
+    untrained.fit_input(batch.x, batch.target)
+    untrained.calibrate(s.rows(2000, seed=3))
+    start = fvu(untrained.eval(), s)
+    require(trained <= 0.8 * min(start, 1.0), f"FVU {trained:.3f} after training, {start:.3f} before")
+    frozen = s.fresh()
+    if all(p.requires_grad for p in frozen.parameters()) and "W_dec" in dict(frozen.named_parameters()):
+        frozen.get_parameter("W_dec").requires_grad_(False)
+        random = fvu(train(frozen, s), s)
+        require(trained <= 0.9 * random, f"FVU {trained:.3f}, and {random:.3f} with a frozen random decoder")
+
+
+def train(sae: SAE, s: Subject) -> SAE:
+    batch = s.batch(ROWS, seed=10)
+    config = TrainConfig(lr=1e-2, batch_tokens=BATCH, total_tokens=BATCH * STEPS)
+    return Trainer(sae, config).fit(ArraySource(batch.x, target=batch.target), progress=False)
+
+
+@torch.no_grad()
+def fvu(sae: SAE, s: Subject) -> float:
+    """Of rows that were not trained on."""
+    batch, measured = s.batch(2000, seed=11), FVU()
+    y = batch.x if batch.target is None else batch.target
+    measured.add(y.flatten(1), sae(batch.x).flatten(1))
+    return measured.value()
