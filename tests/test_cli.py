@@ -258,7 +258,7 @@ MISTAKES = {
         "apportion collect",
     ),
     "several hookpoints for one": (["train", "{layers}", "--hookpoint", "model.layers.0,model.layers.1"], "choose one"),
-    "eval of nothing": (["eval", "{tmp}/nothing"], "config.json"),
+    "eval of nothing": (["eval", "{tmp}/nothing"], "does not exist. Give a folder, a file, or a repository"),
     "info of nothing": (["info", "{tmp}/nothing"], "nothing"),
 }
 

@@ -118,21 +118,22 @@ def test_objectives_are_compared_and_finished_runs_are_not_repeated(
     (tmp_path / "text.txt").write_text(some_text(0, 6000))
     settings = {
         "out": tmp_path / "results", "model": str(tiny_model_dir), "text": TextSource(tmp_path / "text.txt"),
-        "hookpoint": "model.layers.1", "k": 4, "d_sae": 48, "tokens": 2048, "ce_tokens": 128, "context_tokens": 32,
+        "hookpoint": "model.layers.1", "k": 4, "d_sae": 48, "tokens": 2048, "further_tokens": 512,
+        "ce_tokens": 128, "context_tokens": 32,
         "batch_tokens": 256, "mutual_weights": (0.0, 1.0),
     }  # fmt: skip
     Objectives(**settings).run()
     table = capsys.readouterr().out
     assert (tmp_path / "results" / "table.md").read_text() == table
     found = json.loads((tmp_path / "results" / "results.json").read_text())
-    assert [r["objective"] for r in found["objectives"]] == ["local", "e2e", "e2e_ds"]
+    assert [r["objective"] for r in found["objectives"]] == ["start", "local", "e2e", "e2e_ds"]
     assert all(r["l0"] <= 4 and r["fvu"] > 0 and "delta_ce" in r for r in found["objectives"])
     assert list(found["layers"]["fvu"]) == [f"model.layers.{i}" for i in range(3)]
     assert [r["weight"] for r in found["mutual"]] == [0.0, 1.0]
     assert found["mutual"][1]["mmcs_ab"] > found["mutual"][0]["mmcs_ab"]
 
     monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: pytest.fail("nothing is trained twice"))
-    (tmp_path / "results" / "runs" / "mutual-1-lr0.01.json").unlink()  # finished, but not measured
+    (tmp_path / "results" / "runs" / "mutual-1.json").unlink()  # finished, but not measured
     Objectives(**settings).run()
     assert capsys.readouterr().out == table
     with pytest.raises(ValueError, match="other settings"):

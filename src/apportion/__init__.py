@@ -23,9 +23,22 @@ from apportion.training import Trainer as Trainer
 
 if TYPE_CHECKING:
     from apportion import testing as testing
+    from apportion.interop.adapters import to_sae_bench as to_sae_bench
+    from apportion.interop.adapters import to_sae_lens as to_sae_lens
+    from apportion.interop.delphi import write_delphi_cache as write_delphi_cache
+    from apportion.interop.export import export as export
     from apportion.interop.load import load as load
+    from apportion.interop.publish import push_to_hub as push_to_hub
 
-LATER = {"testing": "apportion.testing", "load": "apportion.interop.load"}
+LATER = {
+    "testing": "apportion.testing",
+    "load": "apportion.interop.load",
+    "export": "apportion.interop.export",
+    "push_to_hub": "apportion.interop.publish",
+    "to_sae_bench": "apportion.interop.adapters",
+    "to_sae_lens": "apportion.interop.adapters",
+    "write_delphi_cache": "apportion.interop.delphi",
+}
 """Imported when they are first used: modules, and functions of the same name."""
 
 

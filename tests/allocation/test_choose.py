@@ -125,6 +125,7 @@ BLOCKS = [1, 40, 2**20]
 
 def set_block(patch: pytest.MonkeyPatch, entries: int) -> None:
     patch.setattr(primitives, "BLOCK_ENTRIES", entries)
+    patch.setattr(primitives, "MIN_BLOCK_ROWS", 1)
     patch.setattr(select, "SPARE_CANDIDATES", entries // 4)
 
 

@@ -106,11 +106,18 @@ DAMAGE = {
     "newer version": (lambda f: edit_config(f, lambda c: c.update(version=99)), "version 99.*Upgrade"),
     "odd version": (lambda f: edit_config(f, lambda c: c.update(version="two")), "version"),
     "no settings": (lambda f: edit_config(f, lambda c: c.pop("settings")), "settings"),
+    "odd info": (lambda f: edit_config(f, lambda c: c.update(info=[1])), "JSON object"),
     "unknown name": (lambda f: edit_config(f, lambda c: c.update(sae="mutual_choise")), "mutual_choice"),
     "odd name": (lambda f: edit_config(f, lambda c: c.update(sae=[1])), "config.json"),
     "unknown setting": (lambda f: edit_config(f, lambda c: c["settings"].update(auxx=1)), "aux"),
     "setting of a wrong type": (lambda f: edit_config(f, lambda c: c["settings"].update(k="3")), "config.json"),
     "other width": (lambda f: edit_config(f, lambda c: c["settings"].update(d_in=9)), r"shape \[24, 8\]"),
+    "NaN": (lambda f: edit_tensors(f, lambda t: t["W_dec"][2].fill_(torch.nan)), "W_dec holds NaN or infinity"),
+    "a lie about width": (lambda f: edit_config(f, lambda c: c["settings"].update(d_sae=10**15)), "d_sae = 1000"),
+    "a lie about both": (
+        lambda f: edit_config(f, lambda c: c["settings"].update(d_sae=10**15, d_in=10**15)), "its config says d_sae"
+    ),
+    "a deep config": (lambda f: (f / "config.json").write_text("[" * 200_000), "not valid JSON"),
     "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop("W_enc")), "W_enc"),
     "extra tensor": (lambda f: edit_tensors(f, lambda t: t.update(other=torch.ones(2))), "other"),
     "wrong shape": (

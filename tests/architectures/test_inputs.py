@@ -65,6 +65,15 @@ def test_token_standardise():
     assert torch.allclose(description.undo(scaled, x), x, rtol=1e-5, atol=1e-4)
 
 
+def test_the_way_back_of_token_standardise_is_without_its_small_summand():
+    """So it is in MLSAE, OpenAI's TopK and SAELens, whose numbers ours are to equal."""
+    x = activations().double() * 1e-3
+    description = InputDescription((D,), "token_standardise", "mean")
+    mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+    assert torch.equal(description.apply_to(x), (x - mean) / (std + 1e-5))
+    assert torch.equal(description.undo(torch.ones_like(x), x), (std + mean).expand_as(x))
+
+
 def test_token_norm():
     x = activations()
     description = InputDescription((D,), "token_norm", "mean")

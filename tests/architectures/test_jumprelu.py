@@ -1,7 +1,8 @@
-"""JumpReLU: gradients against dense twins and smoothed expectations, the traps of public code, reaching the set-point."""
+"""JumpReLU: gradients against dense twins and smoothed expectations, traps of public code, reaching the set-point."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import erf, sqrt
 
 import pytest
@@ -63,7 +64,7 @@ def dense_terms(sae: ap.SAE, x: torch.Tensor) -> dict[str, torch.Tensor]:
         penalty = (c.tanh_scale * (a * active) * norms).tanh()
         of_penalty = (c.tanh_scale * theta * norms).tanh().detach() * of_step
         terms["sparsity"] = value * (penalty + of_penalty - of_penalty.detach()).sum(1).mean()
-        terms["pre_act"] = c.pre_act_weight * ((theta - a).relu() * norms).sum(1).mean()
+        terms["pre_act"] = c.pre_act_weight / c.d_in * ((theta - a).relu() * norms).sum(1).mean()
     return terms
 
 
@@ -218,9 +219,12 @@ def trained(steps: int = 300, k: float = 3, **settings: object) -> ap.SAE:
     return sae.eval()
 
 
-@pytest.mark.parametrize(("objective", "k"), [("l0", 3), ("l0_target", 2), ("l0_target", 5), ("tanh", 3)])
-def test_reaches_the_set_point_with_thresholds_of_their_own(objective, k):
-    sae = trained(objective=objective, k=k)
+@pytest.mark.parametrize(
+    ("objective", "k", "weight"), [("l0", 3, 1), ("l0_target", 2, 10), ("l0_target", 5, 1), ("tanh", 3, 1)]
+)
+def test_reaches_the_set_point_with_thresholds_of_their_own(objective, k, weight):
+    """Where latents are scarce (k = 2 of about 3) the set-point alone needs a large weight."""
+    sae = trained(objective=objective, k=k, set_point_weight=weight)
     theta = sae.log_threshold.exp()
     assert sae.info["calibration"]["l0"] == pytest.approx(k, rel=0.05)
     assert theta.std() > 0.1 * theta.mean()
@@ -230,7 +234,7 @@ def test_reaches_the_set_point_with_thresholds_of_their_own(objective, k):
 
 def test_l0_falls_when_the_coefficient_rises():
     l0 = [trained(150, objective="l0", coefficient=c).info["calibration"]["l0"] for c in (1e-3, 1e-2, 1e-1)]
-    assert all(a > 1.05 * b for a, b in zip(l0, l0[1:], strict=False)), l0
+    assert all(a > 1.05 * b for a, b in pairwise(l0)), l0
 
 
 # Folding and settings
@@ -246,7 +250,10 @@ def test_folding_takes_thresholds_and_bandwidth_along(subtract_b_dec):
     assert folded.bandwidth.item() == pytest.approx((sae.bandwidth / sae.scale).item())
     assert torch.allclose(folded.encode(x).dense() * sae.scale, sae.encode(x).dense(), rtol=1e-9)
     assert torch.allclose(folded(x), sae(x), rtol=1e-9, atol=1e-9)
-    for a, b in zip(*(s.train().forward_scaled(s.input.apply_to(x), StepContext()).notes["near"].rows() for s in (sae, folded)), strict=True):
+    for a, b in zip(
+        *(s.train().forward_scaled(s.input.apply_to(x), StepContext()).notes["near"].rows() for s in (sae, folded)),
+        strict=True,
+    ):
         assert a == b
 
 

@@ -117,6 +117,7 @@ PATHS = {"as it chooses": (0.1, 2**22), "lists": (1.0, 2**22), "dense": (-1.0, 2
 def test_values_and_gradients(case, dtype, path, monkeypatch):
     monkeypatch.setattr(sparse, "DENSE_SHARE", path[0])
     monkeypatch.setattr(primitives, "BLOCK_ENTRIES", path[1])
+    monkeypatch.setattr(primitives, "MIN_BLOCK_ROWS", 1)
     got, wanted = [], []
     for loss_of, at, into in ((sparse_loss, dtype, got), (dense_loss, torch.float64, wanted)):
         # The float64 twin starts from the same (rounded) numbers.
@@ -188,7 +189,7 @@ def test_encode_leaves_the_given_matches_alone():
 def test_blocks_are_as_large_as_the_device_likes():
     on_a_gpu = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
     assert primitives.block_rows(65_536, on_a_gpu) == 2**28 // 65_536
-    for width, rows in ((16_384, 256), (2**22, 1), (2**23, 1), (0, 2**22)):
+    for width, rows in ((16_384, 256), (8192, 512), (2**22, 256), (0, 2**22)):
         assert primitives.block_rows(width, torch.zeros(1)) == rows
 
 

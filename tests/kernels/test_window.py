@@ -62,6 +62,7 @@ def dense_masks(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_reach_finds_both_lists(case, block, monkeypatch):
     if block:
         monkeypatch.setattr(primitives, "BLOCK_ENTRIES", block)
+        monkeypatch.setattr(primitives, "MIN_BLOCK_ROWS", 1)
     x, W, b, t, _ = case.tensors()
     a, active, near = dense_masks(case)
     for got, wanted in zip(reach(x, W, b, t.exp(), case.width()), (active, near), strict=True):
@@ -93,7 +94,7 @@ def test_one_product(monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_gradient_through_the_reconstruction(case, dtype):
     a, active, near = dense_masks(case)
-    x, W, b, t, W_dec = case.tensors()
+    t, W_dec = case.tensors()[3:]
     g = torch.randn(case.tokens, case.d_out, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     t.requires_grad_()
     surrogate = -(t.detach().exp() / case.bandwidth) * near * t.exp()

@@ -57,9 +57,9 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
         raise ValueError(f"{config_file} was not written by apportion (format {config.get('format')!r}).")
     if not isinstance(found := config.get("version"), int) or found > VERSION:
         raise ValueError(f"{config_file} has version {found}; this apportion reads up to {VERSION}. Upgrade.")
-    settings = config.get("settings")
-    if not isinstance(settings, dict):
-        raise ValueError(f"{config_file} has no settings.")
+    settings, info = config.get("settings"), config.get("info", {})
+    if not isinstance(settings, dict) or not isinstance(info, dict):
+        raise ValueError(f"{config_file} has no settings, or none that are a JSON object.")
     try:
         tensors = load_file(tensor_file)
     except (SafetensorError, OSError) as error:
@@ -79,12 +79,14 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
             raise ValueError(
                 f"{tensor_file}: {name} has shape {list(tensor.shape)}, its config says {list(wanted[name].shape)}."
             )
-    for name, _ in sae.named_parameters():
+        if tensor.dtype.is_floating_point != wanted[name].dtype.is_floating_point:
+            raise ValueError(f"{tensor_file}: {name} holds {tensor.dtype}, {wanted[name].dtype} is expected.")
+    for name in [*dict(sae.named_parameters()), *(name for name in tensors if name.startswith("input."))]:
         if not all_finite(tensors[name]):
             raise ValueError(f"{tensor_file}: {name} holds NaN or infinity.")
     sae.to(tensors["W_dec"].dtype)
     sae.load_state_dict(tensors)
-    sae.info = config.get("info", {})
+    sae.info = info
     return sae.eval()
 
 
@@ -137,7 +139,7 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} does not hold a JSON object.")

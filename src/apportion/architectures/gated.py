@@ -61,9 +61,7 @@ class Gated(Affine):
         super().begin_step(context)
         self.coefficient.begin_step(context)
 
-    def encode_scaled_by(
-        self, rule: Rule, x: Float[Tensor, "tokens d_in"], warm: WarmStart | None = None
-    ) -> Latents:
+    def encode_scaled_by(self, rule: Rule, x: Float[Tensor, "tokens d_in"], warm: WarmStart | None = None) -> Latents:
         return self.magnitudes(self.gates_by(rule, x, warm))
 
     def gates_by(self, rule: Rule, x: Float[Tensor, "tokens d_in"], warm: WarmStart | None = None) -> Latents:
@@ -94,7 +92,7 @@ class Gated(Affine):
         gates: Latents = made.notes["gates"]
         by_gates = decode_matches(gates, self.W_dec.detach()) + self.b_dec.detach()
         return {
-            "sparsity": self.coefficient.value * gates.values.sum() / gates.tokens,
+            "sparsity": self.coefficient.value * gates.values.sum() / max(gates.tokens, 1),
             "gates": losses.reconstruction(y, by_gates),
         }
 

@@ -8,7 +8,7 @@ There is no budget; sparsity terms make L0 what it is, and `objective` says whic
 
     l0          lambda L0                                              arXiv 2407.14435
     tanh        lambda sum_j tanh(c z_j ||W_dec_j||)                   Anthropic, January 2025: decoder norms are free
-                + pre_act_weight sum_j relu(theta_j - a_j) ||W_dec_j||
+                + pre_act_weight / d_in sum_j relu(theta_j - a_j) ||W_dec_j||
     l0_target   no such term
     all three   + set_point_weight (L0 / k - 1)^2                      as in the dictionary_learning library
 
@@ -53,7 +53,6 @@ INITIAL_COEFFICIENT = 0.1
 """lambda at the start, divided by k."""
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class JumpReLUConfig(SparsityConfig, AuxiliaryConfig):
     objective: Literal["l0", "l0_target", "tanh"] = "l0_target"
@@ -66,12 +65,13 @@ class JumpReLUConfig(SparsityConfig, AuxiliaryConfig):
     """Learning rate of log thresholds, in units of that of the other parameters."""
     bandwidth: float = 0.2
     """Width of the window around thresholds whose matches give them a gradient, in units of prepared inputs."""
-    set_point_weight: float = 10.0
+    set_point_weight: float = 1.0
     """Weight of (L0 / k - 1)^2, which holds L0 at k; not used with a fixed coefficient."""
     tanh_scale: float = 4.0
     """tanh: c, the steepness."""
-    pre_act_weight: float = 3e-5
-    """tanh: weight of the pre-activation term."""
+    pre_act_weight: float = 3e-6
+    """tanh: weight of the pre-activation term, for a loss of ||x - x_hat||^2 as published: it is divided by d_in here.
+    With much more of it codes grow and decoder rows shrink without end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +83,9 @@ class JumpReLUConfig(SparsityConfig, AuxiliaryConfig):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if self.affinity != "code":
-            raise ValueError(f'Thresholds of a JumpReLU are about codes: affinity must be "code", got {self.affinity!r}.')
+            raise ValueError(
+                f'Thresholds of a JumpReLU are about codes: affinity must be "code", got {self.affinity!r}.'
+            )
         if self.objective == "l0_target" and self.coefficient is not None:
             raise ValueError('The objective l0_target has no coefficient: use set_point_weight, or objective="l0".')
 
@@ -99,7 +101,7 @@ class JumpReLUConfig(SparsityConfig, AuxiliaryConfig):
 @final
 class JumpReLU(AffineWithAuxiliary):
     Config = JumpReLUConfig
-    config: JumpReLUConfig
+    config: JumpReLUConfig  # type: ignore[assignment]
     allocation: LearnedThreshold
     bandwidth: Tensor
 
@@ -138,7 +140,7 @@ class JumpReLU(AffineWithAuxiliary):
             terms["sparsity"] = self.coefficient.value * l0
         elif config.objective == "tanh":
             terms["sparsity"] = self.coefficient.value * self._tanh(latents, near)
-            terms["pre_act"] = config.pre_act_weight * self._pre_act(self.centred(x), latents)
+            terms["pre_act"] = config.pre_act_weight / self.d_in * self._pre_act(self.centred(x), latents)
         if config.coefficient is None:
             terms["set_point"] = config.set_point_weight * (l0 / config.k - 1).square()
         return terms

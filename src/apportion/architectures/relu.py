@@ -11,7 +11,7 @@ E||x||^2 = 1 by sqrt(d_in).
 
 p-annealing (Karvonen et al. 2024, arXiv 2408.00113) makes the penalty look more like a count as the run goes on:
 
-    sum_j (z_j ||W_dec_j||)^p       with p falling from 1 to p_end in the later part of the run
+    sum_j (z_j ||W_dec_j||)^p       with p falling from 1 to p_end until the end of the run
 
 and whenever p changes from p to p', lambda is multiplied by (mean penalty with p) / (mean penalty with p'), so that the
 pressure stays. The paper changes p in steps and takes the means over recent batches; here p falls a little in every
@@ -44,8 +44,6 @@ from apportion.latents import Latents
 
 INITIAL_NORM = 0.1
 """Of decoder and encoder rows."""
-P_REACHED = 0.8
-"""Share of the run after which p is p_end, so that weights can settle while the learning rate falls."""
 SMALLEST = 1e-8
 """Where z^p with p < 1 is cut off: its slope at 0 is infinite."""
 
@@ -55,16 +53,16 @@ class ReLUConfig(SparsityConfig):
     subtract_b_dec: bool = False
     """Subtract the decoder bias from the encoder's input."""
     p_end: float = 1.0
-    """Exponent of the penalty at the end of the run; 1 is the L1 penalty throughout, 0.2 is usual for p-annealing."""
-    p_start_share: float = 0.4
-    """Share of the run after which the exponent begins to fall from 1; it arrives at p_end after 0.8 of the run."""
+    """Exponent of the penalty at the end of the run; 1 is the L1 penalty throughout, the paper ends at 0.2."""
+    p_start_share: float = 0.1
+    """Share of the run after which the exponent begins to fall from 1, steadily until the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.p_end <= 1:
             raise ValueError(f"p_end must be above 0 and at most 1, got {self.p_end}.")
-        if not 0 <= self.p_start_share < P_REACHED:
-            raise ValueError(f"p_start_share must be at least 0 and below {P_REACHED}, got {self.p_start_share}.")
+        if not 0 <= self.p_start_share < 1:
+            raise ValueError(f"p_start_share must be at least 0 and below 1, got {self.p_start_share}.")
 
 
 @final
@@ -98,7 +96,7 @@ class ReLU(Affine):
         super().begin_step(context)
         self.coefficient.begin_step(context)
         start = self.config.p_start_share
-        fallen = min(1.0, max(0.0, context.progress - start) / (P_REACHED - start))
+        fallen = max(0.0, context.progress - start) / (1 - start)
         self._next_p = 1 - fallen * (1 - self.config.p_end)
 
     def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
@@ -118,4 +116,4 @@ class ReLU(Affine):
         if self.config.p_end != 1:
             values, norms = values.clamp_min(SMALLEST) ** p, norms**p
         totals = values.new_zeros(self.d_sae).index_add(0, latents.indices, values)
-        return totals @ norms / latents.tokens
+        return totals @ norms / max(latents.tokens, 1)

@@ -22,10 +22,10 @@ Two ways to compare with a plain SAE of width F:
 Experts may learn the same direction several times over: evals/geometry.py counts that.
 
 The paper's code has no encoder bias, leaves activations in raw units, computes all experts and masks them. Its balance
-weight, 3 in the launch script, is multiplied by d because its reconstruction loss is a sum over d; ours is a mean over d
-and takes the 3 as it is. As there, experts have no capacity: no token is dropped, and a block is as long as its expert's
-share of the batch. As there, there is no auxiliary loss by default; with one, a token revives silent latents of its own
-expert.
+weight, 3 in the launch script, is multiplied by d because its reconstruction loss is a sum over d; ours is a mean over
+d and takes the 3 as it is. As there, experts have no capacity: no token is dropped, and a block is as long as its
+expert's share of the batch. As there, there is no auxiliary loss by default; with one, a token revives silent latents
+of its own expert.
 
 A latent sees the tokens of its expert only, about 1 / E of all. Windows of dead latents and densities count all tokens,
 so that a dead window is E times shorter in tokens that a latent could have fired on: raise dead_window_tokens with E.

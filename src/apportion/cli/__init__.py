@@ -5,6 +5,7 @@
     apportion train acts/ --sae mutual_choice --k 32 --d-sae 16384 --out runs/x
     apportion eval runs/x --text heldout.txt --json out.json
     apportion report runs/x runs/y --out report/
+    apportion convert runs/x sae/ --to sae_lens
     apportion info PATH
 
 A mistake is answered with one line and exit code 2, before any long work; Ctrl-C exits with 130.
@@ -21,6 +22,7 @@ import tyro
 from tyro.conf import subcommand
 
 from apportion.cli.collect import Collect
+from apportion.cli.convert import Convert
 from apportion.cli.demo import Demo
 from apportion.cli.evaluate import Eval
 from apportion.cli.info import Info
@@ -38,6 +40,7 @@ def parse(argv: list[str]) -> Any:
         "train": train_command(*chosen_sae(argv)),
         "eval": Eval,
         "report": Report,
+        "convert": Convert,
         "info": Info,
     }
     union = Union[tuple(Annotated[c, subcommand(name)] for name, c in commands.items())]  # noqa: UP007

@@ -13,7 +13,7 @@ from apportion.cli.arguments import describe_filter, say
 
 @dataclass(kw_only=True)
 class Info:
-    """Say what a folder holds: a cache, a run, or a saved SAE."""
+    """Say what a folder holds: a cache, a run, or a saved SAE, also of another library."""
 
     path: Positional[Path | None] = None
     """The folder."""
@@ -49,5 +49,7 @@ class Info:
 
             sae = load(self.path)
             about = f"{sae.name}, d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}, {sae.hookpoint or 'no hookpoint'}"
+            if "format" in sae.info:
+                about += f", from {sae.info['format']}"
             say(f"{self.path}: {about}")
             say(json.dumps({"settings": sae.settings(), **sae.info}, indent=2))

@@ -43,7 +43,8 @@ class EndToEndConfig:
     local_weight: float = 0.0
     """Weight of the reconstruction at the hookpoint itself."""
     later: tuple[str, ...] | None = None
-    """Which later hookpoints count as downstream; None: the outputs of all later layers."""
+    """Which later hookpoints count as downstream; None: the outputs of all later layers (the paper: of all but
+    the last)."""
 
     def __post_init__(self) -> None:
         if self.loss not in ("kl", "ce"):
@@ -64,6 +65,7 @@ PRESETS = {
 class EndToEnd:
     """The objective for SAEs at `hookpoint` of `model`; needs batches of whole contexts (`ContextSource`).
 
+    batch_tokens and total_tokens then count all tokens of the contexts, also those that the token filter leaves out.
     The model is in eval mode without trainable parameters, as `load_model` returns it; ValueError otherwise.
     """
 

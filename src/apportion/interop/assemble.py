@@ -1,0 +1,227 @@
+"""Parts into one of our SAEs, and one of ours into Parts.
+
+Both go by the equations of parts.py: in eval mode the SAE that is made has the codes and reconstructions of the parts,
+and the parts that are made those of the SAE, in raw units (`folded`). The way out, with one affine encoder and decoder:
+
+    rule                                  kind
+    TopK                                  topk
+    Mutual Choice, Feature Choice         jumprelu, with the thresholds of eval mode: only once calibrated
+    Threshold, learned thresholds         jumprelu; relu where they are all zero
+
+Where affinity is code_times_decoder_norm, latent j has the threshold theta / ||W_dec_j||. TopK cannot be told so in
+other formats: there the norms go into the encoder, and codes become ||W_dec_j|| as large.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import reduce
+from math import inf
+from typing import Any, TypeGuard
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from apportion.allocation import LearnedThreshold, Rule, TokenChoice
+from apportion.architectures import SAE, create
+from apportion.architectures.affine import Affine, blank_weights
+from apportion.architectures.fixed_basis import FixedBasis
+from apportion.architectures.frozen import Frozen
+from apportion.architectures.gated import Gated
+from apportion.architectures.inputs import PER_TOKEN
+from apportion.architectures.jumprelu import JumpReLU
+from apportion.architectures.matryoshka import Matryoshka
+from apportion.architectures.multi_topk import MultiTopK
+from apportion.architectures.plain import Plain
+from apportion.architectures.relu import ReLU
+from apportion.architectures.switch import Switch
+from apportion.architectures.transcoder import Transcoder
+from apportion.interop.parts import Parts
+
+ALIKE = (Plain, MultiTopK, Matryoshka, Frozen, FixedBasis, ReLU, JumpReLU, Transcoder)
+"""They all encode and decode alike in eval mode."""
+TINY = 1e-30
+"""Thresholds that are not positive cut nothing; their logarithm is that of this number."""
+
+
+def assemble(parts: Parts) -> SAE:
+    """The SAE of ours that computes what `parts` say, in eval mode; it takes over their tensors."""
+    settings = {
+        "d_in": parts.W_enc.shape[1],
+        "d_sae": parts.W_enc.shape[0],
+        "input_norm": parts.input_norm,
+        "hookpoint": parts.hookpoint,
+        **_rule(parts),
+    }
+    if not parts.transcoder:
+        settings["subtract_b_dec"] = parts.subtract_b_dec
+    if parts.by_norm:
+        settings["affinity"] = "code_times_decoder_norm"
+    with blank_weights():
+        sae = create(_name(parts), **settings)
+    weights = {"W_enc": parts.W_enc, "W_dec": parts.W_dec, "b_enc": parts.b_enc, "b_dec": parts.b_dec}
+    if parts.W_skip is not None:
+        weights["W_skip"] = parts.W_skip
+    if parts.kind == "gated":
+        weights |= {"b_enc": parts.gate["b_gate"], "r_mag": parts.gate["r_mag"], "b_mag": parts.gate["b_mag"]}
+    weights |= parts.router
+    dtype = reduce(torch.promote_types, (w.dtype for w in weights.values()))
+    for name, tensor in weights.items():
+        _put(sae, name, tensor.to(dtype))
+    sae.to(dtype)
+    _set_threshold(sae.allocation, parts)
+    sae.info = deepcopy(parts.info)
+    return sae.eval()
+
+
+def _name(parts: Parts) -> str:
+    if parts.transcoder:
+        return "transcoder" if parts.W_skip is None else "skip_transcoder"
+    return "mlsae" if parts.every_layer else NAMES[parts.kind]
+
+
+NAMES = {
+    "relu": "relu",
+    "topk": "topk",
+    "batch_topk": "mutual_choice",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "switch": "switch",
+}
+
+
+def _rule(parts: Parts) -> dict[str, Any]:
+    """The settings that say which matches are kept."""
+    if parts.kind == "batch_topk":
+        rule: dict[str, Any] = {"k": _k(parts)}
+    elif parts.kind in ("topk", "switch"):
+        rule = {"k": _whole(_k(parts))}
+    elif parts.transcoder:
+        rule = {}
+    else:  # a target for training on; nothing now depends on it
+        rule = {"k": min(parts.k if _is_count(parts.k) else 32, len(parts.W_enc))}
+    if parts.kind == "switch":
+        rule["num_experts"] = len(parts.router["W_router"])
+    if parts.transcoder:
+        if parts.kind not in ALLOCATIONS:
+            raise ValueError(
+                f"A transcoder of kind {parts.kind} has no counterpart here; there is one of: {', '.join(ALLOCATIONS)}."
+            )
+        rule |= {"allocation": ALLOCATIONS[parts.kind], "d_out": parts.W_dec.shape[1]}
+        rule |= {"skip": parts.W_skip is not None, "target_hookpoint": parts.target_hookpoint}
+        if parts.kind == "jumprelu":
+            rule["per_latent"] = True
+    elif parts.W_skip is not None:
+        raise ValueError("Only transcoders have a skip here.")
+    return rule
+
+
+ALLOCATIONS = {"relu": "threshold", "jumprelu": "threshold", "topk": "topk", "batch_topk": "mutual_choice"}
+"""Of transcoders."""
+
+
+def _k(parts: Parts) -> float:
+    if not _is_count(parts.k):
+        raise ValueError(
+            f"How many latents a token has is not known (k = {parts.k!r}). Say it: load(..., config={{'k': 32}})."
+        )
+    return parts.k
+
+
+def _is_count(k: object) -> TypeGuard[int | float]:
+    return isinstance(k, int | float) and not isinstance(k, bool) and 0 < k < inf
+
+
+def _whole(k: float) -> int:
+    if k != int(k):
+        raise ValueError(f"A TopK checkpoint needs a whole number of active latents, got k = {k}.")
+    return int(k)
+
+
+def _put(sae: SAE, name: str, tensor: Tensor) -> None:
+    """The tensor itself becomes the parameter, so that big weights are not copied."""
+    parameter = sae.get_parameter(name)
+    if parameter.shape != tensor.shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, {list(parameter.shape)} is needed.")
+    parameter.data = tensor.contiguous()
+
+
+@torch.no_grad()
+def _set_threshold(rule: Rule, parts: Parts) -> None:
+    if parts.threshold is None:
+        return
+    if isinstance(rule, LearnedThreshold):
+        rule.log_threshold.copy_(parts.threshold.clamp_min(TINY).log())
+    else:
+        rule.threshold.copy_(parts.threshold)
+
+
+@torch.no_grad()
+def take_apart(sae: SAE) -> Parts:
+    """What `sae` computes in eval mode, as Parts in raw units on the CPU. ValueError if no Parts can say it."""
+    if not isinstance(sae, (*ALIKE, Gated, Switch)):
+        raise ValueError(f"No other library's format holds a {sae.name}; save it in ours with sae.save.")
+    folded = (deepcopy(sae) if sae.input.kind in PER_TOKEN else sae.folded()).cpu().eval()
+    assert isinstance(folded, Affine)
+    if isinstance(folded, Transcoder) and folded.input.kind in PER_TOKEN:
+        if folded.config.skip:
+            raise ValueError(
+                f"The skip of this SAE reads normalised tokens ({folded.input.kind}); no other format can."
+            )
+        folded.fold_in(folded.mean, folded.scale)  # 0 and 1: only the output's description is folded
+    parts = _parts(folded)
+    parts.hookpoint, parts.info = sae.hookpoint, deepcopy(sae.info)
+    if isinstance(sae, Transcoder):
+        parts.target_hookpoint = sae.target_hookpoint
+    return parts
+
+
+def _parts(folded: Affine) -> Parts:
+    weights = {name: p.detach() for name, p in folded.named_parameters()}
+    parts = Parts(
+        kind="relu",
+        W_enc=weights["W_enc"],
+        W_dec=weights["W_dec"],
+        b_enc=weights["b_enc"],
+        b_dec=weights["b_dec"],
+        subtract_b_dec=folded.config.subtract_b_dec,
+        k=folded.k,
+        input_norm=folded.config.input_norm,
+    )
+    if isinstance(folded, Gated):
+        parts.kind, parts.b_enc = "gated", torch.zeros_like(parts.b_enc)
+        b_gate = weights["b_enc"] - _thresholds(folded)
+        parts.gate = {"b_gate": b_gate, "r_mag": weights["r_mag"], "b_mag": weights["b_mag"]}
+        return parts
+    if isinstance(folded, Transcoder):
+        parts.transcoder, parts.W_skip = True, weights.get("W_skip")
+    rule = folded.allocation
+    if isinstance(rule, TokenChoice):
+        parts.kind, parts.k = "topk", rule.row_limit
+        if folded.config.affinity == "code_times_decoder_norm":
+            norms = folded.decoder_norms()
+            parts.W_enc.mul_(norms[:, None])
+            parts.b_enc.mul_(norms)
+            parts.W_dec.div_(norms.clamp_min(TINY)[:, None])
+    else:
+        theta = _thresholds(folded)
+        if bool((theta != 0).any()):
+            parts.kind, parts.threshold = "jumprelu", theta
+    if isinstance(folded, Switch):
+        if parts.kind != "topk":
+            raise ValueError(
+                "Of Switch SAEs other formats hold those with the rule topk only, "
+                f"and this one has {folded.allocation_name}; save it in ours with sae.save."
+            )
+        parts.kind, parts.router = "switch", {name: weights[name] for name in ("W_router", "b_router")}
+    return parts
+
+
+def _thresholds(folded: Affine) -> Float[Tensor, " d_sae"]:
+    """What codes have to exceed in eval mode; finite, for other libraries refuse what is not."""
+    theta = folded.allocation.in_force().threshold.expand(folded.d_sae)
+    if folded.config.affinity == "code_times_decoder_norm":
+        norms = folded.decoder_norms()
+        theta = torch.where(norms > 0, theta / norms, torch.inf)
+    return theta.clamp(0, torch.finfo(theta.dtype).max / 2).clone()

@@ -1,0 +1,195 @@
+"""The model card of an SAE: what it is, what it was trained on and how, how good it is, and how to load it.
+
+Everything is taken from what the SAE says of itself (`info`, settings) and from the figures that are given; what is not
+known is left out. Each figure comes with its definition.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from apportion.architectures import SAE, SAES
+
+PLOTS = "plots"
+"""The folder of the images."""
+METRICS: dict[str, tuple[str, str, str]] = {
+    "fvu": ("FVU", ".4f", "fraction of variance unexplained: sum of ‖error‖² / sum of ‖deviation from the mean‖²"),
+    "fvu_unfiltered": ("FVU, all tokens", ".4f", "the same with the tokens that the filter leaves out"),
+    "l0": ("L0", ".2f", "mean number of active latents per token"),
+    "dead": ("dead", ".2%", "share of latents that were active on none of these tokens"),
+    "ce_clean": ("CE", ".4f", "cross-entropy of the language model as it is, in nats per predicted token"),
+    "ce_spliced": ("CE, spliced", ".4f", "the same with reconstructions in place of the activations"),
+    "delta_ce": ("ΔCE", "+.4f", "CE, spliced - CE: what the model loses, in nats per predicted token"),
+    "recovered_zero": ("recovered (zero)", ".4f", "(CE with zeros in place of activations - CE, spliced) / (it - CE)"),
+    "recovered_mean": ("recovered (mean)", ".4f", "the same with the mean of the activations instead of zeros"),
+    "l0_difficulty_correlation": (
+        "r(L0, CE)",
+        ".2f",
+        "correlation of a token's L0 with the CE of the prediction there",
+    ),
+    "l0_distance_correlation": (
+        "r(L0, distance)",
+        ".2f",
+        "correlation of a token's L0 with its distance from the mean",
+    ),
+}
+"""Name in what an evaluation writes: title, format, definition."""
+SAID_ELSEWHERE = {"k", "d_sae", "tokens", "filtered_share", "dead_window_tokens", "predictions"}
+
+
+def model_card(
+    sae: SAE,
+    repo: str,
+    subfolder: str,
+    metrics: Mapping[str, Any],
+    plots: Sequence[str],
+    license: str | None,
+    notes: str | None,
+) -> str:
+    """Markdown, with the header that the Hub reads."""
+    source = sae.info.get("source", {})
+    title = subfolder or repo.split("/")[-1]
+    parts = [
+        _header(source, license),
+        f"# {title}",
+        f"A sparse autoencoder of the kind `{sae.name}`: {SAES[sae.name].summary}. Saved with apportion.",
+        notes or "",
+        "## The SAE\n\n" + _table({"kind": f"`{sae.name}`", **_about(sae)}),
+        "## How to load it\n\n" + _how_to_load(sae, repo, subfolder),
+        _section("## Data", _data(source)),
+        _section("## Training", _training(sae.info)),
+        _metrics(metrics),
+        _images(plots),
+        f"## Licence\n\n{license}" if license else "## Licence\n\nNone was given: ask the author before you use it.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _header(source: Mapping[str, Any], license: str | None) -> str:
+    fields: dict[str, Any] = {"library_name": "apportion"}
+    model = _name(source)
+    if model is not None and model.count("/") == 1:
+        fields["base_model"] = model
+    if license:
+        fields["license"] = license
+    lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
+    return "\n".join(["---", *lines, "tags:", "- sparse-autoencoder", "- interpretability", "---"])
+
+
+def _about(sae: SAE) -> dict[str, Any]:
+    calibration = sae.info.get("calibration")
+    return {
+        "model": _code(_name(sae.info.get("source", {}))),
+        "hookpoint": _code(sae.hookpoint),
+        "target hookpoint": _code(getattr(sae, "target_hookpoint", None)),
+        "width of activations (d_in)": sae.d_in,
+        "latents (d_sae)": sae.d_sae,
+        "active latents per token (k)": sae.k,
+        "rule": _code(sae.allocation_name),
+        "input normalisation": sae.input.kind,
+        "dtype": str(sae.dtype).removeprefix("torch."),
+        "thresholds": calibration
+        and f"calibrated on {_count(calibration['tokens'])} tokens, on which L0 is {calibration['l0']:.2f}",
+        "read from the format": sae.info.get("format"),
+    }
+
+
+def _how_to_load(sae: SAE, repo: str, subfolder: str) -> str:
+    call = f'"{repo}", subfolder="{subfolder}"' if subfolder else f'"{repo}"'
+    shape = ", ".join(str(n) for n in sae.row_shape)
+    use = "x_hat = sae.decode(latents, x)" if sae.decode_needs_x else "x_hat = sae.decode(latents)"
+    return (
+        "```python\nimport apportion as ap\n\n"
+        f"sae = ap.load({call})\n"
+        f"latents = sae.encode(x)  # x: raw activations [..., {shape}]; sparse: values, indices, offsets\n"
+        f"{use}\n```\n\n"
+        "The files are `config.json` (settings, and what is said here) and `model.safetensors`; nothing is unpickled."
+    )
+
+
+def _data(source: Mapping[str, Any]) -> dict[str, Any]:
+    text, filter_ = source.get("text"), source.get("filter")
+    return {
+        "text": text.get("where") if isinstance(text, Mapping) else text,
+        "tokens in the cache": _count(source.get("rows")),
+        "rows to train on": _count(source.get("rows_train")),
+        "rows to calibrate": _count(source.get("rows_calibrate")),
+        "tokens per context": source.get("context_tokens"),
+        "tokens filtered out": _share(source.get("filtered_share")),
+        "filter": ", ".join(f"{k} = {v}" for k, v in filter_.items() if not isinstance(v, list))
+        if isinstance(filter_, Mapping)
+        else None,
+        "dtype of the activations": source.get("dtype"),
+    }
+
+
+def _training(info: Mapping[str, Any]) -> dict[str, Any]:
+    settings = info.get("training", {})
+    plain = {n: v for n, v in settings.items() if v is not None and n not in ("tokens", "total_tokens")}
+    return {"tokens": _count(settings.get("tokens"))} | {f"`{name}`": _shown(value) for name, value in plain.items()}
+
+
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    defined = {name: about for name, about in METRICS.items() if _is(metrics.get(name))}
+    rows = [(title, format(metrics[name], style), what) for name, (title, style, what) in defined.items()]
+    others = {f"`{n}`": v for n, v in metrics.items() if n not in METRICS.keys() | SAID_ELSEWHERE and _is(v)}
+    if not rows and not others:
+        return ""
+    over = [f"{_count(metrics['tokens'])} tokens" if _is(metrics.get("tokens")) else "", str(metrics.get("mode", ""))]
+    if _is(metrics.get("filtered_share")):
+        over.append(f"{metrics['filtered_share']:.2%} of tokens filtered out")
+    lines = ["## Metrics", ", ".join(part for part in over if part)]
+    if rows:
+        table = ["| | | |", "| --- | ---: | --- |", *(f"| {' | '.join(_cell(c) for c in row)} |" for row in rows)]
+        lines.append("\n".join(table))
+    if others:
+        lines.append("Given without a definition:\n\n" + _table(others))
+    return "\n\n".join(line for line in lines if line)
+
+
+def _images(plots: Sequence[str]) -> str:
+    shown = [f"![{name.rsplit('.', 1)[0]}]({PLOTS}/{name})".replace(" ", "%20") for name in plots]
+    return "\n\n".join(["## Plots", *shown]) if shown else ""
+
+
+def _section(title: str, values: Mapping[str, Any]) -> str:
+    table = _table(values)
+    return f"{title}\n\n{table}" if table else ""
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    """Two columns; what is not known has no row."""
+    rows = [f"| {name} | {_cell(value)} |" for name, value in values.items() if value is not None and value != ""]
+    return "\n".join(["| | |", "| --- | --- |", *rows]) if rows else ""
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _name(source: Mapping[str, Any]) -> str | None:
+    model = source.get("model")
+    name = model.get("name_or_path") if isinstance(model, Mapping) else model
+    return name if isinstance(name, str) else None
+
+
+def _code(value: object) -> str | None:
+    return None if value is None else f"`{value}`"
+
+
+def _is(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _count(value: object) -> str | None:
+    return f"{value:,}" if isinstance(value, int) else None
+
+
+def _share(value: object) -> str | None:
+    return f"{value:.2%}" if isinstance(value, int | float) else None
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)

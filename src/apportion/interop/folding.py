@@ -1,0 +1,78 @@
+"""Linear changes of what goes in and comes out, folded into the weights of Parts, in place.
+
+What other libraries multiply activations by before an SAE sees them, or codes by afterwards, becomes part of the SAE:
+
+    fold_scale      the SAE takes s x              W_enc s, W_dec / s, b_dec / s; codes stay
+    fold_norms      codes times n = ||W_dec_j||    W_enc, biases and thresholds n, W_dec / n: rows of unit norm
+    fold_whitening  the SAE takes (x - m) M        W_enc M', W_dec M^-1, b_dec M^-1 + m; codes stay
+    fold_b_dec      b_dec subtracted or not        biases plus or minus W_enc b_dec; codes stay
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from apportion.interop.parts import Parts
+
+SMALLEST_NORM = 1e-8
+"""Decoder rows with a smaller norm are as good as zero."""
+BLOCK = 4096
+"""Rows of W_enc that are held in float64 at a time."""
+
+
+def fold_scale(parts: Parts, scale: float) -> None:
+    """From parts that take s x to parts that take x, with equal codes."""
+    parts.W_enc.mul_(scale)
+    parts.W_dec.div_(scale)
+    parts.b_dec.div_(scale)
+
+
+def fold_norms(parts: Parts) -> None:
+    """Codes become ||W_dec_j|| as large and decoder rows 1; reconstructions stay, and matches above thresholds do."""
+    norms = parts.W_dec.norm(dim=1).clamp_min(SMALLEST_NORM)
+    parts.W_dec.div_(norms[:, None])
+    parts.W_enc.mul_(norms[:, None])
+    parts.b_enc.mul_(norms)
+    if parts.threshold is not None:
+        parts.threshold = parts.threshold * norms
+    for name in ("b_gate", "b_mag"):
+        if name in parts.gate:
+            parts.gate[name].mul_(norms)
+
+
+def fold_whitening(
+    parts: Parts,
+    mean: Float[Tensor, " d_in"],
+    matrix: Float[Tensor, "d_in d_in"],
+    inverse: Float[Tensor, "d_in d_in"],
+) -> None:
+    """From parts that take (x - mean) @ matrix to parts that take x, with equal codes; computed in float64."""
+    mean, matrix, inverse = mean.double(), matrix.double(), inverse.double()
+    W_enc = parts.W_enc.double() @ matrix.T
+    if not parts.subtract_b_dec:
+        shift = W_enc @ mean
+        if parts.kind == "gated":
+            parts.gate["b_gate"].sub_(shift)
+            parts.gate["b_mag"].sub_(shift * parts.gate["r_mag"].double().exp())
+        else:
+            parts.b_enc.sub_(shift)
+    parts.W_enc = W_enc.to(parts.W_enc.dtype)
+    parts.W_dec = (parts.W_dec.double() @ inverse).to(parts.W_dec.dtype)
+    parts.b_dec = (parts.b_dec.double() @ inverse + mean).to(parts.b_dec.dtype)
+
+
+def fold_b_dec(parts: Parts, subtract: bool) -> None:
+    """To parts that subtract b_dec from x, or that do not; computed in float64."""
+    if parts.subtract_b_dec == subtract:
+        return
+    blocks = parts.W_enc.split(BLOCK)
+    shift = torch.cat([block.double() @ parts.b_dec.double() for block in blocks]) * (1 if subtract else -1)
+    changes = [(parts.b_enc, shift)]
+    if parts.kind == "gated":
+        gain = parts.gate["r_mag"].double().exp()
+        changes = [(parts.gate["b_gate"], shift), (parts.gate["b_mag"], gain * shift)]
+    for bias, change in changes:
+        bias.copy_(bias.double() + change)
+    parts.subtract_b_dec = subtract

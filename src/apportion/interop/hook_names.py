@@ -1,0 +1,163 @@
+"""TransformerLens names of activations, as module paths of transformers models, and back.
+
+Checkpoints of other libraries say "blocks.8.hook_resid_pre"; our hookpoints are module paths with a side. What is what
+depends on the family of the model (`config.model_type`). Where TransformerLens names something that no module of the
+transformers model takes or returns, there is no entry. Its LayerNorms are usually folded into the weights that follow;
+`ln*.hook_normalized` is then not what the module here returns, so it has no entry either.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from typing import Any
+
+LAYERS = {
+    "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "llama": "model.layers",
+    "mistral": "model.layers",
+    "qwen2": "model.layers",
+    "qwen3": "model.layers",
+    "gemma": "model.layers",
+    "gemma2": "model.layers",
+    "gemma3_text": "model.layers",
+}
+"""Where the blocks of each family lie."""
+
+_LLAMA = {
+    "hook_attn_out": "self_attn",
+    "attn.hook_z": "self_attn.o_proj:in",
+    "hook_resid_mid": "post_attention_layernorm:in",
+    "hook_mlp_out": "mlp",
+    "mlp.hook_post": "mlp.down_proj:in",
+}
+_GEMMA2 = {
+    "hook_attn_out": "post_attention_layernorm",
+    "attn.hook_z": "self_attn.o_proj:in",
+    "hook_resid_mid": "pre_feedforward_layernorm:in",
+    "hook_mlp_out": "post_feedforward_layernorm",
+    "mlp.hook_post": "mlp.down_proj:in",
+}
+WITHIN = {
+    "gpt2": {
+        "hook_attn_out": "attn",
+        "attn.hook_z": "attn.c_proj:in",
+        "hook_resid_mid": "ln_2:in",
+        "hook_mlp_out": "mlp",
+        "mlp.hook_pre": "mlp.c_fc",
+        "mlp.hook_post": "mlp.act",
+    },
+    "gpt_neox": {  # attention and MLP read the same stream: there is no hook_resid_mid
+        "hook_attn_out": "attention",
+        "attn.hook_z": "attention.dense:in",
+        "hook_mlp_out": "mlp",
+        "mlp.hook_pre": "mlp.dense_h_to_4h",
+        "mlp.hook_post": "mlp.act",
+    },
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
+}
+"""Within a block: TransformerLens name -> module and side."""
+
+STREAM = {"hook_resid_pre": ":in", "hook_resid_post": ""}
+"""The block itself: what it is given, and what it returns."""
+
+
+FAMILIES = {
+    r"gpt2": "gpt2",
+    r"pythia|gpt-neox": "gpt_neox",
+    r"gemma-2-": "gemma2",
+    r"gemma-3-(270m|1b)": "gemma3_text",
+    r"gemma-(2b|7b)|gemma-1\.1-": "gemma",
+    r"qwen3-[\d.]+b": "qwen3",
+    r"qwen2|qwen-?2\.5|distill-qwen": "qwen2",
+    r"mistral-7b|mistral-nemo": "mistral",
+    r"llama|smollm2?-": "llama",
+}
+"""What names of models of each family contain; larger Gemma 3 models are built otherwise, with a part that sees."""
+
+CLASSES = {
+    "GPT2LMHeadModel": "gpt2",
+    "GPTNeoXForCausalLM": "gpt_neox",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+}
+"""Classes of transformers models, which our own caches name beside the model."""
+
+OWNERS = {"gpt2": "openai-community", "pythia": "EleutherAI", "gemma": "google"}
+"""On the Hub, of models that TransformerLens names without one."""
+
+
+def family_of(model_name: str) -> str | None:
+    """The family of a model by its name on the Hub or in TransformerLens; None if it does not tell."""
+    return next((family for part, family in FAMILIES.items() if re.search(part, model_name.lower())), None)
+
+
+def family_of_model(model: dict[str, Any]) -> str | None:
+    """The family of a model that `info["source"]["model"]` describes: by its class, or else by its name."""
+    return CLASSES.get(str(model.get("class"))) or family_of(str(model.get("name_or_path")))
+
+
+def hub_name(model_name: str) -> str:
+    """The name on the Hub of what TransformerLens calls gpt2-small, say; unchanged if it is not known."""
+    owner = OWNERS.get(model_name.split("-")[0])
+    return model_name if owner is None else f"{owner}/{model_name.removesuffix('-small')}"
+
+
+def origin(model_name: object, hook_name: object) -> tuple[str | None, dict[str, Any]]:
+    """From what a file says of its model and TransformerLens hook: the hookpoint, if known, and `info["source"]`."""
+    source: dict[str, Any] = {}
+    hookpoint = family = None
+    if isinstance(model_name, str) and model_name:
+        source["model"], family = {"name_or_path": hub_name(model_name)}, family_of(model_name)
+    if isinstance(hook_name, str) and hook_name:
+        source["hook_name"] = hook_name
+        with suppress(ValueError):
+            hookpoint = to_hookpoint(hook_name, family or "")
+    return hookpoint, source
+
+
+def to_hookpoint(name: str, model_type: str) -> str:
+    """The hookpoint of a TransformerLens name such as "blocks.8.hook_resid_pre" in a model of this family.
+
+    Raises ValueError for an unknown family, or a name that no module stands for.
+    """
+    _check(model_type)
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    if found:
+        layer, within = f"{LAYERS[model_type]}.{found[1]}", found[2]
+        if within in STREAM:
+            return layer + STREAM[within]
+        if within in WITHIN[model_type]:
+            return f"{layer}.{WITHIN[model_type][within]}"
+    known = ", ".join([*STREAM, *WITHIN[model_type]])
+    raise ValueError(f"{name!r} has no module in a {model_type} model; known are blocks.N. followed by: {known}.")
+
+
+def from_hookpoint(hookpoint: str, model_type: str) -> str:
+    """The TransformerLens name of a hookpoint. Raises ValueError if there is none."""
+    _check(model_type)
+    found = re.fullmatch(re.escape(LAYERS[model_type]) + r"\.(\d+)(?:\.([^:]+))?(?::(in|out))?", hookpoint)
+    if found:
+        layer, module, side = found[1], found[2], ":in" if found[3] == "in" else ""
+        within = STREAM if module is None else WITHIN[model_type]
+        for name, place in within.items():
+            if place == (module or "") + side:
+                return f"blocks.{layer}.{name}"
+    raise ValueError(f"TransformerLens has no name for {hookpoint!r} in a {model_type} model.")
+
+
+def _check(model_type: str) -> None:
+    if model_type not in LAYERS:
+        raise ValueError(f"Names of {model_type!r} models are not known; known are: {', '.join(LAYERS)}.")

@@ -1,0 +1,101 @@
+"""`ap.load`: an SAE from files, whoever wrote them.
+
+Ours first, then the formats in the order of their table, then, if there is no such path, the Hugging Face Hub.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from apportion.architectures import SAE, files
+from apportion.interop.assemble import assemble
+from apportion.interop.formats import FORMATS
+from apportion.interop.peek import beside, settings_in
+from apportion.interop.reading import inside, read_pt
+
+OURS = "apportion"
+REMOTE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""org/name, or the alias of a release."""
+
+
+def load(
+    path_or_repo: str | Path,
+    subfolder: str | None = None,
+    format: str | None = None,
+    config: dict[str, Any] | None = None,
+    trust: bool = False,
+) -> SAE:
+    """Read an SAE that apportion or another library saved; it comes in eval mode, in the dtype of the file.
+
+    `path_or_repo` is a folder, a file, a repository of the Hugging Face Hub (org/name) or the alias of a release.
+    `format` is the name of a format, where the files do not tell. `config` holds what they do not store, for example
+    {"k": 32}. Files that only unpickling can read are refused unless `trust`: that executes what their author wants.
+    Raises ValueError, naming the file and the reason, for anything that is not a complete, consistent SAE.
+    """
+    if format is not None and format != OURS and format not in FORMATS:
+        raise ValueError(f"There is no format {format!r}; known are: {', '.join([OURS, *FORMATS])}.")
+    path = _local(path_or_repo, subfolder)
+    name = format or _recognise(path)
+    if name == OURS:
+        if config:
+            raise ValueError(f"{path} stores all of its settings; leave out config.")
+        return files.load(path if path.is_dir() else path.parent)
+    given = dict(config or {})
+    try:
+        sae = assemble(FORMATS[name].read(path, given, trust))
+    except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, struct.error) as error:
+        raise ValueError(f"{path} does not fit the format {name}: {type(error).__name__}: {error}") from error
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+    if given:
+        raise ValueError(f"config: {', '.join(given)} mean nothing to {path}, read as {name}.")
+    sae.info["format"] = name
+    return sae
+
+
+def _local(path_or_repo: str | Path, subfolder: str | None) -> Path:
+    """Where the files lie, or are put by a download."""
+    path = Path(path_or_repo)
+    if path.exists():
+        return inside(path, subfolder) if subfolder else path
+    if not REMOTE.fullmatch(str(path_or_repo)):
+        raise ValueError(f"{path} does not exist. Give a folder, a file, or a repository of the Hub (org/name).")
+    from apportion.interop.hub import download
+
+    return download(str(path_or_repo), subfolder)
+
+
+def _recognise(path: Path) -> str:
+    """The name of its format."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist.")
+    ours = path.is_dir() or path.name in ("config.json", "model.safetensors")
+    if ours and settings_in(beside(path, "config.json")).get("format") == OURS:
+        return OURS
+    for name, known in FORMATS.items():
+        if known.recognises(path):
+            return name
+    raise _unknown(path)
+
+
+def _unknown(path: Path) -> ValueError:
+    for file in [path] if path.is_file() else sorted([*path.glob("*.pt"), *path.glob("*.pth")]):
+        if file.suffix in (".pt", ".pth"):
+            read_pt(file)  # says so if it is damaged, or holds more than tensors
+    held = sorted(f.name for f in path.iterdir()) if path.is_dir() else []
+    found = f" It holds {', '.join(held[:12])}{' ...' if len(held) > 12 else ''}." if held else ""
+    if {"config.json", "model.safetensors", "run.json"} & set(held):
+        try:
+            files.load(path)
+        except ValueError as error:
+            found = f" {error}{found}"
+    formats = "; ".join(f"{name} ({known.files})" for name, known in FORMATS.items())
+    return ValueError(
+        f"{path} is in no format that is known.{found} Looked for: {OURS} (config.json and model.safetensors); "
+        f"{formats}. If the SAE lies deeper, give subfolder=...; if it is one of these, say which with format=..."
+    )

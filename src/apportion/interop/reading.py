@@ -1,0 +1,200 @@
+"""Reading files that somebody else wrote: whole, of the right shape, finite, and without executing anything.
+
+Every failure is one ValueError that names the file and what is wrong with it. Those who parse a file that may hold
+anything raise anything, so that here, and only here, every Exception is caught. `recognises` asks peek.py instead.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from apportion.architectures.files import all_finite, read_json
+
+MOST_UNPACKED = 100
+"""How many times as large as its file the contents of an archive may be; those of weights are hardly larger."""
+
+
+def inside(folder: Path, name: str) -> Path:
+    """What has that name in `folder`; it may lie deeper, but not outside, even by a link to another folder.
+
+    Links to files are followed: caches of the Hub consist of them.
+    """
+    relative = Path(os.path.normpath(name))
+    if relative.is_absolute() or os.pardir in relative.parts:
+        raise ValueError(f"{name!r} leads out of {folder}. Give something inside the folder.")
+    found = folder / relative
+    if not found.exists():
+        raise ValueError(f"{folder} has no {name}.")
+    at = found if found.is_dir() else found.parent
+    if not at.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name!r} leads out of {folder}, to {at.resolve()}. Give that folder itself.")
+    return found
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """The file of that name in `folder`; see `inside`."""
+    file = inside(folder, name)
+    if not file.is_file():
+        raise ValueError(f"{file} is not a file.")
+    return file
+
+
+def only_file(path: Path, pattern: str) -> Path:
+    """`path` itself if it is a file, else what fits in the folder `path`. ValueError if nothing does, or several do."""
+    found = [path] if path.is_file() else sorted(file for file in path.glob(pattern) if file.is_file())
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found[:12])
+        raise ValueError(f"{path} has {f'several files: {names}. Give one of them' if found else f'no {pattern}'}.")
+    return found[0]
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """A JSON object."""
+    return read_json(file)
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except Exception as error:
+        raise ValueError(f"{file} is damaged: {_first_line(error)}") from None
+
+
+def read_npz(file: Path) -> dict[str, Tensor]:
+    """Arrays of numbers; arrays of Python objects, which would have to be unpickled, are refused."""
+    try:
+        _check_archive(file)
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
+    except Exception as error:
+        raise ValueError(f"{file} cannot be read as arrays of numbers: {_first_line(error)}") from None
+
+
+def read_pt(file: Path, trust: bool = False) -> Any:
+    """What torch.save wrote, tensors and plain containers only.
+
+    With `trust` other Python objects are unpickled as well, which can execute anything that the file's author wants.
+    """
+    try:
+        if zipfile.is_zipfile(file):
+            _check_archive(file)
+        return torch.load(file, map_location="cpu", weights_only=not trust)
+    except ImportError as error:
+        raise ValueError(f"{file} holds objects of {error.name}, which is not installed.") from None
+    except pickle.UnpicklingError as error:
+        if trust:
+            raise ValueError(f"{file} is damaged: {error}") from None
+        raise ValueError(
+            f"{file} holds more than tensors. Reading it would execute code from the file. If you trust whoever wrote "
+            "it, call load(..., trust=True)."
+        ) from None
+    except Exception as error:
+        raise ValueError(f"{file} is damaged: {_first_line(error)}") from None
+
+
+def _check_archive(file: Path) -> None:
+    """ValueError for a zip that would fill the memory, or that is a program (TorchScript)."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        unpacked, packed = sum(entry.file_size for entry in entries), file.stat().st_size
+        if unpacked > MOST_UNPACKED * packed:
+            raise ValueError(f"it has {packed:,} bytes, and unpacked it would have {unpacked:,}")
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise ValueError("it is a program (TorchScript)")
+        for entry in entries:
+            if entry.filename.endswith(".npy"):
+                with archive.open(entry) as array:
+                    _check_array(array, entry)
+
+
+def _check_array(array: IO[bytes], entry: zipfile.ZipInfo) -> None:
+    """ValueError for an array that is not as large as its header says; numpy would make room for it first."""
+    versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(array)
+    if version not in versions:
+        raise ValueError(f"{entry.filename} has the version {version}")
+    shape, _, dtype = versions[version](array)
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize != entry.file_size - array.tell():
+        raise ValueError(f"{entry.filename} claims the shape {list(shape)}, which is not the size that it has")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def tensor_dict(content: Any, file: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict; ValueError if `content` is something else."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not a state dict.")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+class Tensors:
+    """Tensors of a file, each taken once, with its shape checked.
+
+    `take("W_enc", "d_in", "d_sae")` names dimensions: the first use of a name fixes its size, later ones must agree.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], file: Path, **sizes: int | None) -> None:
+        self.left, self.file, self.names = dict(tensors), file, sorted(tensors)
+        self.sizes = {name: size for name, size in sizes.items() if size is not None}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.left
+
+    def take(self, name: str, *shape: str | int) -> Tensor:
+        """The tensor of that name as float32 or float64. ValueError if it is missing, misshapen or not finite."""
+        if name not in self.left:
+            raise ValueError(f"{self.file}: {name} is missing; it has {', '.join(self.names) or 'no tensors'}.")
+        tensor = self._plain(name)
+        wanted = [self.sizes.get(size, "?") if isinstance(size, str) else size for size in shape]
+        fits = tensor.ndim == len(shape) and all(w in ("?", n) for w, n in zip(wanted, tensor.shape, strict=True))
+        if not fits:
+            raise ValueError(f"{self.file}: {name} has shape {list(tensor.shape)}, expected {wanted} ({list(shape)}).")
+        for size, n in zip(shape, tensor.shape, strict=True):
+            if isinstance(size, str):
+                self.sizes[size] = n
+        tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
+        if not all_finite(tensor):
+            raise ValueError(f"{self.file}: {name} holds NaN or infinity.")
+        return tensor.contiguous()
+
+    def _plain(self, name: str) -> Tensor:
+        """That tensor, if it is what it seems to be: other kinds can claim any size without having the numbers."""
+        tensor = self.left.pop(name).detach()
+        if tensor.layout != torch.strided or tensor.device.type == "meta" or not tensor.is_floating_point():
+            raise ValueError(
+                f"{self.file}: {name} holds {tensor.dtype} ({tensor.layout}), expected plain float numbers."
+            )
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{self.file}: {name} claims the shape {list(tensor.shape)}, and has fewer numbers.")
+        return tensor
+
+    def number(self, name: str) -> float:
+        """The only entry of a tensor. ValueError if it is missing, has several or is not finite."""
+        tensor = self.left.pop(name, None)
+        if tensor is None or tensor.numel() != 1 or not math.isfinite(tensor.item()):
+            found = "missing" if tensor is None else f"{tensor.tolist() if tensor.numel() < 5 else list(tensor.shape)}"
+            raise ValueError(f"{self.file}: {name} should be one number, and is {found}.")
+        return tensor.item()
+
+    def drop(self, *names: str) -> None:
+        """Tensors that are known and not needed."""
+        for name in names:
+            self.left.pop(name, None)
+
+    def finish(self) -> None:
+        """ValueError if there are tensors that nobody took: the file means something that we would ignore."""
+        if self.left:
+            raise ValueError(f"{self.file}: unexpected {', '.join(sorted(self.left))}.")

@@ -1,0 +1,68 @@
+"""switch_sae (arXiv 2410.08201): ae.pt, which holds neither k nor whether the gate is a step.
+
+    p     = softmax(W_router (x - b_router)),   e = argmax p,   g = p_e, or 1 with `heaviside`
+    z     = g relu(W_enc (x - b_dec)) on the latents of expert e, the k largest of each token
+    x_hat = z W_dec + b_dec
+
+encoder.weight is [d_sae, d_in] and so, unlike elsewhere, is decoder; router.weight is [num_experts, d_in]; the encoder
+has no bias. k is given as config={"k": 64}, or lies in config.json beside the file, under "trainer" with `experts` and
+`heaviside`. The library's `encode` gives all matches of expert e, and its forward pass keeps k: codes here are those k.
+
+With heaviside the router is stored 2^64 times as large: its softmax is then 1 for one expert and 0 for the others, and
+g = p_e = 1, whichever expert is the first by the least bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from apportion.interop.hook_names import hub_name
+from apportion.interop.parts import Parts
+from apportion.interop.peek import beside, first_file, names_in, settings_in
+from apportion.interop.reading import Tensors, only_file, read_pt, tensor_dict
+
+TENSORS = {"encoder.weight", "router.weight", "decoder", "b_dec", "b_router"}
+COLD = 2.0**64
+"""What logits of the router are multiplied by for a step; a power of two, so that nothing is rounded."""
+
+
+def recognises(path: Path) -> bool:
+    file = first_file(path, ["ae.pt", "*.pt"])
+    return file is not None and names_in(file) >= TENSORS
+
+
+def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
+    file = path / "ae.pt" if (path / "ae.pt").is_file() else only_file(path, "*.pt")
+    trainer = settings_in(beside(file, "config.json")).get("trainer")
+    settings: dict[str, Any] = dict(trainer) if isinstance(trainer, dict) else {}
+    settings |= {name: config.pop(name) for name in ("k", "experts", "heaviside") if name in config}
+    tensors = Tensors(
+        tensor_dict(read_pt(file, trust), file),
+        file,
+        d_in=settings.get("activation_dim"),
+        d_sae=settings.get("dict_size"),
+        experts=settings.get("experts"),
+    )
+    W_enc = tensors.take("encoder.weight", "d_sae", "d_in")
+    router = tensors.take("router.weight", "experts", "d_in")
+    parts = Parts(
+        kind="switch",
+        W_enc=W_enc,
+        W_dec=tensors.take("decoder", "d_sae", "d_in"),
+        b_enc=W_enc.new_zeros(len(W_enc)),
+        b_dec=tensors.take("b_dec", "d_in"),
+        subtract_b_dec=True,
+        k=settings.get("k"),
+        router={
+            "W_router": router * COLD if settings.get("heaviside") else router,
+            "b_router": tensors.take("b_router", "d_in"),
+        },
+        info={"source": {}, "original": settings},
+    )
+    tensors.finish()
+    if isinstance(parts.k, int):
+        parts.k = min(parts.k, len(W_enc) // len(router))  # an expert has no more latents to choose among
+    if isinstance(model := settings.get("lm_name"), str):
+        parts.info["source"] = {"model": {"name_or_path": hub_name(model)}}
+    return parts

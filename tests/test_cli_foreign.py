@@ -1,0 +1,71 @@
+"""The command line on an SAE of another library: what it is, how well it does, a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from apportion.cli import main
+
+D_IN, D_SAE = 32, 64
+WORDS = "the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book".split()  # noqa: SIM905
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    words = [WORDS[i] for i in torch.randint(len(WORDS), (4_000,), generator=torch.Generator().manual_seed(0)).tolist()]
+    file = tmp_path / "corpus.txt"
+    file.write_text("\n".join(" ".join(words[i : i + 12]) for i in range(0, len(words), 12)))
+    return file
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    """As SAELens saves it, with the model's folder for a name."""
+    folder = tmp_path / "llama-res" / "blocks.1"
+    folder.mkdir(parents=True)
+    W = torch.nn.functional.normalize(torch.randn(D_SAE, D_IN, generator=torch.Generator().manual_seed(0)), dim=1)
+    zeros = {"b_enc": torch.zeros(D_SAE), "b_dec": torch.zeros(D_IN)}
+    save_file({"W_enc": W.T.contiguous(), "W_dec": W, **zeros}, folder / "sae_weights.safetensors")
+    model = tmp_path / "tiny-llama"
+    model.symlink_to(tiny_model_dir)
+    metadata = {"model_name": str(model), "hook_name": "blocks.1.hook_resid_post", "context_size": 32}
+    settings = {"architecture": "topk", "d_in": D_IN, "d_sae": D_SAE, "k": 4, "metadata": metadata}
+    (folder / "cfg.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_info(foreign, capsys):
+    assert main(["info", str(foreign)]) == 0
+    said = capsys.readouterr().out
+    assert "topk, d_in 32, d_sae 64, k 4, model.layers.1" in said and "hook_resid_post" in said
+
+
+def test_eval_and_report_inside_the_model_that_it_names(foreign, text, tmp_path):
+    figures, out = tmp_path / "figures.json", tmp_path / "report"
+    assert main(["eval", str(foreign), "--text", str(text), "--tokens", "1k", "--json", str(figures)]) == 0
+    found = json.loads(figures.read_text())
+    assert found["l0"] == 4 and found["fvu"] > 0 and "delta_ce" in found and found["hookpoint"] == "model.layers.1"
+    options = ["--text", str(text), "--tokens", "1k", "--ce-tokens", "256", "--out", str(out)]
+    assert main(["report", str(foreign), *options]) == 0
+    assert json.loads((out / "report.json").read_text())["methods"]["topk"]["l0"] == 4
+
+
+def test_eval_on_a_cache(foreign, text, tmp_path, tiny_model_dir, capsys):
+    acts = tmp_path / "acts"
+    collect = ["collect", str(tiny_model_dir), "--hookpoint", "model.layers.1", "--text", str(text)]
+    assert main([*collect, "--tokens", "1k", "--context-tokens", "32", "--out", str(acts)]) == 0
+    assert main(["eval", str(foreign), "--acts", str(acts)]) == 0
+    assert main(["eval", str(foreign)]) == 2
+    assert "Give --acts CACHE" in capsys.readouterr().err
+
+
+def test_what_is_no_sae(tmp_path, text, capsys):
+    for command in (["info", str(tmp_path)], ["eval", str(tmp_path)], ["report", str(tmp_path)]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "in no format that is known" in error and "sae_lens" in error and error.count("\n") == 1
