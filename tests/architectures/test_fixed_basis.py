@@ -52,7 +52,8 @@ def test_fewer_rows_than_directions_give_a_basis_as_well():
 def test_all_of_the_basis_reconstructs_everything(name, input_norm, subtract_b_dec):
     sae = fitted(name, k=D_IN, input_norm=input_norm, subtract_b_dec=subtract_b_dec)
     x = rows(50, seed=1)
-    assert torch.allclose(sae(x), x, rtol=1e-9)
+    lost = 2e-5 if input_norm.startswith("token") else 1e-9  # the constant beside a token's spread is not put back
+    assert (sae(x) - x).abs().max() <= lost * x.abs().max()
     assert sae.encode(x).l0().max() <= D_IN, "a direction is active with one of its signs"
 
 

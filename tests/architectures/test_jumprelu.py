@@ -64,7 +64,8 @@ def dense_terms(sae: ap.SAE, x: torch.Tensor) -> dict[str, torch.Tensor]:
         penalty = (c.tanh_scale * (a * active) * norms).tanh()
         of_penalty = (c.tanh_scale * theta * norms).tanh().detach() * of_step
         terms["sparsity"] = value * (penalty + of_penalty - of_penalty.detach()).sum(1).mean()
-        terms["pre_act"] = c.pre_act_weight / c.d_in * ((theta - a).relu() * norms).sum(1).mean()
+        weight = c.pre_act_weight * value * c.k / c.d_sae
+        terms["pre_act"] = weight * ((theta - a).relu() * norms).sum(1).mean()
     return terms
 
 

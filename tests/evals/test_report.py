@@ -337,7 +337,7 @@ def test_only_text_that_no_sae_was_trained_on_counts(folder: Path, tmp_path: Pat
         (["{topk}", "--acts", "nowhere"], "nowhere"),
         (["{topk}", "--acts", "nowhere", "--text", "{text}"], "not both"),
         (["{topk}", "--text", "missing.txt"], "missing.txt"),
-        (["nothing-here"], "not a saved SAE"),
+        (["nothing-here"], "'nothing-here' is no path"),
     ],
 )
 def test_mistakes_get_one_line(
