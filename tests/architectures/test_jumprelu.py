@@ -233,6 +233,16 @@ def test_reaches_the_set_point_with_thresholds_of_their_own(objective, k, weight
     assert still.double().mean() < 0.1
 
 
+def test_thresholds_have_a_learning_rate_of_their_own():
+    """Adam's first step is the learning rate, for whatever has a gradient."""
+    sae = ap.create("jumprelu", d_in=24, d_sae=96, k=3, seed=0, threshold_lr=7.0)
+    before = {n: p.detach().clone() for n, p in sae.named_parameters()}
+    ap.Trainer(sae, ap.TrainConfig(lr=1e-3, batch_tokens=256)).step(superposition(256, seed=1))
+    moved = {n: (p - before[n]).abs().max().item() for n, p in sae.named_parameters()}
+    assert moved["allocation.log_threshold"] == pytest.approx(7e-3, rel=0.01)
+    assert moved["b_enc"] == pytest.approx(1e-3, rel=0.01)
+
+
 def test_l0_falls_when_the_coefficient_rises():
     l0 = [trained(150, objective="l0", coefficient=c).info["calibration"]["l0"] for c in (1e-3, 1e-2, 1e-1)]
     assert all(a > 1.05 * b for a, b in pairwise(l0)), l0

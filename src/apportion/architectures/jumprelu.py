@@ -26,7 +26,7 @@ The pre-activation term is about nearly all pairs of tokens and latents, and yet
 is zero except at active matches.
 
 When to use it: where latents are to have thresholds of their own, and tokens as many latents as exceed them. The
-objective tanh left fewer latents dead than the others in our runs; l0 is the plain case, with decoder rows of unit norm.
+objective tanh left fewer latents dead than the others in our runs; l0 is the plain case, with unit decoder rows.
 
 Cost: one dense product, and besides the active matches a dot product for each of those near their threshold.
 
