@@ -136,3 +136,17 @@ def test_what_does_not_belong_together_is_refused() -> None:
     codes = true_codes()
     with pytest.raises(ValueError, match="do not belong"):
         recovery(dictionary(torch.arange(N)), Batch(codes.dense()[:-1]), codes, torch.eye(N))
+
+
+def test_directions_at_two_sites_count_as_one() -> None:
+    """A crosscoder whose latents are the features at both sites: its cosines are 1, not the number of sites."""
+    codes = true_codes()
+    directions = torch.stack([torch.eye(N), torch.eye(N).flip(0)], dim=1)
+    sae = ap.create("crosscoder", d_in=N, d_sae=N, k=N, num_sites=2, input_norm="none", aux="none")
+    with torch.no_grad():
+        sae.W_enc.copy_(directions / 2)
+        sae.W_dec.copy_(directions)
+    x = torch.einsum("tf,fsd->tsd", codes.dense(), directions)
+    found = recovery(sae.eval(), Batch(x), codes, directions)
+    for name in PERFECT:
+        assert found[name] == pytest.approx(1, abs=1e-6), name

@@ -62,7 +62,7 @@ class CrosscoderConfig(AuxiliaryConfig):
 @final
 class Crosscoder(AffineWithAuxiliary):
     Config = CrosscoderConfig
-    config: CrosscoderConfig
+    config: CrosscoderConfig  # type: ignore[assignment]
     site_scale: Tensor
 
     def __init__(self, config: CrosscoderConfig, allocation: Rule) -> None:

@@ -44,7 +44,7 @@ from apportion.latents import Latents
 @final
 class Gated(Affine):
     Config = SparsityConfig
-    config: SparsityConfig
+    config: SparsityConfig  # type: ignore[assignment]
 
     def __init__(self, config: SparsityConfig, allocation: Rule) -> None:
         super().__init__(config, allocation)

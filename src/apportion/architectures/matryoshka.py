@@ -73,7 +73,7 @@ class MatryoshkaConfig(AuxiliaryConfig):
 @final
 class Matryoshka(AffineWithAuxiliary):
     Config = MatryoshkaConfig
-    config: MatryoshkaConfig
+    config: MatryoshkaConfig  # type: ignore[assignment]
 
     def __init__(self, config: MatryoshkaConfig, allocation: Rule) -> None:
         super().__init__(config, allocation)

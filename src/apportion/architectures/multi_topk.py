@@ -50,7 +50,7 @@ class MultiTopKConfig(AuxiliaryConfig):
 @final
 class MultiTopK(AffineWithAuxiliary):
     Config = MultiTopKConfig
-    config: MultiTopKConfig
+    config: MultiTopKConfig  # type: ignore[assignment]
 
     def forward_scaled(self, x: Float[Tensor, "tokens d_in"], context: StepContext) -> Pass:
         assert isinstance(self.allocation, TokenChoice), "the paper's rule"

@@ -68,7 +68,7 @@ class ReLUConfig(SparsityConfig):
 @final
 class ReLU(Affine):
     Config = ReLUConfig
-    config: ReLUConfig
+    config: ReLUConfig  # type: ignore[assignment]
     p: Tensor
     """Exponent of the penalty."""
     compensation: Tensor

@@ -65,7 +65,7 @@ class TranscoderConfig(AuxiliaryConfig):
 @final
 class Transcoder(AffineWithAuxiliary):
     Config = TranscoderConfig
-    config: TranscoderConfig
+    config: TranscoderConfig  # type: ignore[assignment]
     needs_target = True
 
     def __init__(self, config: TranscoderConfig, allocation: Rule) -> None:

@@ -47,7 +47,8 @@ def recovery(sae: SAE, batch: Batch, codes: Latents, directions: Float[Tensor, "
     alive = activations.counts > 0
     fires = codes.counts() > 0
     correlations = correlation_matrix(found, codes)[:, fires]
-    cosines = decoder_directions(sae) @ directions.flatten(1).to(sae.dtype).cpu().T
+    true = torch.nn.functional.normalize(directions.flatten(1).to(sae.dtype).cpu(), dim=1)
+    cosines = decoder_directions(sae) @ true.T
     latents, features = matching(correlations)
     precision, recall = detection(found, codes, latents, fires.nonzero().squeeze(1)[features])
     return {
