@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for subprocesses
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
 torch.set_num_threads(1)  # tiny tensors: on a busy machine a second thread costs a hundred times what it gives
 
 SENTENCES = [
