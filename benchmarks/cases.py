@@ -23,10 +23,14 @@ NAMES = {
     "batch_topk": "BatchTopK",
     "mutual_choice": "Mutual Choice",
     "feature_choice": "Feature Choice",
+    "switch_width": "Switch, width-matched",
+    "switch_flop": "Switch, FLOP-matched",
     "product": "x W^T + b",
     "large_blocks": "x W^T + b, blocks of 2^24",
     "bfloat16": "bf16",
 }
+SWITCH = {"switch_width": (16, 1), "switch_flop": (8, 8)}
+"""Switch SAEs: how many experts, and how many times d_sae latents they have together."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ def counterparts(subject: Subject) -> tuple[Subject, ...]:
         return (replace(subject, library="apportion", method=method),)
     if subject.library == "torch":
         return ()
+    if subject.method in SWITCH:
+        return (replace(subject, method="topk"),)
     mutual_choice, without_aux = replace(subject, method="mutual_choice"), replace(subject, aux="none")
     return tuple(s for s in (mutual_choice, without_aux) if s != subject)
 
@@ -141,6 +147,12 @@ def encode(plan: Plan) -> list[Case]:
     return [plan.case("encode", our_subjects(base) + our_subjects(replace(base, precision="bfloat16")))]
 
 
+def switch(plan: Plan) -> list[Case]:
+    """Switch SAEs against TopK: of equal width, and with experts as wide as the TopK SAE."""
+    one = Subject("apportion", "topk")
+    return [plan.case("switch", (one, *(replace(one, method=method) for method in SWITCH)))]
+
+
 def d_sae(plan: Plan) -> list[Case]:
     return [plan.case("d_sae", (LARGE_BLOCKS, *our_subjects(UNIT)), d_sae=n) for n in plan.d_saes]
 
@@ -162,7 +174,7 @@ def learning(plan: Plan) -> list[Case]:
 
 
 CASES: dict[str, Callable[[Plan], list[Case]]] = {
-    f.__name__: f for f in (main, bf16, aux, encode, d_sae, batch, k, learning)
+    f.__name__: f for f in (main, bf16, aux, encode, switch, d_sae, batch, k, learning)
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import apportion as ap
+from benchmarks.cases import SWITCH
 from benchmarks.gate import Gate
 
 STEPS_BEFORE_ENCODING = 10
@@ -48,12 +49,17 @@ def encode(gate: Gate) -> None:
 def new_trainer(gate: Gate) -> ap.Trainer:
     task = gate.task
     screen = "bfloat16" if task.subject.precision == "bfloat16" else None
-    settings: dict[str, Any] = {"d_in": task.shape.d_in, "d_sae": task.shape.d_sae, "k": task.shape.k}
+    method, d_sae = task.subject.method, task.shape.d_sae
+    settings: dict[str, Any] = {"d_in": task.shape.d_in, "d_sae": d_sae, "k": task.shape.k}
+    if method in SWITCH:
+        num_experts, widths = SWITCH[method]
+        method = "switch"
+        settings |= {"num_experts": num_experts, "d_sae": widths * d_sae}
     if task.subject.aux != "default":
         settings |= {"aux": task.subject.aux, "k_aux": task.k_aux, "aux_c": 0.0}
     total_tokens = None if task.total_steps is None else task.total_steps * task.shape.batch
     gate.begin()
-    sae = ap.create(task.subject.method, **settings, seed=task.seed).to(gate.device)
+    sae = ap.create(method, **settings, seed=task.seed).to(gate.device)
     config = ap.TrainConfig(batch_tokens=task.shape.batch, total_tokens=total_tokens, screen=screen)
     gate.describe(sae, version=version("apportion"), lr=config.lr, optimiser="Adam")
     return ap.Trainer(sae, config)

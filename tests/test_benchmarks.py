@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TOY_SHAPE = {"d-in": 16, "d-sae": 64, "k": 4, "batch": 64, "rows": 512, "threads": 1}
 TOY = [word for name, value in TOY_SHAPE.items() for word in (f"--{name}", str(value))]
-TOY += ["--peers", "none", "--cases", "main,encode"]
+TOY += ["--peers", "none", "--cases", "main,encode,switch"]
 STEPS, WARMUP = 5, 2
 
 
@@ -55,8 +55,8 @@ def test_it_says_where_and_how_it_was_run(record):
 
 
 def test_every_subject_ran(record):
-    main, encode = record["results"]
-    assert (main["case"], encode["case"]) == ("main", "encode")
+    main, encode, switch = record["results"]
+    assert (main["case"], encode["case"], switch["case"]) == ("main", "encode", "switch")
     assert [s["name"] for s in main["subjects"]] == [
         "torch/product",
         "torch/large_blocks",
@@ -67,6 +67,10 @@ def test_every_subject_ran(record):
     assert all(s["mode"] == "encode" for s in ours(encode))
     assert not main["skipped"]
     assert all("screen" in skipped["reason"] for skipped in encode["skipped"])
+    assert not switch["skipped"]
+    assert list(switch["comparisons"]) == [
+        f"apportion Switch, {kind}-matched / apportion TopK" for kind in ("width", "FLOP")
+    ]
 
 
 def test_ratios_are_those_of_the_medians(record):
@@ -97,8 +101,15 @@ def test_training_steps_train(record):
         assert subject["peak_bytes"] > 0
 
 
+def test_switch_saes_are_as_wide_as_the_topk_one_or_their_experts_are(record):
+    topk, width, flop = (s["about"]["parameters"] for s in ours(record["results"][2]))
+    router = {experts: experts * 16 + 16 for experts in (16, 8)}
+    assert width == topk + router[16]
+    assert flop == 8 * (topk - 16) + 16 + router[8]
+
+
 def test_nothing_is_missed_without_a_screen(record):
-    for subject in ours(record["results"][0]):
+    for subject in ours(record["results"][0]) + ours(record["results"][2]):
         assert subject["missed"]["missed"] == 0 and subject["missed"]["matches"] > 0
 
 

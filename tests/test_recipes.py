@@ -12,12 +12,14 @@ import torch
 from apportion.activations import GroundTruthConfig, TextSource, load_model
 from apportion.activations.collect import collect
 from apportion.architectures import SAES
+from apportion.recipes import command
 from apportion.recipes.compare import METHODS, Compare
 from apportion.recipes.embedded_card import loss_per_character
 from apportion.recipes.embedded_model import TrainModel
 from apportion.recipes.family import Family
 from apportion.recipes.family_parts import CachePart, TruthPart
 from apportion.recipes.objectives import Objectives
+from apportion.recipes.switch import SwitchComparison
 from apportion.training import Trainer
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
@@ -234,3 +236,89 @@ def test_every_sae_fits_into_the_family_as_it_is_by_default(family: Family) -> N
         family, saes=tuple(SAES), truth=TruthPart(), cache=dataclasses.replace(family.cache, k=32, d_sae=4608)
     )
     everything.check([everything.truth, everything.cache])
+
+
+@pytest.fixture
+def switch(compare: Compare, tmp_path: Path) -> SwitchComparison:
+    docs = tmp_path / "family.md"
+    docs.write_text("before\n<!-- switch -->\nold\n<!-- /switch -->\nafter\n")
+    return SwitchComparison(
+        acts=compare.acts,
+        eval_acts=compare.eval_acts,
+        out=tmp_path / "switch",
+        docs=docs,
+        d_sae=48,
+        k=4,
+        width_matched=(4,),
+        flop_matched=(2,),
+        seeds=(0, 1),
+        batch_tokens=256,
+        total_tokens=2048,
+    )
+
+
+def test_switch_saes_are_compared_with_topk_and_finished_runs_are_not_repeated(
+    switch: SwitchComparison, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switch.run()
+    table, runs = capsys.readouterr().out, json.loads((switch.out / "results.json").read_text())["runs"]
+    assert switch.docs.read_text() == f"before\n<!-- switch -->\n{table}<!-- /switch -->\nafter\n"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    titles, _, topk, width, flop = (dict(zip(rows[0], row, strict=True)) for row in rows)
+    assert len(titles) == 11 and list(runs) == [topk["SAE"], width["SAE"], flop["SAE"]]
+    d_in = 2e-6 * switch.store.d_in
+    for row, latents, products in ((topk, 48, 48), (width, 48, 48 / 4 + 4), (flop, 96, 48 + 2)):
+        assert int(row["latents"]) == latents and float(row["encoder, MFLOP a token"]) == round(d_in * products, 2)
+        assert float(row["step, ms"]) >= 0
+    for title, (first, second) in runs.items():
+        assert (
+            (first["seed"], second["seed"]) == (0, 1) and first["lr"] == second["lr"] and first["fvu"] != second["fvu"]
+        )
+        others = [json.loads((switch.folder(arm, lr, 0) / "result.json").read_text())["held_out_fvu"]
+                  for arm in switch.arms if arm.title == title for lr in switch.lrs]  # fmt: skip
+        assert first["held_out_fvu"] == min(others)
+        assert 0 < first["fvu"] < 1 and 0 <= first["duplicated"] <= 1
+    assert 1 < runs[width["SAE"]][0]["experts_in_use"] <= 4 and "experts_in_use" not in runs["TopK"][0]
+
+    monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: pytest.fail("nothing is trained twice"))
+    again = dataclasses.replace(switch)
+    again.run()
+    assert json.loads((switch.out / "results.json").read_text())["runs"] == runs
+    with pytest.raises(ValueError, match="other settings"):
+        dataclasses.replace(switch, k=3).run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"width_matched": (5,)}, "does not divide"),
+        ({"k": 24}, "only the 12 latents"),
+        ({"seeds": ()}, "at least one seed"),
+        ({"docs": Path("nowhere.md")}, "nowhere.md"),
+        ({"acts": Path("nowhere")}, "nowhere"),
+    ],
+)
+def test_mistakes_show_before_switch_saes_are_trained(
+    switch: SwitchComparison, changes: dict, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(switch, **changes).run()
+
+
+def test_the_command_lines_of_recipes_answer_mistakes_and_ctrl_c_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--acts", "nowhere", "--eval-acts", "nowhere", "--out", str(tmp_path / "out"), "--lrs", "1e-3,2e-3"]
+    assert command.main(SwitchComparison, "switch", None, words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("switch: ") and "nowhere" in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+    def interrupted(self: SwitchComparison) -> None:
+        assert self.lrs == (1e-3, 2e-3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SwitchComparison, "run", interrupted)
+    assert command.main(SwitchComparison, "switch", None, words) == 130
+    assert "goes on from here" in capsys.readouterr().err

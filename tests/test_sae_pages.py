@@ -9,7 +9,7 @@ import pytest
 
 from apportion.architectures import SAES
 from apportion.cli import parse
-from apportion.recipes.sae_pages import SECTIONS, Described, main, pages, plain, write
+from apportion.recipes.sae_pages import SECTIONS, Described, Pages, pages, plain, write
 
 DOCS = Path(__file__).parents[1] / "docs" / "saes"
 PAGES = pages()
@@ -68,5 +68,5 @@ def test_text_has_no_accidental_markup() -> None:
 def test_pages_of_saes_that_are_no_more_are_removed(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "old.md").write_text("gone")
-    main(["--out", str(tmp_path)])
+    Pages(out=tmp_path).run()
     assert {file.name for file in tmp_path.iterdir()} == PAGES.keys()

@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from apportion.activations import ActivationStore, CacheSource
 from apportion.architectures import create, load
 from apportion.architectures.files import read_json, write_json
 from apportion.evals import evaluate_rows, held_out_rows
 from apportion.evals.plots import save_plots
+from apportion.recipes.command import main
 from apportion.recipes.runs import (
     at_equal_l0,
     best_rate,
@@ -188,11 +187,5 @@ def to_json(settings: Compare) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()}
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logging.getLogger("apportion.compare").setLevel(logging.INFO)
-    tyro.cli(Compare, description=__doc__).run()
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main(Compare, "compare", __doc__))

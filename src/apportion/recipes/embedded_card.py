@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 
 from apportion.activations import load_model
 from apportion.architectures.files import read_json, write_text
+from apportion.recipes.command import main
 from apportion.recipes.embedded_corpus import Sampling, ends, sample_stories
 from apportion.recipes.embedded_model import TrainModel, stories
 
@@ -207,10 +207,5 @@ def loss_per_character(model: Any, tokenizer: Any, texts: Sequence[str]) -> floa
     return total / sum(map(len, texts))
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    tyro.cli(WriteCard, description=__doc__).run()
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main(WriteCard, "embedded_card", __doc__))

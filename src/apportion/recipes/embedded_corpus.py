@@ -12,7 +12,6 @@ are sampled beside it: the same seed gives the same file for any `batch_stories`
 
 from __future__ import annotations
 
-import logging
 import lzma
 import sys
 from collections import Counter
@@ -23,12 +22,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-import tyro
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.activations import load_model
 from apportion.activations.progress import progress_bar
+from apportion.recipes.command import main
 
 GIVE_UP_STORIES = 2000
 """Raise when so many stories in a row brought nothing new."""
@@ -178,10 +177,5 @@ def write_xz(file: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    tyro.cli(WriteCorpus, description=__doc__).run()
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main(WriteCorpus, "embedded_corpus", __doc__))

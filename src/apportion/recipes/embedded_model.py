@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import tyro
 from jaxtyping import Int
 from torch import Tensor
 
 from apportion.architectures.files import read_json, write_json, write_tensors
+from apportion.recipes.command import main
 
 logger = logging.getLogger("apportion.embedded_model")
 
@@ -239,11 +239,5 @@ def validation_loss(model: Any, contexts: Int[Tensor, "n context"]) -> float:
     return sum(losses) / len(contexts)
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    tyro.cli(TrainModel, description=__doc__).run()
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main(TrainModel, "embedded_model", __doc__))

@@ -27,14 +27,13 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
 from tyro.conf import arg
-from tyro.constructors import PrimitiveConstructorSpec
 
 from apportion.architectures import SAE, SAES, create, load
 from apportion.architectures.files import read_json, write_json, write_text
+from apportion.recipes.command import listed, main
 from apportion.recipes.family_parts import CachePart, Part, TruthPart, layout_of
-from apportion.recipes.runs import best_rate, fitted, markdown, same_run, spread
+from apportion.recipes.runs import best_rate, between, fitted, markdown, same_run, spread
 
 logger = logging.getLogger("apportion.family")
 
@@ -58,20 +57,6 @@ OWN: dict[str, Own] = {
         "uniform budgets cost FVU (docs/experiments.md), and which latent gets which budget is to be measured first",
     ),
 }
-
-
-def listed(kind: type, name: str) -> Any:
-    """A comma-separated list on the command line."""
-    return Annotated[
-        tuple[kind, ...],
-        PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=name,
-            instance_from_str=lambda words: tuple(kind(word) for word in words[0].split(",")),
-            is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=lambda value: [",".join(str(v) for v in value)],
-        ),
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,26 +220,5 @@ def new_sae(part: Part, name: str, seed: int) -> SAE:
     return create(name, d_in=part.d_in, d_sae=d_sae, k=part.k, seed=seed, **settings)
 
 
-def between(file: Path, name: str, text: str) -> str:
-    """The content of a markdown file with `text` between its marks <!-- name --> and <!-- /name -->."""
-    content = file.read_text(encoding="utf-8") if file.exists() else ""
-    before, opened, rest = content.partition(f"<!-- {name} -->\n")
-    _, closed, after = rest.partition(f"<!-- /{name} -->\n")
-    if not opened or not closed:
-        raise ValueError(f"{file} has no lines <!-- {name} --> and <!-- /{name} --> to put the table between.")
-    return before + opened + text + closed + after
-
-
-def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logging.getLogger("apportion.family").setLevel(logging.INFO)
-    family = tyro.cli(Family, description=__doc__)
-    try:
-        family.run()
-    except KeyboardInterrupt:
-        logger.info("stopped; the same command goes on from here")
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main(Family, "family", __doc__))

@@ -27,8 +27,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from apportion.activations import CacheSource, ContextSource, TextSource, load_model, read_contexts
 from apportion.activations.collect import collect, width_at
 from apportion.activations.hookpoints import expand, middle_layer
@@ -41,6 +39,7 @@ from apportion.embedded import stories
 from apportion.evals import evaluate_model, evaluate_rows, held_out_rows
 from apportion.evals.layers import evaluate_layers
 from apportion.evals.similarity import similarity, within_similarity
+from apportion.recipes.command import main
 from apportion.recipes.runs import markdown, seconds_of
 from apportion.training import EndToEnd, MutualConfig, MutualFeatureRegularisation, TrainConfig, Trainer
 from apportion.training.end_to_end import PRESETS
@@ -263,11 +262,5 @@ def fitted(trainer: Trainer, source: Any, folder: Path) -> Sequence[SAE]:
     return trainer.saes
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logger.setLevel(logging.INFO)
-    tyro.cli(Objectives, description=__doc__).run()
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main(Objectives, "objectives", __doc__))

@@ -130,3 +130,13 @@ def markdown(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table in markdown."""
     rows = [titles, ["---"] * len(titles), *lines]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def between(file: Path, name: str, text: str) -> str:
+    """The content of a markdown file with `text` between its marks <!-- name --> and <!-- /name -->."""
+    content = file.read_text(encoding="utf-8") if file.exists() else ""
+    before, opened, rest = content.partition(f"<!-- {name} -->\n")
+    _, closed, after = rest.partition(f"<!-- /{name} -->\n")
+    if not opened or not closed:
+        raise ValueError(f"{file} has no lines <!-- {name} --> and <!-- /{name} --> to put the table between.")
+    return before + opened + text + closed + after

@@ -19,14 +19,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
 
-import tyro
 from tyro._docstrings import get_field_docstring
 
 import apportion
 from apportion.architectures import SAES, NamedSAE, rule_choices, rule_name
 from apportion.architectures.files import write_text
+from apportion.recipes.command import main
 from apportion.recipes.runs import markdown
 
 SECTIONS = {"When to use it": r"When to use (it|`(\w+)`): ", "Cost": r"Cost( of `(\w+)`)?: "}
@@ -152,10 +151,5 @@ class Pages:
         write(self.out)
 
 
-def main(argv: list[str] | None = None) -> None:
-    command: Any = tyro.cli(Pages, args=argv, description=__doc__)
-    command.run()
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main(Pages, "sae_pages", __doc__))
