@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from apportion import load
+from apportion import SAES, load
+from apportion.allocation import RULES, Candidates, Rule, Settled
+from apportion.architectures import rule_choices
 from apportion.cli import main
 from apportion.cli.arguments import parse_count
 
@@ -108,6 +111,63 @@ def test_help_shows_the_options_of_the_chosen_rule(capsys: pytest.CaptureFixture
     assert all("--prefix-shares" in text and "--allocation" in text for text in shown.values())
     assert "--budgets" in shown["feature_choice"] and "--k-start" not in shown["feature_choice"]
     assert "--k-start" in shown["topk"] and "--budgets" not in shown["topk"]
+
+
+def test_help_names_every_sae_and_every_rule_to_choose(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["train", "--sae", "matryoshka", "--help"])
+    assert done.value.code == 0
+    shown = "".join(word.strip("│ ") for word in capsys.readouterr().out.split())
+    assert f"--sae{{{','.join(SAES)}}}" in shown
+    assert f"--allocation{{{','.join(rule_choices())}}}" in shown
+
+
+@pytest.mark.parametrize("sae", ["relu", "gated"])
+def test_rules_that_are_fixed_have_no_options(sae: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--sae", sae, "--help"])
+    shown = capsys.readouterr().out
+    assert "--coefficient" in shown and "--theta" not in shown and "--per-latent" not in shown
+    with pytest.raises(SystemExit) as refused:
+        train(cache, cache / "run", "--sae", sae, "--theta", "0.1")
+    assert refused.value.code == 2 and "--theta" in capsys.readouterr().err
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoBudgetConfig:
+    above: float = 1.0
+    """What matches must exceed."""
+
+
+class NoBudget(Rule):
+    """A rule that has no k, and yet is one to choose."""
+
+    Config = NoBudgetConfig
+    batch_coupled = False
+
+    def budget(self, tokens: int) -> None:
+        return None
+
+    def settle(self, candidates: Candidates, budget: object) -> Settled:
+        return Settled(candidates.affinity > self.config.above)
+
+
+def test_k_is_no_option_where_the_rule_has_none(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A budget that nothing would keep to is not taken and dropped."""
+    monkeypatch.setitem(RULES, "no_budget", NoBudget)
+    chosen = ["--sae", "matryoshka", "--allocation", "no_budget", "--aux", "none"]
+    with pytest.raises(SystemExit):
+        main(["train", *chosen, "--help"])
+    shown = capsys.readouterr().out
+    assert "--above" in shown and "--k " not in shown
+    with pytest.raises(SystemExit) as refused:
+        train(cache, tmp_path / "run", *chosen)
+    assert refused.value.code == 2 and "--k" in capsys.readouterr().err
+    sizes = ["--d-sae", "64", "--batch-tokens", "512", "--above", "1.5"]
+    assert main(["train", str(cache), *chosen, *sizes, "--out", str(tmp_path / "run")]) == 0
+    assert load(tmp_path / "run").settings()["above"] == 1.5
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +276,14 @@ MISTAKES = {
     ),
     "unknown sae": (["train", "{cache}", "--sae", "mutual"], "mutual_choice"),
     "unknown allocation": (["train", "{cache}", "--sae", "matryoshka", "--allocation", "mutual"], "mutual_choice"),
+    "a rule without a budget": (
+        ["train", "{layers}", "--sae", "transcoder", "--allocation", "threshold", "--k", "32"],
+        "nothing would make codes sparse",
+    ),
+    "a rule that learns elsewhere": (
+        ["train", "{cache}", "--sae", "matryoshka", "--allocation=learned_threshold"],
+        "only the SAE jumprelu gives",
+    ),
     "allocation for an SAE with its own rule": (
         ["train", "{cache}", "--sae", "topk", "--allocation=topk"],
         "matryoshka",

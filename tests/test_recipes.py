@@ -155,7 +155,7 @@ def family(compare: Compare, tmp_path: Path) -> Family:
         docs=docs,
         truth=TruthPart(k=2, d_sae=32, total_tokens=1024, batch_tokens=128, eval_tokens=500, world=world),
         cache=CachePart(
-            k=4, d_sae=48, total_tokens=1024, batch_tokens=256, acts=compare.acts, eval_acts=compare.eval_acts,
+            k=4, d_sae=48, total_tokens=1024, batch_tokens=256, acts=(compare.acts,), eval_acts=(compare.eval_acts,),
             model=compare.model, text=compare.text, ce_tokens=128,
         ),
     )  # fmt: skip
@@ -186,7 +186,7 @@ def test_the_family_is_compared_and_goes_on_where_it_stopped(family: Family, mon
     for run in cache:
         assert run["delta_ce"] == pytest.approx(run["ce_spliced"] - run["ce_clean"]) and run["l0"] <= 4
     assert text.startswith("# Family\n<!-- truth -->\n32 features in 12 dimensions") and text.endswith("end\n")
-    assert "old" not in text and text.count("| `topk` |") == 2 and text.count("`crosscoder`, which reads several") == 1
+    assert "old" not in text and text.count("| `topk` |") == 2 and text.count("`crosscoder`, which takes two") == 1
 
     done = len(calls)
     family.run()
@@ -194,6 +194,56 @@ def test_the_family_is_compared_and_goes_on_where_it_stopped(family: Family, mon
     with pytest.raises(ValueError, match="other settings"):
         dataclasses.replace(family, truth=dataclasses.replace(family.truth, k=1)).run()
     assert len(calls) == done
+
+
+@pytest.fixture(scope="module")
+def several_hookpoints(compare: Compare) -> dict[str, tuple[Path, ...]]:
+    """The caches of `compare`, and others of the same text: of two layers, and of an MLP's input and output."""
+    model, tokenizer = load_model(compare.model)
+    folder, caches = compare.acts.parent, {"acts": [compare.acts], "eval_acts": [compare.eval_acts]}
+    places = {
+        "layers": ["model.layers.0", "model.layers.1"],
+        "mlp": ["model.layers.1", "model.layers.1.mlp:in", "model.layers.1.mlp"],
+    }
+    for (key, found), text, tokens in zip(caches.items(), ("train.txt", "valid.txt"), (4000, 1500), strict=True):
+        for name, hookpoints in places.items():
+            found.append(folder / f"{key}-{name}")
+            collect(model, tokenizer, hookpoints, folder / text, tokens=tokens, out=found[-1], context_tokens=32)
+    return {key: tuple(found) for key, found in caches.items()}
+
+
+def test_transcoders_and_crosscoders_take_part_where_the_caches_have_their_hookpoints(
+    family: Family, several_hookpoints: dict[str, tuple[Path, ...]]
+) -> None:
+    cache = dataclasses.replace(
+        family.cache,
+        **several_hookpoints,
+        hookpoint="model.layers.1",
+        pair=("model.layers.1.mlp:in", "model.layers.1.mlp"),
+        sites=("model.layers.0", "model.layers.1"),
+    )
+    changed = dataclasses.replace(family, seeds=(0,), lrs=(1e-3,), cache=cache)
+    changed.run()
+    runs = {run["name"]: run for run in json.loads((family.out / "cache.json").read_text())["runs"]}
+    assert list(runs) == list(family.saes)
+    assert runs["transcoder"]["ce_clean"] == pytest.approx(runs["topk"]["ce_clean"])
+    assert runs["transcoder"]["ce_zero_ablation"] != pytest.approx(runs["topk"]["ce_zero_ablation"], rel=1e-6)
+    assert "delta_ce" not in runs["crosscoder"] and 0 < runs["crosscoder"]["fvu"] < 1.5
+    text = family.docs.read_text()
+    assert "`transcoder` reads model.layers.1.mlp:in and predicts model.layers.1.mlp" in text
+    assert "`crosscoder` takes model.layers.0 and model.layers.1" in text and "Not in this table" not in text
+
+    written = text
+    changed.run()
+    assert family.docs.read_text() == written
+    for wrong, said in (
+        ({"acts": several_hookpoints["acts"][1:], "hookpoint": None}, "several hookpoints"),
+        ({"pair": ("model.layers.1",)}, "--pair takes two different"),
+        ({"sites": ("model.layers.1", "model.layers.1")}, "--sites takes two different"),
+        ({"sites": ("model.layers.1", "model.layers.9")}, "model.layers.9"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            dataclasses.replace(changed, cache=dataclasses.replace(cache, **wrong)).run()
 
 
 def test_one_run_that_fails_does_not_stop_the_family(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +268,7 @@ def test_one_run_that_fails_does_not_stop_the_family(family: Family, monkeypatch
         ({"saes": ("topk", "nobody")}, "nobody"),
         ({"seeds": ()}, "at least one seed"),
         ({"docs": Path("nowhere.md")}, "nowhere.md"),
-        ({"cache": CachePart(acts=Path("x"))}, "--eval-acts"),
+        ({"cache": CachePart(acts=(Path("x"),))}, "--eval-acts"),
         ({"truth": TruthPart(k=300)}, "k"),
         ({"truth": TruthPart(world=GroundTruthConfig(active=200))}, "active"),
     ],

@@ -36,6 +36,44 @@ def test_every_page_is_complete(name: str) -> None:
     assert f"[`{name}`]({name}.md)" in PAGES["README.md"]
 
 
+PAPERS = {
+    "topk": "2406.04093", "mutual_choice": "2411.02124", "feature_choice": "2411.02124", "multi_topk": "2406.04093",
+    "matryoshka": "2503.17547", "transcoder": "2501.18823", "skip_transcoder": "2501.18823", "crosscoder": "Anthropic",
+    "mlsae": "2409.04185", "switch": "2410.08201", "relu": "Anthropic", "gated": "2404.16014", "jumprelu": "2407.14435",
+    "frozen_decoder": "2602.14111", "soft_frozen_decoder": "2602.14111", "frozen_encoder": "2602.14111",
+}  # fmt: skip
+"""Where each SAE is from, unless it is a baseline without a paper; one that is not here yet has any paper."""
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_every_page_has_an_equation_and_its_source(name: str) -> None:
+    architecture, rule = PAGES[f"{name}.md"].split("\n## The architecture\n")[1].split("\n## The rule of allocation\n")
+    for part in (architecture, rule.split("\n## Settings\n")[0]):
+        assert re.search(r"^    \S.* (=|<-) \S", part, flags=re.MULTILINE), "an indented equation"
+    if not SAES[name].summary.startswith("baseline: nothing is trained"):
+        source = PAPERS.get(name, "20")
+        said = f"https://arxiv.org/abs/{source}" if source[0].isdigit() else source
+        assert said in architecture + rule, "the paper, or whoever published it"
+
+
+def test_the_page_of_mlsae_says_how_rows_are_prepared_and_what_is_ours() -> None:
+    text = " ".join(PAGES["mlsae.md"].split())
+    for part in (
+        "(x - mean_d x) / (std_d x + 1e-5)",
+        "one batch",
+        "encoder bias",
+        "dead windows count rows",
+        "cache of several",
+    ):
+        assert part in text, part
+
+
+def test_pages_of_transcoders_lead_to_what_a_cross_layer_one_would_take() -> None:
+    for name in ("transcoder", "skip_transcoder"):
+        assert "[crosscoder](crosscoder.md)" in PAGES[f"{name}.md"]
+    assert "cross-layer transcoder" in PAGES["crosscoder.md"] and "model_diff(sae" in PAGES["crosscoder.md"]
+
+
 def test_sections_are_taken_out_of_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
     doc = """Title, arXiv 2401.00001.
 

@@ -8,6 +8,7 @@ import torch
 import apportion as ap
 from apportion.allocation import StepContext, reference
 from apportion.allocation.zipf import zipf_densities
+from apportion.architectures import rebuild
 from apportion.architectures.base import Pass
 from apportion.losses import underutilised
 
@@ -177,3 +178,25 @@ def test_feature_choice_expects_its_own_budgets():
     density[7] = 0.04
     silent = sae._silent(StepContext(dead=torch.zeros(40, dtype=torch.bool), density=density))
     assert silent.tolist() == [7]
+
+
+@pytest.mark.parametrize("curve", [CURVE, {}])
+def test_aux_zipf_goes_by_the_k_of_the_sae_where_its_rule_has_none(curve):
+    jumprelu, mutual = (
+        ap.create(name, d_in=D_IN, d_sae=D_SAE, k=3, aux="aux_zipf", aux_weight=0.5, k_aux=4, seed=0, **curve)
+        for name in ("jumprelu", "mutual_choice")
+    )
+    measured = zipf_densities(D_SAE, 3, 1.2, 4.0)
+    measured[[2, 9]] = 0
+    expected = jumprelu._expected_densities(measured)
+    assert jumprelu.allocation.k is None and expected.sum().item() == pytest.approx(3)
+    assert torch.equal(expected, mutual._expected_densities(measured))
+    x = activations().float()
+    at = StepContext(dead=measured == 0, density=measured, batch_tokens=TOKENS)
+    made = jumprelu.forward_scaled(x, at)
+    assert jumprelu.own_terms(x, x, made, at)["aux_zipf"].item() > 0
+
+
+def test_aux_zipf_needs_a_k():
+    with pytest.raises(ValueError, match="this SAE has no k"):
+        rebuild("transcoder", d_in=D_IN, d_sae=D_SAE, allocation="threshold", aux="aux_zipf")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion.architectures import to_jumprelu
+from apportion.architectures import rebuild, to_jumprelu
 
 D_IN, D_SAE, K = 32, 48, 3
 
@@ -148,4 +148,4 @@ def test_what_cannot_be_converted(trained):
     with pytest.raises(ValueError, match="jumprelu"):
         to_jumprelu(to_jumprelu(trained("mutual_choice")))
     with pytest.raises(ValueError, match="budget"):
-        to_jumprelu(ap.create("matryoshka", d_in=D_IN, d_sae=D_SAE, allocation="threshold"))
+        to_jumprelu(rebuild("matryoshka", d_in=D_IN, d_sae=D_SAE, allocation="threshold"))

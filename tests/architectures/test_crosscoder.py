@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 import apportion as ap
-from apportion.activations import Batch
+from apportion.activations import Batch, load_model
+from apportion.activations.collect import collect
 from apportion.allocation import StepContext, reference
+from apportion.architectures import crosscoder
 from apportion.architectures.crosscoder import Crosscoder
-from apportion.evals.model_diff import direction_cosines, model_diff, relative_norms, site_shares
+from apportion.evals import model_diff
+from apportion.evals.model_diff import ModelDiff, direction_cosines, relative_norms, site_shares
 from apportion.training.objectives import TrainingContext, local_reconstruction
 
 D_IN, D_SAE, K, TOKENS = 6, 26, 3, 31
@@ -234,3 +241,29 @@ def test_recovers_which_model_has_which_feature() -> None:
     similarity, best = (directions @ written.T).max(1)
     right = [bool(vars(diff)[kind][latent]) for kind, latent in zip(kinds, best.tolist(), strict=True)]
     assert sum(right) >= 22 and int((similarity > 0.9).sum()) >= 22, (right, similarity, diff.counts())
+
+
+def test_the_documented_comparison_of_two_models(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines of the docstring, in smaller sizes, on caches of a model and of the same with changed weights."""
+    model, tokenizer = load_model(tiny_model_dir)
+    text = ["the cat sat on the mat and looked at the dog by the old house and the sea was calm " * 200]
+    g = torch.Generator().manual_seed(0)
+    for folder in ("acts-base", "acts-chat"):
+        collect(model, tokenizer, "model.layers.1", text, out=tmp_path / folder, tokens=3000, context_tokens=16)
+        with torch.no_grad():
+            for p in model.model.layers[1].parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=g))
+    doc = inspect.cleandoc(crosscoder.__doc__ or "")
+    example = doc[doc.index("    import apportion as ap") :].split("\nWhen to use it")[0]
+    for written, smaller in (("model.layers.8", "model.layers.1"), ("d_sae=16_384, k=32", "d_sae=64, k=4")):
+        assert written in example
+        example = example.replace(written, smaller)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(re.sub("^    ", "", example, flags=re.MULTILINE), "the docstring", "exec"), names)
+    diff, only_chat = names["diff"], names["only_chat"]
+    assert isinstance(diff, ModelDiff) and sum(diff.counts().values()) == 64 and diff.counts()["dead"] < 64
+    assert isinstance(only_chat, torch.Tensor) and len(only_chat) == diff.counts()["only_b"]
+    assert type(ap.load("runs/diff")) is Crosscoder

@@ -10,6 +10,7 @@ import torch
 import apportion as ap
 from apportion import losses
 from apportion.allocation import StepContext, reference
+from apportion.architectures import rebuild
 from apportion.architectures.base import Pass
 from apportion.kernels import primitives
 from apportion.metrics import entropy, load
@@ -21,7 +22,7 @@ ALLOCATIONS = ["topk", "mutual_choice", "feature_choice", "threshold"]
 def new(allocation: str = "topk", **settings: object) -> ap.SAE:
     budget = {"theta": 0.2} if allocation == "threshold" else {"k": K}
     settings = {"num_experts": E, "input_norm": "none", "seed": 0, **budget, **settings}
-    sae = ap.create("switch", d_in=D_IN, d_sae=D_SAE, allocation=allocation, **settings).double()
+    sae = rebuild("switch", d_in=D_IN, d_sae=D_SAE, allocation=allocation, **settings).double()
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in (sae.b_dec, sae.b_enc, sae.b_router, sae.W_enc):

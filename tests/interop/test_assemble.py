@@ -7,6 +7,7 @@ import torch
 from naive import CLOSE, D_IN, D_SAE, K, differs, inputs, rand
 
 import apportion as ap
+from apportion.architectures import rebuild
 from apportion.architectures.affine import Affine
 from apportion.interop.assemble import assemble, take_apart
 from apportion.interop.parts import Parts
@@ -18,7 +19,7 @@ def trained(name: str, dtype: torch.dtype = torch.float64, **settings: object) -
     """Random weights as of a trained one, decoder rows of any norm, fitted and calibrated."""
     if "d_out" in settings or "transcoder" in name:
         settings = {"d_out": 4} | settings
-    sae = ap.create(name, d_in=D_IN, d_sae=D_SAE, k=K, seed=0, **settings).to(dtype)
+    sae = rebuild(name, d_in=D_IN, d_sae=D_SAE, k=K, seed=0, **settings).to(dtype)
     assert isinstance(sae, Affine)
     with torch.no_grad():
         for i, p in enumerate(sae.parameters()):

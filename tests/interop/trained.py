@@ -8,6 +8,7 @@ import torch
 from naive import D_IN, D_SAE, K, rand
 
 import apportion as ap
+from apportion.architectures import rebuild
 from apportion.architectures.affine import Affine
 
 DATA = rand(400, D_IN, seed=50, scale=3) + torch.linspace(-4, 9, D_IN)
@@ -17,7 +18,7 @@ DATA = rand(400, D_IN, seed=50, scale=3) + torch.linspace(-4, 9, D_IN)
 def trained(name: str, dtype: torch.dtype = torch.float32, data: torch.Tensor = DATA, **settings: Any) -> ap.SAE:
     """Random weights, decoder rows of any norm, fitted and calibrated, in eval mode."""
     budget = {} if settings.get("allocation") == "threshold" else {"k": K}
-    sae = ap.create(name, **({"d_in": D_IN, "d_sae": D_SAE, "seed": 0} | budget | settings)).to(dtype)
+    sae = rebuild(name, **({"d_in": D_IN, "d_sae": D_SAE, "seed": 0} | budget | settings)).to(dtype)
     assert isinstance(sae, Affine)
     with torch.no_grad():
         for i, p in enumerate(sae.parameters()):

@@ -77,8 +77,8 @@ class Rule(nn.Module, ABC):
     Config: ClassVar[type]
     batch_coupled: ClassVar[bool]
     """True if, in train mode, a token's code depends on the other tokens; such rules need thresholds in eval mode."""
-    needs_own_architecture: ClassVar[bool] = False
-    """True if the rule learns only in an architecture made for it, so that others cannot choose it."""
+    not_to_train: ClassVar[str | None] = None
+    """Why a new SAE cannot have it as its `allocation`, in words that go on from the rule's name; None: it can."""
     threshold: Tensor
     """Eval-mode threshold, a scalar or one per latent; NaN until calibrated. Rules without one leave it out."""
 

@@ -3,7 +3,8 @@
     S_bj = 1[A_bj > theta_j]        theta_j = exp(t_j), so that it stays positive
 
 JumpReLU SAEs, arXiv 2407.14435. The rule is the same in train and eval mode and has no budget. Nothing here gives t a
-gradient: a step function has none, and the architecture supplies a substitute (architectures/jumprelu.py).
+gradient: a step function has none, and the architecture supplies a substitute (architectures/jumprelu.py). In another
+architecture t would stay where it is, so `allocation` cannot name this rule.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class LearnedThresholdConfig:
 class LearnedThreshold(Rule):
     Config = LearnedThresholdConfig
     batch_coupled = False
-    needs_own_architecture = True
+    not_to_train = "learns by gradients that only the SAE jumprelu gives its thresholds: use that"
 
     def __init__(self, config: LearnedThresholdConfig, d_sae: int) -> None:
         super().__init__(config, d_sae)

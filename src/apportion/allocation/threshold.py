@@ -3,6 +3,8 @@
     S_bj = 1[A_bj > theta_j]
 
 How Mutual Choice and Feature Choice run at inference; with theta = 0 it is the ReLU. No budget: L0 is what comes out.
+Nothing here makes codes sparse, so a new SAE cannot choose this rule by `allocation`: relu and gated have it with
+theta = 0 and a penalty, and SAEs that were loaded or converted have it with thresholds that somebody else found.
 """
 
 from __future__ import annotations
@@ -28,6 +30,10 @@ class ThresholdConfig:
 class Threshold(Rule):
     Config = ThresholdConfig
     batch_coupled = False
+    not_to_train = (
+        "has no budget, so that nothing would make codes sparse (loaded SAEs have it): train with a rule that has k, "
+        "or use relu, gated or jumprelu"
+    )
 
     def __init__(self, config: ThresholdConfig, d_sae: int) -> None:
         super().__init__(config, d_sae)

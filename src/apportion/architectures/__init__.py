@@ -4,7 +4,8 @@ To add one: write one file in this folder (an architecture) or in `allocation/` 
 one test for what is special in its paper. Creation, files, the command line and evaluation follow from the table.
 
 Some architectures work with any rule: they have the setting `allocation`, a name of `RULES`, and then the settings of
-that rule: create("matryoshka", allocation="feature_choice", budgets="zipf", ...).
+that rule: create("matryoshka", allocation="feature_choice", budgets="zipf", ...). Rules that say why they are
+`not_to_train` cannot be chosen; the SAEs that have one for good do not show its settings.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from apportion.architectures.frozen import Frozen
 from apportion.architectures.gated import Gated
 from apportion.architectures.jumprelu import JumpReLU
 from apportion.architectures.matryoshka import Matryoshka
+from apportion.architectures.mlsae import MLSAE
 from apportion.architectures.multi_topk import MultiTopK
 from apportion.architectures.plain import Plain
 from apportion.architectures.relu import ReLU
@@ -44,8 +46,11 @@ class NamedSAE:
     all_hookpoints: bool = False
     """True if it takes all hookpoints of a cache unless told otherwise; False if it takes one."""
 
-    def rule_named(self, allocation: str | None = None) -> type[Rule]:
-        """The rule of that name, or the default one. ValueError if there is none, or if this SAE has its own."""
+    def rule_named(self, allocation: str | None = None, *, to_train: bool = True) -> type[Rule]:
+        """The rule of that name, or the default one.
+
+        ValueError if there is none, if this SAE has its own, or, `to_train`, if the rule is not for that.
+        """
         if allocation is None:
             return self.rule
         if not self.any_rule:
@@ -53,24 +58,30 @@ class NamedSAE:
                 f"allocation = {allocation!r} is not for this SAE, whose rule is always {rule_name(self.rule)}. "
                 f"SAEs with a choice: {', '.join(name for name, entry in SAES.items() if entry.any_rule)}."
             )
-        if allocation not in (choices := rule_choices()):
-            raise ValueError(f"There is no allocation {allocation!r} to choose; {_nearest(str(allocation), choices)}")
+        if allocation not in [*RULES]:
+            nearest = _nearest(str(allocation), rule_choices())
+            raise ValueError(f"There is no allocation {allocation!r} to choose; {nearest}")
+        if to_train and (reason := RULES[allocation].not_to_train):
+            raise ValueError(
+                f"allocation = {allocation!r} cannot be chosen: {allocation} {reason}. "
+                f"To choose from: {', '.join(rule_choices())}."
+            )
         return RULES[allocation]
 
-    def settings(self, allocation: str | None = None) -> dict[str, Any]:
+    def settings(self, allocation: str | None = None, *, to_train: bool = True) -> dict[str, Any]:
         """Every setting with its default under this rule, in order; d_in and d_sae have none."""
-        rule = self.rule_named(allocation)
+        rule = self.rule_named(allocation, to_train=to_train)
         of_architecture, of_rule = (
             {f.name: self.defaults.get(f.name, f.default) for f in fields(part.Config)}
             for part in (self.architecture, rule)
         )
         chosen = {"allocation": rule_name(rule)} if self.any_rule else {}
-        return of_architecture | chosen | of_rule
+        return of_architecture | chosen | ({} if to_train and rule.not_to_train else of_rule)
 
 
 def rule_choices() -> list[str]:
     """The rules that `allocation` can name."""
-    return [name for name, rule in RULES.items() if not rule.needs_own_architecture]
+    return [name for name, rule in RULES.items() if rule.not_to_train is None]
 
 
 def rule_name(rule: type[Rule]) -> str:
@@ -122,10 +133,9 @@ SAES: dict[str, NamedSAE] = {
         all_hookpoints=True,
     ),
     "mlsae": NamedSAE(
-        Plain,
+        MLSAE,
         RULES["topk"],
         "one SAE for all layers: every (token, layer) is a row, standardised alone, and keeps its k strongest latents",
-        {"input_norm": "token_standardise"},
         any_rule=True,
         all_hookpoints=True,
     ),
@@ -188,23 +198,37 @@ SAES: dict[str, NamedSAE] = {
 }
 
 
+def named(name: str) -> NamedSAE:
+    """The SAE of that name in the table; ValueError with the nearest ones if there is none."""
+    if name not in SAES:
+        raise ValueError(f"There is no SAE named {name!r}; {_nearest(name, SAES)}")
+    return SAES[name]
+
+
 def create(name: str, **settings: Any) -> SAE:
     """A new SAE in train mode, e.g. create("mutual_choice", d_in=576, d_sae=4608, k=32).
 
     Settings are the fields of the architecture's and the rule's Config, and `allocation` where the rule is a setting.
     Raises ValueError for an unknown name or setting, with the nearest known one, and for values that cannot work.
     """
-    if name not in SAES:
-        raise ValueError(f"There is no SAE named {name!r}; {_nearest(name, SAES)}")
-    entry = SAES[name]
-    allocation = settings.get("allocation")
-    rule_type, known = entry.rule_named(allocation), entry.settings(allocation)
+    return _made(name, settings, to_train=True)
+
+
+def rebuild(name: str, **settings: Any) -> SAE:
+    """`create` for an SAE that exists already, from its `settings()`: the rule may be one that is not for training."""
+    return _made(name, settings, to_train=False)
+
+
+def _made(name: str, settings: dict[str, Any], to_train: bool) -> SAE:
+    entry, allocation = named(name), settings.get("allocation")
+    rule_type = entry.rule_named(allocation, to_train=to_train)
+    known = entry.settings(allocation, to_train=to_train)
     for setting in settings:
         if setting not in known:
             under = f" with allocation={known['allocation']!r}" if entry.any_rule else ""
             raise ValueError(f"{name}{under} has no setting {setting!r}; {_nearest(setting, known)}")
     if "d_sae" not in settings and (d_sae := entry.architecture.d_sae_for(settings.get("d_in", 0))):
-        settings["d_sae"] = d_sae
+        settings = settings | {"d_sae": d_sae}
     missing = [s for s in ("d_in", "d_sae") if s not in settings]
     if missing:
         raise ValueError(f"create({name!r}) needs {' and '.join(missing)}.")
@@ -239,4 +263,4 @@ def _nearest(word: str, known: Any) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known are: {', '.join(known)}."
 
 
-__all__ = ["SAES", "NamedSAE", "SAE", "SAEConfig", "create", "load", "rule_choices", "to_jumprelu"]
+__all__ = ["SAES", "NamedSAE", "SAE", "SAEConfig", "create", "load", "named", "rebuild", "rule_choices", "to_jumprelu"]

@@ -58,11 +58,14 @@ class AffineWithAuxiliary(Affine):
     """Base of the affine architectures that revive silent latents."""
 
     config: AuxiliaryConfig  # type: ignore[assignment]
+    constants = dict.fromkeys(("aux_k", "aux_zipf"), ("made", "b_dec"))
 
     def __init__(self, config: AuxiliaryConfig, allocation: Rule, out_shape: tuple[int, ...] | None = None) -> None:
         super().__init__(config, allocation, out_shape)
-        if config.aux == "aux_zipf" and allocation.k is None:
-            raise ValueError("aux_zipf compares densities with a curve that sums to k, and this rule has no k.")
+        if config.aux == "aux_zipf" and self.k is None:
+            raise ValueError(
+                "aux_zipf compares densities with a curve that sums to k, and this SAE has no k. Use aux_k, or none."
+            )
 
     def auxiliary_terms(
         self, x: Float[Tensor, " tokens *row"], error: Float[Tensor, " tokens *out"], context: StepContext
@@ -98,7 +101,7 @@ class AffineWithAuxiliary(Affine):
         decided = self.allocation.expected_densities()
         if decided is not None:
             return decided
-        k, alpha, beta = self.allocation.k, self.config.aux_zipf_alpha, self.config.aux_zipf_beta
+        k, alpha, beta = self.k, self.config.aux_zipf_alpha, self.config.aux_zipf_beta
         assert k is not None, "checked when the SAE was created"
         if alpha is None or beta is None:
             noise = NOISE_SHARE * k / self.d_sae

@@ -13,10 +13,10 @@ and `fold_in`; if it needs to, `prepare` (targets), `forward_scaled`, `reconstru
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -79,6 +79,9 @@ class SAE(nn.Module, ABC):
     """The name in the table of SAEs that it was created by."""
     needs_target: ClassVar[bool] = False
     """True if a training step needs `Batch.target`."""
+    constants: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """What a term of `own_terms` holds constant, on purpose: names of parameters, as far as `own_terms` itself uses
+    them, and "made" for all that `forward_scaled` made. The conformance suite goes by it."""
     allocation_name: str | None = None
     """The name of its rule, where the rule is a setting."""
 
@@ -378,9 +381,13 @@ class SAE(nn.Module, ABC):
             self.train(was_training)
 
     def settings(self) -> dict[str, Any]:
-        """Everything `create` needs to build it again."""
+        """Everything `create` needs to build it again (`architectures.rebuild`, if the rule is not for training)."""
         chosen = {} if self.allocation_name is None else {"allocation": self.allocation_name}
-        return asdict(self.config) | chosen | asdict(self.allocation.config)
+        config = self.allocation.config
+        of_rule = asdict(config)
+        if self.allocation.not_to_train:  # no settings of a new SAE: only what was found in a file
+            of_rule = {f.name: of_rule[f.name] for f in fields(config) if of_rule[f.name] != f.default}
+        return asdict(self.config) | chosen | of_rule
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors; `ap.load(folder)` reads them."""

@@ -32,10 +32,11 @@ from apportion.architectures.affine import Affine, AffineConfig
 from apportion.architectures.base import SAE
 from apportion.architectures.jumprelu import JumpReLU
 from apportion.architectures.matryoshka import Matryoshka
+from apportion.architectures.mlsae import MLSAE
 from apportion.architectures.multi_topk import MultiTopK
 from apportion.architectures.plain import Plain
 
-CONVERTIBLE = (Plain, MultiTopK, Matryoshka)
+CONVERTIBLE = (Plain, MLSAE, MultiTopK, Matryoshka)
 """They all encode and decode alike."""
 
 

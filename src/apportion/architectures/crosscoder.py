@@ -10,8 +10,8 @@ norm, because the norms say at which sites a latent is at home; that is why matc
 two norms in use we take the sum over sites, which is the weight of a code in the original's L1 penalty, rather than the
 norm of the joined row: it favours latents that several sites share, which is what a crosscoder is for. With one scale
 per site every site counts the same in code and loss, however large its activations are. Initial weights: joined rows of
-W_enc are random unit directions, those of W_dec the same with norm 0.1, so that what is untrained reconstructs little;
-norm 1 did worse at every learning rate in our trials (the layers of the embedded model).
+W_enc are random unit directions, those of W_dec the same with norm 0.1, so that an untrained crosscoder reconstructs
+next to nothing, rather than noise as large as the activations.
 
 Scales differ, so `folded` cannot have the codes of one site's units: codes, thresholds and affinities become 1 / s
 times as large, s the geometric mean of the scales, and `site_scale` keeps each site's scale relative to s, so that
@@ -23,10 +23,27 @@ each latent belongs to one site. What it would take: one selection over several 
 one x W_enc^T and a rule with densities or thresholds per latent cannot be asked about a part of the latents; and a
 decoder of triangular shape, because a full one, [d_sae, num_sites, d_out], is half zeros.
 
+To compare two models, say a base model and what became of it by fine-tuning, collect the same hookpoint of both from
+the same text with the same tokenizer, and put the caches side by side:
+
+    import apportion as ap
+    from apportion.activations import ActivationStore, CacheSource, SitesStore
+    from apportion.evals import evaluate_rows, held_out_rows, model_diff
+
+    sites = SitesStore([ActivationStore("acts-base", "model.layers.8"), ActivationStore("acts-chat", "model.layers.8")])
+    source = CacheSource(sites)
+    sae = ap.create("crosscoder", d_in=sites.d_in, num_sites=2, d_sae=16_384, k=32)
+    sae = ap.Trainer(sae, ap.TrainConfig(total_tokens=source.num_rows)).fit(source, "runs/diff")
+
+    measured = evaluate_rows({"diff": sae}, sites, held_out_rows(sites, source.held_out_share))["diff"]
+    diff = model_diff(sae, alive=measured.activations.counts > 0)
+    diff.counts()                                   # latents that are only_a, only_b, shared, between, dead
+    only_chat = diff.only_b.nonzero().squeeze(1)    # those that write to the second model alone
+
 When to use it: to find out which features layers share, or what a model has that another one has not
 (evals/model_diff.py). Needs the same tokens at every site.
 
-Cost: num_sites times the parameters and the product of a plain SAE.
+Cost: that of a plain SAE as many times as there are sites, in parameters and in the product.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
 
     Raises ValueError, naming the file and the reason, for anything that is not a complete, consistent SAE.
     """
-    from apportion.architectures import create
+    from apportion.architectures import rebuild
 
     folder = Path(path) / subfolder if subfolder else Path(path)
     config_file, tensor_file = folder / "config.json", folder / "model.safetensors"
@@ -67,7 +67,7 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
     _check_sizes(settings, tensors, tensor_file)
     try:
         with blank_weights():
-            sae = create(config.get("sae", ""), **settings)
+            sae = rebuild(config.get("sae", ""), **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_file} does not describe an SAE: {error}") from error
     wanted = sae.state_dict()

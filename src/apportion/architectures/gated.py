@@ -26,7 +26,7 @@ Cost: one dense product and two reconstructions; early in training there are as 
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -45,6 +45,7 @@ from apportion.latents import Latents
 class Gated(Affine):
     Config = SparsityConfig
     config: SparsityConfig  # type: ignore[assignment]
+    constants: ClassVar = {"gates": ("W_dec", "b_dec")}
 
     def __init__(self, config: SparsityConfig, allocation: Rule) -> None:
         super().__init__(config, allocation)

@@ -25,8 +25,11 @@ The pre-activation term is about nearly all pairs of tokens and latents, and yet
 = (theta - a) + relu(a - theta), where the first part, summed over tokens, is linear in the mean input, and the second
 is zero except at active matches.
 
-When to use it: where latents are to have thresholds of their own, and tokens as many latents as exceed them. The
-objective tanh left fewer latents dead than the others in our runs; l0 is the plain case, with unit decoder rows.
+The rule, learned_threshold, belongs to this architecture: in others nothing would move t, and `allocation` refuses it.
+
+When to use it: where latents are to have thresholds of their own, and tokens as many latents as exceed them. With the
+objective tanh the pre-activation term has gradients for latents that never fire; l0 is the plain case, with unit
+decoder rows.
 
 Cost: one dense product, and besides the active matches a dot product for each of those near their threshold.
 
@@ -71,8 +74,9 @@ class JumpReLUConfig(SparsityConfig, AuxiliaryConfig):
     """Learning rate of log thresholds, in units of that of the other parameters."""
     bandwidth: float = 0.2
     """Width of the window around thresholds whose matches give them a gradient, in units of prepared inputs."""
-    set_point_weight: float = 1.0
-    """Weight of (L0 / k - 1)^2, which holds L0 at k; not used with a fixed coefficient."""
+    set_point_weight: float = 10.0
+    """Weight of (L0 / k - 1)^2, which holds L0 at k; not used with a fixed coefficient. With 1 L0 comes out up to a
+    tenth above a small k."""
     tanh_scale: float = 4.0
     """tanh: c, the steepness."""
     pre_act_weight: float = 0.05

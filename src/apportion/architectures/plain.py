@@ -5,11 +5,6 @@
 
 With a rule it becomes TopK (arXiv 2406.04093), Mutual Choice or Feature Choice (arXiv 2411.02124; Mutual Choice has
 BatchTopK's forward pass, arXiv 2412.06410).
-
-When to use `mlsae`: to follow features from layer to layer with one set of latents (MLSAE, arXiv 2409.04185). Train it
-on rows of all layers; each row is standardised on its own, because layers differ in scale.
-
-Cost of `mlsae`: as TopK per row, with as many rows per token as there are layers.
 """
 
 from __future__ import annotations

@@ -10,12 +10,13 @@ the latents only the rest; `decode` then needs x.
 
 Rows of W_dec have no fixed norm and begin as random directions of norm 0.1, independent of W_enc, whose rows are random
 unit directions; W_skip begins at 0. So an untrained transcoder predicts next to nothing, rather than noise as large as
-the target. This is ours. sparsify begins with W_dec = 0, which did as well in our trials (an MLP of the embedded
-model), but zero rows could not compete by code times norm. Rows of norm 1, held there or only to begin with, did worse
-at every learning rate.
+the target. This is ours. sparsify begins with W_dec = 0; zero rows could not compete by code times norm.
 
 A target that is normalised token by token could not be restored without knowing it: with such an `input_norm` (or with
 dataset) the target's description is `dataset`, with none it is none.
+
+A cross-layer transcoder, whose latents read one layer and write to the modules of all layers above, is not here: what
+it would take is said with the [crosscoder](crosscoder.md) (architectures/crosscoder.py).
 
 When to use it: to explain what a module computes rather than what it is given, for instance an MLP in a circuit; with
 `skip` where a good part of the module is linear. Needs a cache, or batches, with both its input and its output.

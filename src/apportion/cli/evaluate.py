@@ -85,8 +85,7 @@ class Eval:
 
     def _on_rows(self, name: str, sae: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """Measurements, figures, and rows of the table besides: one for each layer or site."""
-        from apportion.evals import evaluate_rows, held_out_rows
-        from apportion.evals.layers import evaluate_layers
+        from apportion.evals import evaluate_layers, evaluate_rows, held_out_rows
 
         trained_on = sae.info.get("source", {})
         folder = self.acts or trained_on.get("folder")

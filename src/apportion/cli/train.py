@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_type_hints
 
-from tyro.conf import Positional, arg
+from tyro.conf import Fixed, Positional, Suppress, arg
 
-from apportion.architectures import SAES, rule_choices
+from apportion.architectures import SAES, named, rule_choices
 from apportion.cli.arguments import Count, Filter, Text, best_device, say
 from apportion.cli.objectives import CONFIGS, THROUGH_MODEL, check_objective, objective_config, objective_for
 from apportion.cli.rows import kind_of, open_rows, settings_of
 from apportion.training import TrainConfig
 
 SAE_FLAGS_OWN = {"d_in", "d_out", "num_sites", "d_sae", "k", "seed", "hookpoint"}
-"""SAE settings that the train command asks for itself, or that follow from the activations."""
+"""SAE settings that the train command asks for in its own words, or that follow from the activations."""
 
 
 @dataclass(kw_only=True)
@@ -30,7 +31,7 @@ class TrainBase:
     out: Path
     """The run folder to create."""
     sae: str = "mutual_choice"
-    """Which SAE; its own options follow below (see --help with another --sae)."""
+    """Which SAE. Its own options follow below, those of another with --sae NAME --help."""
     training_objective: str = "local"
     """What is minimised: local (reconstruction), e2e or e2e_ds (what the language model does with it; needs a model),
     mutual (several SAEs side by side). Its own options follow below."""
@@ -62,9 +63,9 @@ class TrainBase:
 
         self._check_out()
         known = SAES[self.sae].settings(getattr(self, "allocation", None))
-        settings = {n: getattr(self, n) for n in known if n not in SAE_FLAGS_OWN}
-        k = int(self.k) if self.k == int(self.k) else self.k
-        settings |= {"seed": self.seed} | ({"k": k} if "k" in known else {})
+        settings = {n: getattr(self, n) for n in known if n not in SAE_FLAGS_OWN} | {"seed": self.seed}
+        if "k" in known:
+            settings["k"] = int(self.k) if float(self.k).is_integer() else self.k
         follows = SAES[self.sae].architecture.d_sae_for(1) is not None
         settings |= {} if follows else {"d_sae": self.d_sae}
         train = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(self, f.name)}
@@ -146,11 +147,17 @@ def train_command(name: str, allocation: str | None = None, objective: str = Tra
     entry = SAES[name]
     defaults = entry.settings(allocation)
     own = {f.name for f in dataclasses.fields(TrainBase)}
-    extra: list[Any] = []
+    doc = get_field_docstring(TrainBase, "sae", ()) or ""
+    extra: list[Any] = [("sae", Annotated[one_of(SAES), arg(help=doc)], field(default=TrainBase.sae))]
+    if "k" not in defaults:  # then it is no option
+        extra.append(("k", Suppress[Fixed[float]], field(default=TrainBase.k)))
     if "allocation" in defaults:
-        doc = f"Which rule of allocation: {', '.join(rule_choices())}. Its own options follow below."
-        extra.append(("allocation", Annotated[str, arg(help=doc)], field(default=defaults["allocation"])))
-    configs = [TrainConfig, entry.architecture.Config, entry.rule_named(allocation).Config]
+        doc = "Which rule of allocation. Its own options follow below."
+        kind = Annotated[one_of(rule_choices()), arg(help=doc)]
+        extra.append(("allocation", kind, field(default=defaults["allocation"])))
+    configs = [TrainConfig, entry.architecture.Config]
+    if not (rule := entry.rule_named(allocation)).not_to_train:
+        configs.append(rule.Config)
     if (chosen := CONFIGS[objective]) is not None:
         configs.append(type(chosen))
         defaults = defaults | dataclasses.asdict(chosen)
@@ -169,13 +176,16 @@ def train_command(name: str, allocation: str | None = None, objective: str = Tra
     return dataclasses.make_dataclass("Train", extra, bases=(TrainBase,), kw_only=True, namespace=namespace)
 
 
+def one_of(names: Iterable[str]) -> Any:
+    """The type of an option that takes one of these words, so that --help shows them."""
+    return cast(Any, Literal)[tuple(names)]
+
+
 def chosen_sae(argv: list[str]) -> tuple[str, str | None, str]:
     """The values of --sae, --allocation and --training-objective, which decide what other options there are."""
     name = given_value(argv, "sae") or TrainBase.sae
-    if name not in SAES:
-        raise ValueError(f"There is no SAE named {name!r}. Known are: {', '.join(SAES)}.")
     allocation = given_value(argv, "allocation")
-    SAES[name].rule_named(allocation)
+    named(name).rule_named(allocation)
     objective = given_value(argv, "training-objective") or TrainBase.training_objective
     check_objective(objective)
     return name, allocation, objective

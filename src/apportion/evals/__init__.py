@@ -1,7 +1,18 @@
 """Evaluation in eval mode: reconstruction, sparsity, and what the language model loses."""
 
 from apportion.evals.language_model import evaluate_model
+from apportion.evals.layers import evaluate_layers
 from apportion.evals.measure import Measurement
+from apportion.evals.model_diff import model_diff
+from apportion.evals.recovery import recovery
 from apportion.evals.rows import evaluate_rows, held_out_rows
 
-__all__ = ["Measurement", "evaluate_model", "evaluate_rows", "held_out_rows"]
+__all__ = [
+    "Measurement",
+    "evaluate_layers",
+    "evaluate_model",
+    "evaluate_rows",
+    "held_out_rows",
+    "model_diff",
+    "recovery",
+]

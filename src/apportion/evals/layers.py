@@ -1,9 +1,6 @@
 """At which layers the latents of one SAE for all layers are active (MLSAE, arXiv 2409.04185).
 
-Such an SAE (`create("mlsae", ...)`) is a plain TopK SAE whose rows are the activations of every token at every layer,
-each standardised on its own, so that layers of large norm count no more than others; it is not told the layer. Ours has
-an encoder bias, which the paper's has not; its loss is the plain mean square on standardised rows, not divided by a
-layer's variance in the batch; and dead windows count rows, which are tokens times layers.
+The SAE (`create("mlsae", ...)`) is that of architectures/mlsae.py.
 
     P(l | j)             sum of the codes z_j at layer l / sum at all layers ("mass"); or of firings ("counts")
     Var(L)               of the layer, all latents and tokens together

@@ -7,6 +7,7 @@ and the parts that are made those of the SAE, in raw units (`folded`). The way o
     TopK                                  topk
     Mutual Choice, Feature Choice         jumprelu, with the thresholds of eval mode: only once calibrated
     Threshold, learned thresholds         jumprelu; relu where they are all zero
+    others                                none
 
 Where affinity is code_times_decoder_norm, latent j has the threshold theta / ||W_dec_j||. TopK cannot be told so in
 other formats: there the norms go into the encoder, and codes become ||W_dec_j|| as large.
@@ -23,8 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apportion.allocation import LearnedThreshold, Rule, TokenChoice
-from apportion.architectures import SAE, create
+from apportion.allocation import LearnedThreshold, Rule, Threshold, TokenChoice
+from apportion.architectures import SAE, rebuild
 from apportion.architectures.affine import Affine, blank_weights
 from apportion.architectures.fixed_basis import FixedBasis
 from apportion.architectures.frozen import Frozen
@@ -32,6 +33,7 @@ from apportion.architectures.gated import Gated
 from apportion.architectures.inputs import PER_TOKEN
 from apportion.architectures.jumprelu import JumpReLU
 from apportion.architectures.matryoshka import Matryoshka
+from apportion.architectures.mlsae import MLSAE
 from apportion.architectures.multi_topk import MultiTopK
 from apportion.architectures.plain import Plain
 from apportion.architectures.relu import ReLU
@@ -39,7 +41,7 @@ from apportion.architectures.switch import Switch
 from apportion.architectures.transcoder import Transcoder
 from apportion.interop.parts import Parts
 
-ALIKE = (Plain, MultiTopK, Matryoshka, Frozen, FixedBasis, ReLU, JumpReLU, Transcoder)
+ALIKE = (Plain, MLSAE, MultiTopK, Matryoshka, Frozen, FixedBasis, ReLU, JumpReLU, Transcoder)
 """They all encode and decode alike in eval mode."""
 TINY = 1e-30
 """Thresholds that are not positive cut nothing; their logarithm is that of this number."""
@@ -59,7 +61,7 @@ def assemble(parts: Parts) -> SAE:
     if parts.by_norm:
         settings["affinity"] = "code_times_decoder_norm"
     with blank_weights():
-        sae = create(_name(parts), **settings)
+        sae = rebuild(_name(parts), **settings)
     weights = {"W_enc": parts.W_enc, "W_dec": parts.W_dec, "b_enc": parts.b_enc, "b_dec": parts.b_dec}
     if parts.W_skip is not None:
         weights["W_skip"] = parts.W_skip
@@ -167,7 +169,8 @@ def take_apart(sae: SAE) -> Parts:
     if isinstance(folded, Transcoder) and folded.input.kind in PER_TOKEN:
         if folded.config.skip:
             raise ValueError(
-                f"The skip of this SAE reads normalised tokens ({folded.input.kind}); no other format can."
+                f"The skip of this SAE reads normalised tokens ({folded.input.kind}); no other format can. "
+                "Save it in ours with sae.save."
             )
         folded.fold_in(folded.mean, folded.scale)  # 0 and 1: only the output's description is folded
     parts = _parts(folded)
@@ -220,7 +223,12 @@ def _parts(folded: Affine) -> Parts:
 
 def _thresholds(folded: Affine) -> Float[Tensor, " d_sae"]:
     """What codes have to exceed in eval mode; finite, for other libraries refuse what is not."""
-    theta = folded.allocation.in_force().threshold.expand(folded.d_sae)
+    rule = folded.allocation.in_force()
+    if not isinstance(rule, Threshold | LearnedThreshold):
+        raise ValueError(
+            f"No other library's format holds the rule {type(rule).__name__}; save it in ours with sae.save."
+        )
+    theta = rule.threshold.expand(folded.d_sae)
     if folded.config.affinity == "code_times_decoder_norm":
         norms = folded.decoder_norms()
         theta = torch.where(norms > 0, theta / norms, torch.inf)

@@ -31,7 +31,7 @@ from apportion.recipes.command import main
 from apportion.recipes.runs import (
     at_equal_l0,
     best_rate,
-    check_caches,
+    check_same_place,
     fitted,
     halves,
     in_language_model,
@@ -89,7 +89,7 @@ class Compare:
     """Window of the dead counter and of the density averages."""
 
     def run(self) -> None:
-        check_caches(self.acts, self.eval_acts)
+        check_same_place(ActivationStore(self.acts), ActivationStore(self.eval_acts))
         grid = [self.trained(method, lr, seed=0) for method in self.methods for lr in self.lrs]
         chosen = []
         for method in self.methods:

@@ -33,7 +33,7 @@ from apportion.architectures import SAE, SAES, create, load
 from apportion.architectures.files import read_json, write_json, write_text
 from apportion.recipes.command import listed, main
 from apportion.recipes.family_parts import CachePart, Part, TruthPart, layout_of
-from apportion.recipes.runs import best_rate, between, fitted, markdown, same_run, spread
+from apportion.recipes.runs import best_rate, between, fitted, markdown, same_run
 
 logger = logging.getLogger("apportion.family")
 
@@ -77,7 +77,7 @@ class Family:
     cache: Annotated[CachePart, arg(name="")] = field(default_factory=CachePart)
 
     def run(self) -> None:
-        parts: list[Part] = [self.truth] if self.cache.acts is None else [self.truth, self.cache]
+        parts: list[Part] = [self.truth] if not self.cache.acts else [self.truth, self.cache]
         self.check(parts)
         self.out.mkdir(parents=True, exist_ok=True)
         failed = [failure for part in parts for failure in self.run_part(part)]
@@ -117,7 +117,7 @@ class Family:
                     logger.error("%s, seed %d, failed: %s", name, seed, error)
                     failed.append(f"{name}, seed {seed}: {error}")
                 self.write(part, done)
-        unfinished = [run for run in done if part.unfinished(run)]
+        unfinished = [run for run in done if part.unfinished(new_sae(part, run["name"], run["seed"]), run)]
         for group in (unfinished[i : i + CE_GROUP] for i in range(0, len(unfinished), CE_GROUP)):
             found = part.finish({str(self.folder(part, run)): load(self.folder(part, run)) for run in group})
             for run in group:
@@ -188,9 +188,9 @@ class Family:
         for name in self.saes:
             of_name = [run for run in runs if run["name"] == name]
             if of_name:
-                cells = [spread(of_name, key, style) for key, (_, style) in part.columns.items()]
+                cells = [column.over_seeds(of_name, key, column.style) for key, column in part.columns.items()]
                 lines.append([f"`{name}`", f"{of_name[0]['lr']:g}", *cells])
-        text = f"{head}\n\n{markdown(['SAE', 'lr', *(title for title, _ in part.columns.values())], lines)}\n"
+        text = f"{head}\n\n{markdown(['SAE', 'lr', *(column.title for column in part.columns.values())], lines)}\n"
         return text + "".join(f"* {note}\n" for name in self.saes for note in notes(part, name))
 
 
@@ -202,7 +202,10 @@ def notes(part: Part, name: str) -> Iterator[str]:
     if name in OWN:
         settings = ", ".join(f"{key} = {value}" for key, value in OWN[name].settings.items())
         yield f"`{name}` with {settings}: {OWN[name].why}."
-    if SAES[name].all_hookpoints and layout_of(new_sae(part, name, seed=0)) == "row":
+    sae = new_sae(part, name, seed=0)
+    if note := part.note(sae):
+        yield f"`{name}` {note}."
+    if SAES[name].all_hookpoints and layout_of(sae) == "row":
         yield f"`{name}`, made for all layers together, sees one here."
     if num_latents := SAES[name].architecture.d_sae_for(part.d_in):
         yield f"`{name}` has {num_latents} latents."

@@ -1,35 +1,50 @@
 """The two parts of the family's comparison: what is trained on, how it is measured, what the table shows.
 
 Which rows an SAE gets follows from the SAE: crosscoders read two sites, transcoders one site and write the other. Both
-exist on ground truth, where every feature then has a direction at each site; a cache of one hookpoint has neither.
+exist on ground truth, where every feature then has a direction at each site. On caches they need to be told which
+hookpoints to take, and are left out otherwise.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from apportion.activations import ActivationStore, CacheSource, GroundTruthConfig, GroundTruthSource, Source
 from apportion.activations.batch import Batch
+from apportion.activations.sites import PairStore, Rows, SitesStore
+from apportion.activations.store import read_manifest
 from apportion.activations.world import World
 from apportion.architectures import SAE
 from apportion.evals import Measurement, evaluate_rows, held_out_rows
 from apportion.evals.recovery import recovery
 from apportion.latents import Latents
-from apportion.recipes.runs import at_equal_l0, check_caches, in_language_model
+from apportion.recipes.command import listed
+from apportion.recipes.runs import at_equal_l0, check_same_place, in_language_model, least, spread
 from apportion.training import TrainConfig
 
 VALIDATION_SEED = 1 << 20
 """Rows to choose the learning rate by: of no seed that anybody trains with."""
 
-Columns = dict[str, tuple[str, str]]
+
+class Column(NamedTuple):
+    """One column of a table."""
+
+    title: str
+    style: str
+    """Format of a figure."""
+    over_seeds: Callable[[list[dict[str, Any]], str, str], str] = spread
+    """What is shown of a key of all runs."""
+
+
+Columns = dict[str, Column]
 
 Layout = Literal["row", "sites", "target"]
 
@@ -45,7 +60,7 @@ def layout_of(sae: SAE) -> Layout:
 class Part(ABC):
     name: ClassVar[str]
     columns: ClassVar[Columns]
-    """What the table shows: key of the result -> title, format."""
+    """What the table shows, by key of the result."""
     k: int
     """Active latents per token."""
     d_sae: int
@@ -82,7 +97,11 @@ class Part(ABC):
     def evaluate(self, sae: SAE) -> dict[str, Any]:
         """The figures of the table, JSON-able."""
 
-    def unfinished(self, result: dict[str, Any]) -> bool:
+    def note(self, sae: SAE) -> str | None:
+        """What is different about it here, for a line under the table."""
+        return None
+
+    def unfinished(self, sae: SAE, result: dict[str, Any]) -> bool:
         """True if `finish` has something to add to these figures."""
         return False
 
@@ -99,15 +118,15 @@ class Part(ABC):
 class TruthPart(Part):
     name = "truth"
     columns: ClassVar[Columns] = {
-        "fvu": ("FVU", ".4f"),
-        "l0": ("L0", ".2f"),
-        "dead": ("dead", ".1%"),
-        "l0_correlation": ("r(L0, true)", ".2f"),
-        "mcc": ("MCC", ".3f"),
-        "f1": ("F1", ".3f"),
-        "cosine_of_features": ("cosine of features", ".3f"),
-        "cosine_of_latents": ("cosine of latents", ".3f"),
-        "uniqueness": ("unique", ".3f"),
+        "fvu": Column("FVU", ".4f"),
+        "l0": Column("L0", ".2f"),
+        "dead": Column("dead", ".1%"),
+        "l0_correlation": Column("r(L0, true)", ".2f"),
+        "mcc": Column("MCC", ".3f"),
+        "f1": Column("F1", ".3f"),
+        "cosine_of_features": Column("cosine of features", ".3f"),
+        "cosine_of_latents": Column("cosine of latents", ".3f"),
+        "uniqueness": Column("unique", ".3f"),
     }
     k: int = 4
     d_sae: int = 256
@@ -152,28 +171,40 @@ def known_rows(world: GroundTruthConfig, seed: int, n: int) -> tuple[Batch, Late
     return *source.truth(n), source.directions
 
 
-@lru_cache(maxsize=2)
-def opened(folder: Path) -> ActivationStore:
-    return ActivationStore(folder)
+@lru_cache(maxsize=6)
+def opened(folders: tuple[Path, ...], layout: Layout, hookpoints: tuple[str | None, ...]) -> Rows:
+    """The rows for SAEs of this layout, from the first cache that has all these hookpoints."""
+    has = {folder: read_manifest(folder)["hookpoints"] for folder in folders}
+    folder = next((f for f in folders if all(h is None or h in has[f] for h in hookpoints)), folders[0])
+    stores = [ActivationStore(folder, hookpoint) for hookpoint in hookpoints]
+    if layout == "row":
+        return stores[0]
+    return SitesStore(stores) if layout == "sites" else PairStore(*stores)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachePart(Part):
     name = "cache"
     columns: ClassVar[Columns] = {
-        "fvu": ("FVU", ".4f"),
-        "l0": ("L0", ".2f"),
-        "dead": ("dead", ".2%"),
-        "delta_ce": ("ΔCE", ".4f"),
-        "seconds": ("seconds", ".0f"),
+        "fvu": Column("FVU", ".4f"),
+        "l0": Column("L0", ".2f"),
+        "dead": Column("dead", ".2%"),
+        "delta_ce": Column("ΔCE", ".4f"),
+        "seconds": Column("seconds", ".0f", least),
     }
     k: int = 32
     d_sae: int = 4608
     total_tokens: int = 900_000
-    acts: Path | None = None
-    """The training cache; without it there is no second table."""
-    eval_acts: Path | None = None
-    """The evaluation cache: other text of the same kind."""
+    acts: listed(Path, "CACHE,..") = ()  # pyright: ignore[reportInvalidTypeForm]
+    """The training cache, or several; without it there is no second table."""
+    eval_acts: listed(Path, "CACHE,..") = ()  # pyright: ignore[reportInvalidTypeForm]
+    """The evaluation cache, or several: other text of the same kind."""
+    hookpoint: str | None = None
+    """Which hookpoint, if the first cache has several."""
+    pair: listed(str, "A,B") = ()  # pyright: ignore[reportInvalidTypeForm]
+    """For transcoders: two hookpoints of one cache, what they read and what they predict."""
+    sites: listed(str, "A,B") = ()  # pyright: ignore[reportInvalidTypeForm]
+    """For crosscoders: two hookpoints of one cache, which they take together."""
     model: str | None = None
     """The language model, for delta-CE."""
     text: Path | None = None
@@ -182,51 +213,77 @@ class CachePart(Part):
     """Tokens over which delta-CE is measured."""
 
     @property
-    def train_store(self) -> ActivationStore:
-        assert self.acts is not None, "checked"
-        return opened(self.acts)
+    def hookpoints(self) -> dict[Layout, tuple[str | None, ...]]:
+        """What rows of each layout are made of; nothing if there are none."""
+        return {"row": (self.hookpoint,), "target": self.pair, "sites": self.sites}
+
+    def train_rows(self, layout: Layout = "row") -> Rows:
+        return opened(self.acts, layout, self.hookpoints[layout])
+
+    def eval_rows(self, layout: Layout) -> Rows:
+        return opened(self.eval_acts, layout, self.hookpoints[layout])
 
     @property
     def d_in(self) -> int:
-        return self.train_store.d_in
+        return self.train_rows().d_in
 
     def check(self) -> None:
-        if self.acts is None or self.eval_acts is None:
+        if not self.acts or not self.eval_acts:
             raise ValueError("The comparison on activations needs two caches: give --acts and --eval-acts.")
         if (self.model is None) != (self.text is None):
             raise ValueError("delta-CE needs both --model and --text; leave both out to do without.")
-        check_caches(self.acts, self.eval_acts)
+        for name, two in (("pair", self.pair), ("sites", self.sites)):
+            if two and len(set(two)) != 2:
+                raise ValueError(f"--{name} takes two different hookpoints, separated by a comma; got {','.join(two)}.")
+        for layout, hookpoints in self.hookpoints.items():
+            if hookpoints:
+                train, evaluation = self.train_rows(layout), self.eval_rows(layout)
+                check_same_place(train, evaluation)
+                if train.d_in != self.d_in or evaluation.d_in != self.d_in:
+                    raise ValueError(f"{train.hookpoint} has width {train.d_in}, and the comparison {self.d_in}.")
 
     def describe(self) -> str:
-        about, name = self.train_store.describe(), Path(self.train_store.describe()["model"]["name_or_path"]).name
-        return f"{name}, output of {about['hookpoint']}, width {self.d_in}"
+        about = self.train_rows().describe()
+        return f"{Path(about['model']['name_or_path']).name}, output of {about['hookpoint']}, width {self.d_in}"
 
     def why_not(self, sae: SAE) -> str | None:
-        reasons = {
-            "sites": "reads several hookpoints at once, and the cache has one",
-            "target": "predicts another hookpoint, and the cache has one",
-        }
-        return reasons.get(layout_of(sae))
+        layout = layout_of(sae)
+        missing = {"sites": "takes two hookpoints at once (--sites)", "target": "predicts another hookpoint (--pair)"}
+        return None if self.hookpoints[layout] else missing[layout]
+
+    def note(self, sae: SAE) -> str | None:
+        layout = layout_of(sae)
+        if layout == "row":
+            return None
+        first, second = self.hookpoints[layout]
+        if layout == "target":
+            return f"reads {first} and predicts {second}, which FVU and ΔCE are about"
+        return f"takes {first} and {second}; FVU is over both, ΔCE is of one place and not measured"
 
     def source(self, sae: SAE, seed: int) -> CacheSource:
-        return CacheSource(self.train_store, seed=seed)
+        return CacheSource(self.train_rows(layout_of(sae)), seed=seed)
 
     def config(self, lr: float, seed: int) -> TrainConfig:
-        config, rows = super().config(lr, seed), CacheSource(self.train_store).num_rows
+        config, rows = super().config(lr, seed), CacheSource(self.train_rows()).num_rows
         return replace(config, total_tokens=min(self.total_tokens, rows))
 
     def held_out(self, sae: SAE) -> dict[str, Any]:
-        store = self.train_store
+        store = self.train_rows(layout_of(sae))
         rows = held_out_rows(store, CacheSource(store).held_out_share)
         return evaluate_rows({"sae": sae}, store, rows, progress=False)["sae"].result()
 
     def evaluate(self, sae: SAE) -> dict[str, Any]:
-        assert self.eval_acts is not None, "checked"
-        return at_equal_l0(sae, opened(self.eval_acts))
+        return at_equal_l0(sae, self.eval_rows(layout_of(sae)))
 
-    def unfinished(self, result: dict[str, Any]) -> bool:
-        return self.model is not None and "delta_ce" not in result
+    def unfinished(self, sae: SAE, result: dict[str, Any]) -> bool:
+        return self.model is not None and layout_of(sae) != "sites" and "delta_ce" not in result
 
     def finish(self, saes: Mapping[str, SAE]) -> dict[str, dict[str, Any]]:
-        assert self.eval_acts and self.model and self.text, "checked"
-        return in_language_model(saes, opened(self.eval_acts), self.model, self.text, self.ce_tokens)
+        assert self.model and self.text, "checked"
+        groups: dict[Layout, dict[str, SAE]] = {}
+        for name, sae in saes.items():
+            groups.setdefault(layout_of(sae), {})[name] = sae
+        found: dict[str, dict[str, Any]] = {}
+        for layout, alike in groups.items():
+            found |= in_language_model(alike, self.eval_rows(layout), self.model, self.text, self.ce_tokens)
+        return found

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion.activations import ActivationStore, Source, load_model, read_contexts
+from apportion.activations import Source, load_model, read_contexts
 from apportion.activations.filter import TokenFilter
+from apportion.activations.sites import Rows
 from apportion.architectures import SAE, load
 from apportion.architectures.files import read_json
 from apportion.evals import evaluate_model, evaluate_rows
@@ -64,28 +65,28 @@ def best_rate(name: str, fvu: Mapping[float, float]) -> float:
     return best
 
 
-def check_caches(acts: Path, eval_acts: Path) -> None:
-    """ValueError if two caches are not of the same hookpoint."""
-    train, evaluation = ActivationStore(acts).describe(), ActivationStore(eval_acts).describe()
+def check_same_place(train: Rows, evaluation: Rows) -> None:
+    """ValueError if two caches are not of the same model and hookpoint."""
+    a, b = train.describe(), evaluation.describe()
     for key in ("model", "hookpoint"):
-        if train[key] != evaluation[key]:
-            raise ValueError(f"{acts} and {eval_acts} differ in {key}. Use caches of one hookpoint.")
+        if a[key] != b[key]:
+            raise ValueError(f"{train.folder} and {evaluation.folder} differ in {key}. Use caches of one hookpoint.")
 
 
-def halves(store: ActivationStore) -> tuple[Tensor, Tensor]:
+def halves(store: Rows) -> tuple[Tensor, Tensor]:
     """The rows of every other context, to calibrate, and those of the contexts in between, to evaluate."""
     odd = store.contexts % 2 == 1
     return (~odd).nonzero().squeeze(1), odd.nonzero().squeeze(1)
 
 
-def recalibrate(sae: SAE, store: ActivationStore, rows: Tensor) -> None:
+def recalibrate(sae: SAE, store: Rows, rows: Tensor) -> None:
     """Calibrate on these rows of a cache, as far as they take part."""
     kept = rows[store.mask[rows]]
     order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))
-    sae.calibrate(store.gather(kept[part]) for part in order.split(4096))
+    sae.calibrate(store.batch(kept[part]).x for part in order.split(4096))
 
 
-def at_equal_l0(sae: SAE, store: ActivationStore) -> dict[str, Any]:
+def at_equal_l0(sae: SAE, store: Rows) -> dict[str, Any]:
     """Figures on the evaluation half: calibrated on the other half (which remains), and under "as_fitted" before that.
 
     Other text has another difficulty, and methods are to be compared at equal L0.
@@ -97,11 +98,11 @@ def at_equal_l0(sae: SAE, store: ActivationStore) -> dict[str, Any]:
 
 
 def in_language_model(
-    saes: Mapping[str, SAE], store: ActivationStore, model_name: str, text: Path, ce_tokens: int
+    saes: Mapping[str, SAE], store: Rows, model_name: str, text: Path, ce_tokens: int
 ) -> dict[str, dict[str, Any]]:
     """delta-CE and what belongs to it, on contexts of the evaluation half; clean and ablated passes are shared.
 
-    The SAEs are calibrated on the other half.
+    The SAEs, all of one hookpoint or transcoders between the same two, are calibrated on the other half.
     """
     about, calibrate = store.describe(), halves(store)[0]
     model, tokenizer = load_model(model_name)
@@ -110,8 +111,14 @@ def in_language_model(
     )[1::2]
     for sae in saes.values():
         recalibrate(sae, store, calibrate)
+    x, *target = about.get("sites", [about])
     measurements, entropies = evaluate_model(
-        saes, model, contexts, TokenFilter.from_dict(about["filter"]), hookpoint=about["hookpoint"]
+        saes,
+        model,
+        contexts,
+        TokenFilter.from_dict(x["filter"]),
+        hookpoint=x["hookpoint"],
+        target=(target[0]["hookpoint"], TokenFilter.from_dict(target[0]["filter"])) if target else None,
     )
     correlation = "l0_difficulty_correlation"
     return {name: entropies.of(name) | {correlation: measurements[name].result()[correlation]} for name in saes}
@@ -124,6 +131,11 @@ def spread(runs: list[dict[str, Any]], key: str, style: str) -> str:
         return "-"
     deviation = f" ± {format(stdev(values), style)}" if len(values) > 1 else ""
     return format(mean(values), style) + deviation
+
+
+def least(runs: list[dict[str, Any]], key: str, style: str) -> str:
+    """The least of all seeds: of seconds on a machine that also did other things."""
+    return format(min(r[key] for r in runs), style)
 
 
 def markdown(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

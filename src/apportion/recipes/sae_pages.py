@@ -92,7 +92,8 @@ class Described:
 
     @staticmethod
     def module_of(kind: type) -> Described:
-        file = Path(inspect.getfile(kind)).relative_to(PACKAGE)
+        file = Path(inspect.getfile(kind))
+        file = file.relative_to(PACKAGE) if file.is_relative_to(PACKAGE) else file
         doc = inspect.cleandoc(sys.modules[kind.__module__].__doc__ or "")
         rest, sections = [], {}
         for paragraph in doc.split("\n\n"):
@@ -110,7 +111,8 @@ class Described:
 
     @property
     def link(self) -> str:
-        return f"[{self.file}](../../src/apportion/{self.file})"
+        """To its place in the repository; the name alone if it lies elsewhere."""
+        return f"`{self.file.name}`" if self.file.is_absolute() else f"[{self.file}](../../src/apportion/{self.file})"
 
 
 def as_markdown(paragraph: str) -> str:

@@ -36,7 +36,7 @@ from apportion.evals import evaluate_rows, held_out_rows
 from apportion.evals.geometry import duplicated, nearest_cosines
 from apportion.metrics import entropy, load
 from apportion.recipes.command import listed, main
-from apportion.recipes.runs import at_equal_l0, best_rate, between, check_caches, fitted, markdown, same_run, spread
+from apportion.recipes.runs import at_equal_l0, best_rate, between, check_same_place, fitted, markdown, same_run, spread
 from apportion.training import TrainConfig, Trainer
 
 logger = logging.getLogger("apportion.switch")
@@ -123,7 +123,7 @@ class SwitchComparison:
 
     def check(self) -> None:
         """What cannot work shows before anything is trained."""
-        check_caches(self.acts, self.eval_acts)
+        check_same_place(ActivationStore(self.acts), ActivationStore(self.eval_acts))
         if not self.seeds or not self.lrs:
             raise ValueError("Give at least one seed and one learning rate.")
         if self.docs is not None:

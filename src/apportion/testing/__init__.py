@@ -7,8 +7,8 @@
     ap.testing.check_sae(MySAE.make, only="folding")
 
 A factory is called as factory(d_in=, d_sae=, k=) and returns a fresh SAE; an SAE of your own that is to pass
-`saved_is_loaded` has its line in `ap.SAES`. Each check is a function of a `Subject`, its docstring says what is
-promised, and it raises AssertionError with the reason if the promise is not kept.
+`saved_is_loaded` and `exported_is_loaded` has its line in `ap.SAES`. Each check is a function of a `Subject`, its
+docstring says what is promised, and it raises AssertionError with the reason if the promise is not kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from apportion.architectures import SAE
-from apportion.testing import interface, learning, selection
+from apportion.testing import files, interface, learning, selection
 from apportion.testing.subject import Subject
 
 CHECKS: dict[str, Callable[[Subject], None]] = {
@@ -33,8 +33,9 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
         interface.eval_mode_asks_for_calibration,
         interface.encode_changes_nothing,
         interface.calibrate_keeps_mode_and_parameters,
-        interface.saved_is_loaded,
-        interface.folding,
+        files.saved_is_loaded,
+        files.folding,
+        files.exported_is_loaded,
         selection.the_setting_k,
         selection.budget_in_training,
         selection.selection_equals_reference,

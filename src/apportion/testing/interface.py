@@ -1,15 +1,12 @@
-"""Checks of what users call: shapes, dtypes, mistakes, state, files, folding."""
+"""Checks of what users call: shapes, dtypes, mistakes, state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from apportion.architectures import SAE, load
 from apportion.testing.subject import D_IN, Subject, changed, difference, require, same, snapshot
 
 LEADS = [(), (1,), (6,), (2, 3), (0,), (2, 0, 3)]
@@ -154,54 +151,6 @@ def calibrate_keeps_mode_and_parameters(s: Subject) -> None:
         require(modes == {training}, f"after calibrate in {'train' if training else 'eval'} mode the modes are {modes}")
         moved = [name for name, p in sae.named_parameters() if not same(before[name], p.detach())]
         require(not moved, f"calibrate changed {', '.join(moved)}")
-
-
-def saved_is_loaded(s: Subject) -> None:
-    """ap.load gives back what save wrote, bit for bit, in eval mode; the folded copy can be saved as well."""
-    originals = [s.ready(), s.ready(torch.float64)]
-    folded = folded_or_none(originals[0])
-    for sae in [*originals, *([] if folded is None else [folded])]:
-        with TemporaryDirectory() as folder:
-            sae.save(Path(folder) / "sae")
-            loaded = load(Path(folder) / "sae")
-        require(loaded.name == sae.name, f"loaded a {loaded.name}, saved a {sae.name}")
-        require(not loaded.training, "load does not return eval mode")
-        require(loaded.settings() == sae.settings(), "settings differ after loading")
-        require(loaded.info == sae.info, "info differs after loading")
-        require(not (names := changed(snapshot(sae), loaded)), f"tensors differ after loading: {', '.join(names)}")
-        frozen = [p.requires_grad for p in sae.parameters()]
-        require([p.requires_grad for p in loaded.parameters()] == frozen, "other parameters are trained after loading")
-        x = s.rows(50).to(sae.dtype)
-        require(same(loaded.encode(x).dense(), sae.encode(x).dense()), "codes differ after loading")
-        require(same(loaded(x), sae(x)), "reconstructions differ after loading")
-
-
-def folding(s: Subject) -> None:
-    """folded() takes raw rows: equal reconstructions, codes 1/s times as large, to 1e-5 of the largest entry.
-
-    With several scales s is their geometric mean. An SAE that cannot be folded raises ValueError.
-    """
-    sae = s.ready(torch.float64)
-    before = snapshot(sae)
-    folded = folded_or_none(sae)
-    require(not (names := changed(before, sae)), f"folded() changed {', '.join(names)} of the SAE itself")
-    if folded is None:
-        return
-    require(folded.config.input_norm == "none" and not folded.training, "the folded SAE is not a raw one in eval mode")
-    x = s.rows(300).double()
-    z, raw = sae.encode(x).dense(), folded.encode(x).dense()
-    require(same(z != 0, raw != 0), "other matches after folding")
-    factor = 1 / sae.scale.double().log().mean().exp()
-    require(difference(raw, factor * z) <= 1e-5, f"codes are not {factor.item():.4g} times as large after folding")
-    require(difference(folded(x), sae(x)) <= 1e-5, "reconstructions differ after folding")
-
-
-def folded_or_none(sae: SAE) -> SAE | None:
-    """The folded copy, or None where folding is refused."""
-    try:
-        return sae.folded()
-    except ValueError:
-        return None
 
 
 def refused(what: str, call: Callable[..., Any], *args: Any) -> None:

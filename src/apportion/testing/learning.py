@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from apportion.activations.batch import ArraySource
 from apportion.allocation import StepContext
@@ -26,26 +25,27 @@ ESTIMATE_STEP, ESTIMATE_TOLERANCE = 0.05, 0.25
 ROWS, BATCH, STEPS = 8192, 128, 120
 """Of a training run: under a second."""
 
-Terms = Callable[[], dict[str, Tensor]]
+
+class Terms(Protocol):
+    """All loss terms of parameters as they are; with a name, those that the term's finite differences are made of."""
+
+    def __call__(self, of: str | None = None, /) -> dict[str, Tensor]: ...
 
 
 def gradients_of_losses(s: Subject) -> None:
     """Every loss term has the gradient that finite differences show on fixed matches, for every trained parameter.
 
-    Terms besides the reconstruction may hold something constant on purpose (an auxiliary loss its error, say). There
-    what `own_terms` detaches keeps its value, and only entries that have a gradient are moved. A rule's own parameters
-    are left to `gradients_of_rules`. Not for an SAE that stops gradients within its reconstruction.
+    What `SAE.constants` says a term holds constant (an auxiliary loss its error, say) is so here too; everything else
+    moves. A rule's own parameters are left to `gradients_of_rules`. Not for an SAE that stops gradients within its
+    forward pass.
     """
     sae = s.fitted(torch.float64)
-    terms, held = loss_terms(sae, s, tokens=4)
     of_rule = {id(p) for p in sae.allocation.parameters()}
     trained = {n: p for n, p in sae.named_parameters() if p.requires_grad and id(p) not in of_rule}
+    terms = loss_terms(sae, s, tokens=5)
     for term, gradients in all_gradients(terms, trained).items():
         for name, p in trained.items():
-            if term == "reconstruction":
-                compare(terms, term, name, p, gradients[name], torch.ones_like(p))
-            else:
-                compare(held, term, name, p, gradients[name], (gradients[name] != 0).to(p))
+            compare(terms, term, name, p, gradients[name])
 
 
 def gradient_to_the_input(s: Subject) -> None:
@@ -55,7 +55,7 @@ def gradient_to_the_input(s: Subject) -> None:
     weights = torch.randn(sae(x).shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad((sae(leaf) * weights).sum(), leaf, materialize_grads=True)
-    compare(lambda: {"sae(x)": (sae(x) * weights).sum()}, "sae(x)", "x", x, gradient, torch.ones_like(x))
+    compare(lambda _=None: {"sae(x)": (sae(x) * weights).sum()}, "sae(x)", "x", x, gradient)
 
 
 def gradients_of_rules(s: Subject) -> None:
@@ -68,7 +68,7 @@ def gradients_of_rules(s: Subject) -> None:
     own = {n: p for n, p in sae.named_parameters() if n.startswith("allocation.") and p.requires_grad}
     if not own:
         return
-    terms, _ = loss_terms(sae, s, tokens=40_000)
+    terms = loss_terms(sae, s, tokens=40_000)
     for term, gradients in all_gradients(terms, own).items():
         for name, p in own.items():
             uphill = torch.where(gradients[name] < 0, -1.0, 1.0).to(p)
@@ -80,63 +80,73 @@ def gradients_of_rules(s: Subject) -> None:
             )
 
 
-def loss_terms(sae: SAE, s: Subject, tokens: int) -> tuple[Terms, Terms]:
-    """All losses of a training step, and the same with constant what `own_terms` detaches. Silent latents are dead."""
-    batch = s.batch(tokens)
-    with torch.no_grad():
-        x, _ = sae.prepare(batch.x.double(), batch.target)
-        dead = sae.encode_scaled(x).counts() == 0
-    density = torch.where(dead, 0.0, K / D_SAE).double()
-    context = StepContext(progress=0.5, batch_tokens=tokens, dead=dead, density=density, l0=float(K))
-    sae.begin_step(context)
+def loss_terms(sae: SAE, s: Subject, tokens: int) -> Terms:
+    """All losses of a training step, of parameters as they are; silent latents are dead.
 
-    def terms(detached: _Detached | None = None) -> dict[str, Tensor]:
-        x, y = sae.prepare(batch.x.double(), None if batch.target is None else batch.target.double())
-        made = sae.forward_scaled(x, context)
-        with detached or nullcontext():
+    With the name of a term, what that term declares to be constant keeps the value that it has now.
+    """
+    batch = s.batch(tokens)
+    target = None if batch.target is None else batch.target.double()
+    with torch.no_grad():
+        x, _ = sae.prepare(batch.x.double(), target)
+        dead = sae.encode_scaled(x).counts() == 0
+        density = torch.where(dead, 0.0, K / D_SAE).double()
+        context = StepContext(progress=0.5, batch_tokens=tokens, dead=dead, density=density, l0=float(K))
+        sae.begin_step(context)
+        made_now = sae.forward_scaled(x, context)
+        now = {name: p.clone() for name, p in sae.named_parameters()}
+    for term, constants in sae.constants.items():
+        unknown = set(constants) - now.keys() - {"made"}
+        require(not unknown, f"the constants of {term}, {', '.join(sorted(unknown))}, are no parameters")
+
+    def terms(of: str | None = None) -> dict[str, Tensor]:
+        constants = sae.constants.get(of or "", ())
+        x, y = sae.prepare(batch.x.double(), target)
+        made = made_now if "made" in constants else sae.forward_scaled(x, context)
+        with replaced(sae, {name: now[name] for name in constants if name != "made"}):
             own = sae.own_terms(x, y, made, context)
         return {"reconstruction": sae.reconstruction_loss(y, made)} | own
 
-    noted: list[Tensor] = []
-    terms(_Detached(noted, replays=False))
-    return terms, lambda: terms(_Detached(noted, replays=True))
+    return terms
 
 
-class _Detached(TorchFunctionMode):
-    """Within it, what is detached is noted, or has the value that was noted in its place."""
+@contextmanager
+def replaced(sae: SAE, values: dict[str, Tensor]) -> Iterator[None]:
+    """Within the block these parameters have these values."""
+    before = {name: sae.get_parameter(name).detach().clone() for name in values}
+    assign(sae, values)
+    try:
+        yield
+    finally:
+        assign(sae, before)
 
-    def __init__(self, noted: list[Tensor], replays: bool) -> None:
-        super().__init__()
-        self.noted, self.replays, self.count = noted, replays, 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        value = func(*args, **(kwargs or {}))
-        if func is not torch.Tensor.detach:
-            return value
-        if not self.replays:
-            self.noted.append(value.clone())
-        self.count += 1
-        return self.noted[self.count - 1]
+@torch.no_grad()
+def assign(sae: SAE, values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        sae.get_parameter(name).copy_(value)
 
 
 def all_gradients(terms: Terms, parameters: dict[str, torch.nn.Parameter]) -> dict[str, dict[str, Tensor]]:
-    """Of every term that has any, for every parameter."""
+    """Of every term, for every parameter: zeros where it has none."""
     found = {}
     for term, value in terms().items():
-        if value.requires_grad:
+        if value.requires_grad and parameters:
             grads = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, materialize_grads=True)
-            found[term] = dict(zip(parameters, grads, strict=True))
+        else:
+            grads = [torch.zeros_like(p) for p in parameters.values()]
+        found[term] = dict(zip(parameters, grads, strict=True))
     return found
 
 
-def compare(terms: Terms, term: str, name: str, p: Tensor, gradient: Tensor, moved: Tensor) -> None:
+def compare(terms: Terms, term: str, name: str, p: Tensor, gradient: Tensor) -> None:
     """Raise unless the gradient along a random direction is the slope. A kink in the way is given a second chance."""
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)
-        direction = moved * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        direction = torch.randn(p.shape, generator=generator, dtype=p.dtype)
         slope = central_difference(terms, term, p, direction, STEP)
         got = (gradient * direction).sum().item()
-        noise = TOLERANCE * gradient.norm().item() + 1e-8 * abs(terms()[term].item())
+        noise = TOLERANCE * gradient.norm().item() + 1e-8 * abs(terms(term)[term].item())
         if abs(got - slope) <= noise:
             return
     require(False, f"{term}: the gradient of {name} is {got:.8g} along a direction in which the slope is {slope:.8g}")
@@ -147,7 +157,7 @@ def central_difference(terms: Terms, term: str, p: Tensor, direction: Tensor, st
     values, before = [], p.clone()
     for sign in (1, -1):
         p.add_(direction, alpha=sign * step)
-        values.append(terms()[term].item())
+        values.append(terms(term)[term].item())
         p.copy_(before)
     return (values[0] - values[1]) / (2 * step)
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.allocation import StepContext, WarmStart
-from apportion.architectures import SAE, create
+from apportion.architectures import SAE, rebuild
 from apportion.latents import Latents
 from apportion.training.activity import Activity
 from apportion.training.adam import Adam
@@ -86,7 +86,7 @@ class Learner:
         Everything that has one row per latent is redrawn (the decoder bias is not per latent, even if d_in = d_sae).
         """
         sae = self.sae
-        fresh = create(sae.name, **sae.settings() | {"seed": seed})
+        fresh = rebuild(sae.name, **sae.settings() | {"seed": seed})
         for name, p in sae.named_parameters():
             if p.shape[:1] == (sae.d_sae,) and name != "b_dec":
                 p[latents] = fresh.get_parameter(name).to(p)[latents]

@@ -86,6 +86,11 @@ class Trainer:
 
         Returns 0-d tensors: loss, each weighted term, fvu_batch, l0, dead (share), grad_norm, lr. With several SAEs
         losses are summed over them, the other figures averaged.
+
+        Raises ValueError for rows of another width, or none. NaN and infinity show in the loss or grad_norm that is
+        returned, but raise ValueError only in the first step and every CHECK_FINITE_STEPS after it (`fit` also looks
+        where it logs or saves), because looking waits for the device. The weights are spoilt by then: begin again, or
+        go on from a checkpoint.
         """
         if not self.trains:
             raise ValueError(f"{self.sae.name} has nothing to train; fit prepares and calibrates it.")
