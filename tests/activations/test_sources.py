@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from itertools import islice
@@ -182,6 +184,16 @@ def test_the_tail_of_an_epoch_is_dropped() -> None:
     rows = torch.cat(take(source, 4, 4)).squeeze(1)
     assert len(rows[:8].unique()) == len(rows[8:].unique()) == 8
     assert source.state_dict()["epoch"] == 1
+
+
+def test_a_script_may_end_in_the_middle_of_a_cache(folder: Path) -> None:
+    script = (
+        "from apportion.activations import ActivationStore, CacheSource\n"
+        f"batches = CacheSource(ActivationStore({str(folder)!r})).batches(4)\n"
+        "print(len(next(batches).x))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("4\n", "", 0)
 
 
 def test_the_read_ahead_thread_ends_with_the_iterator(folder: Path) -> None:

@@ -89,4 +89,6 @@ def _read_ahead(read: Any, upcoming: Iterable[tuple[Tensor, Position]]) -> Itera
             batch, position = waiting.popleft()
             yield batch.result(), position
     finally:
-        pool.shutdown(cancel_futures=True)
+        for future, _ in waiting:
+            future.cancel()
+        pool.shutdown()
