@@ -304,7 +304,6 @@ def test_initial_thresholds():
         ({"affinity": "code_times_decoder_norm"}, "code"),
         ({"objective": "l0_target", "coefficient": 1.0}, "set_point_weight"),
         ({"objective": "l1"}, "objective cannot be 'l1'"),
-        ({"aux": "aux_zipf"}, "has no k"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):
