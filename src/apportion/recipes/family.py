@@ -39,7 +39,7 @@ logger = logging.getLogger("apportion.family")
 
 L0_TOLERANCE = 1.1
 """A learning rate can be chosen if L0 on held-out rows is at most this many times k."""
-CE_GROUP = 9
+CE_GROUP = 15
 """SAEs that share the clean and ablated passes of delta-CE; what is measured is kept after each group."""
 
 

@@ -209,7 +209,7 @@ class SwitchComparison:
             f"{Path(about['model']['name_or_path']).name}, output of {about['hookpoint']}, width {d_in}. k {self.k}, "
             f"{self.config(self.lrs[0], 0).total_tokens:,} training tokens in batches of {self.batch_tokens}, learning "
             f"rate {'chosen from ' * (len(self.lrs) > 1)}{', '.join(f'{lr:g}' for lr in self.lrs)}, "
-            f"seeds {', '.join(map(str, self.seeds))}; steps timed with {torch.get_num_threads()} threads."
+            f"seeds {', '.join(map(str, self.seeds))}; threads {torch.get_num_threads()}."
         )
         titles = ["SAE", "latents", "encoder, MFLOP a token", "lr", *(title for title, _ in COLUMNS.values())]
         titles += ["step, ms", "16 B a parameter, MB"]
