@@ -371,4 +371,4 @@ def test_the_command_lines_of_recipes_answer_mistakes_and_ctrl_c_in_one_line(
 
     monkeypatch.setattr(SwitchComparison, "run", interrupted)
     assert command.main(SwitchComparison, "switch", None, words) == 130
-    assert "goes on from here" in capsys.readouterr().err
+    assert "what was finished is kept" in capsys.readouterr().err

@@ -46,6 +46,6 @@ def main(recipe: type[Recipe], name: str, about: str | None, argv: Sequence[str]
         sys.stderr.write(f"{name}: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write(f"{name}: stopped; the same command goes on from here.\n")
+        sys.stderr.write(f"{name}: stopped; what was finished is kept.\n")
         return 130
     return 0
