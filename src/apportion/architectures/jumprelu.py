@@ -75,8 +75,8 @@ class JumpReLUConfig(SparsityConfig, AuxiliaryConfig):
     bandwidth: float = 0.2
     """Width of the window around thresholds whose matches give them a gradient, in units of prepared inputs."""
     set_point_weight: float = 10.0
-    """Weight of (L0 / k - 1)^2, which holds L0 at k; not used with a fixed coefficient. A small weight leaves L0 above k
-    where latents are scarce."""
+    """Weight of (L0 / k - 1)^2, which holds L0 at k; not used with a fixed coefficient. A small weight leaves L0
+    above k where latents are scarce."""
     tanh_scale: float = 4.0
     """tanh: c, the steepness."""
     pre_act_weight: float = 0.05
