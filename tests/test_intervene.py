@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import apportion as ap
 from apportion.activations import TokenFilter
-from apportion.activations.collect import load_model
 from apportion.activations.hookpoints import capture
+from apportion.activations.model import load_model
 from apportion.intervene import ablate, latent_column, splice, steer
 from apportion.latents import Latents
 

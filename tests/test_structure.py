@@ -17,7 +17,7 @@ from apportion.architectures import SAE, SAES, rule_choices
 PACKAGE = Path(apportion.__file__).parent
 
 ORDER = [
-    {"latents", "metrics", "losses"},
+    {"latents", "metrics", "losses", "disk"},
     {"allocation"},
     {"kernels"},
     {"architectures", "embedded"},

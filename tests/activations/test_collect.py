@@ -10,9 +10,10 @@ import torch
 
 from apportion.activations import collect as collect_module
 from apportion.activations import writer as writer_module
-from apportion.activations.collect import collect, load_model
+from apportion.activations.collect import collect
 from apportion.activations.filter import TokenFilter, row_norms
 from apportion.activations.hookpoints import capture, hooked
+from apportion.activations.model import load_model
 from apportion.activations.store import ActivationStore
 from apportion.activations.tokens import read_contexts
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from apportion.activations import ContextSource, LiveSource, TokenFilter, load_model, read_contexts
-from apportion.activations.collect import run_contexts
+from apportion.activations.model import run_contexts
 
 TEXT = ["the cat sat on the mat and looked at the dog by the old house and the sea was calm " * 40]
 CONTEXT, POINT = 8, "model.layers.1"

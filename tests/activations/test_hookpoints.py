@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apportion.activations.collect import load_model
 from apportion.activations.hookpoints import Hookpoint, capture, expand, hooked, middle_layer
+from apportion.activations.model import load_model
 
 IDS = torch.tensor([[1, 5, 9, 7, 3], [1, 4, 4, 8, 6]])
 

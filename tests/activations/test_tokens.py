@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from apportion.activations.collect import batched_contexts, load_model
+from apportion.activations.collect import batched_contexts
+from apportion.activations.model import load_model
 from apportion.activations.text import PIECE_CHARS, TextSource, split_pieces
 from apportion.activations.tokens import contexts, read_contexts
 

@@ -11,11 +11,11 @@ sites.py joins several hookpoints of a cache: pairs for transcoders, sites for c
 from apportion.activations.batch import ArraySource as ArraySource
 from apportion.activations.batch import Batch as Batch
 from apportion.activations.batch import Source as Source
-from apportion.activations.collect import load_model as load_model
 from apportion.activations.contexts import ContextSource as ContextSource
 from apportion.activations.filter import TokenFilter as TokenFilter
 from apportion.activations.ground_truth import GroundTruthSource as GroundTruthSource
 from apportion.activations.live import LiveSource as LiveSource
+from apportion.activations.model import load_model as load_model
 from apportion.activations.sites import LayersStore as LayersStore
 from apportion.activations.sites import PairStore as PairStore
 from apportion.activations.sites import SitesStore as SitesStore

@@ -2,23 +2,30 @@
 
 config.json         {"format": "apportion", "version": 1, "sae": name, "settings": {...}, "info": {...}}
 model.safetensors   parameters, input description, thresholds and densities, under their names in the module
+
+Saving over an SAE replaces both or neither: the weights carry the digest of the config that belongs to them, and one
+rename puts them in place. If a crash comes between that and the rename of the config, `load` finds the config that
+belongs to them beside it. (A config edited by hand has no such twin, and is taken as it is.)
 """
 
 from __future__ import annotations
 
-import json
-import math
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from apportion.architectures.affine import blank_weights
 from apportion.architectures.base import SAE
+from apportion.disk import all_finite, json_text, read_json, replacing, write_tensors
 
 VERSION = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG_DIGEST = "config_sha256"
+"""In the metadata of the weights: which config belongs to them."""
 SIZES = [
     ("d_sae", "W_enc", 0),
     ("d_in", "W_enc", -1),
@@ -30,12 +37,14 @@ SIZES = [
 
 
 def save(sae: SAE, folder: Path) -> None:
-    """Write both files; each appears whole or not at all."""
+    """Write both files, or leave what was there."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().contiguous().cpu() for name, t in sae.state_dict().items()}
     config = {"format": "apportion", "version": VERSION, "sae": sae.name, "settings": sae.settings(), "info": sae.info}
-    write_tensors(folder / "model.safetensors", tensors)
-    write_json(folder / "config.json", config)
+    text = json_text(config)
+    with replacing(folder / CONFIG) as partial:
+        partial.write_text(text, encoding="utf-8")
+        write_tensors(folder / WEIGHTS, tensors, {CONFIG_DIGEST: _digest(text)})
 
 
 def load(path: str | Path, subfolder: str | None = None) -> SAE:
@@ -46,13 +55,13 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
     from apportion.architectures import rebuild
 
     folder = Path(path) / subfolder if subfolder else Path(path)
-    config_file, tensor_file = folder / "config.json", folder / "model.safetensors"
+    config_file, tensor_file = folder / CONFIG, folder / WEIGHTS
     for file in (config_file, tensor_file):
         if not file.is_file() and (folder / "run.json").is_file():
             raise ValueError(f"{folder} is a run that has not finished. Go on with it: apportion train ... --resume")
         if not file.is_file():
             raise ValueError(f"{folder} is not a saved SAE: {file.name} is missing. Give a folder that sae.save wrote.")
-    config = read_json(config_file)
+    config = read_json(_config_of(config_file, tensor_file))
     if config.get("format") != "apportion":
         raise ValueError(f"{config_file} was not written by apportion (format {config.get('format')!r}).")
     if not isinstance(found := config.get("version"), int) or found > VERSION:
@@ -103,44 +112,18 @@ def _check_sizes(settings: dict[str, Any], tensors: dict[str, torch.Tensor], fil
             raise ValueError(f"{file}: {weights} has shape {found}, its config says {name} = {said!r}.")
 
 
-def all_finite(x: torch.Tensor) -> bool:
-    """Without a copy in the usual case, where even the sum is finite."""
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Atomic: a crash leaves the old file or the new one."""
-    write_text(file, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(file: Path, content: str) -> None:
-    """Atomic: a crash leaves the old file or the new one."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(file)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Atomic: a crash leaves the old file or the new one."""
-    partial = file.with_name(file.name + ".partial")
-    save_file(tensors, partial)
-    partial.replace(file)
-
-
-def read_json(file: Path) -> dict[str, Any]:
+def _config_of(config_file: Path, tensor_file: Path) -> Path:
+    """The config that belongs to the weights: beside `config_file` if a crash kept it from getting there."""
+    partial = config_file.with_name(config_file.name + ".partial")
+    if not partial.is_file():
+        return config_file
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} does not hold a JSON object.")
-    return content
+        with safe_open(tensor_file, framework="pt") as opened:
+            wanted = (opened.metadata() or {}).get(CONFIG_DIGEST)
+    except (SafetensorError, OSError):
+        return config_file
+    return partial if wanted == _digest(partial.read_text(encoding="utf-8")) else config_file
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

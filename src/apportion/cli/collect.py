@@ -37,7 +37,8 @@ class Collect:
     """Precision in which the model runs."""
 
     def run(self) -> None:
-        from apportion.activations.collect import collect, load_model
+        from apportion.activations import load_model
+        from apportion.activations.collect import collect
         from apportion.activations.writer import refuse_existing
 
         source = self.corpus.source()

@@ -37,7 +37,7 @@ class Eval:
     """cpu, cuda, ...; auto takes a GPU if there is one."""
 
     def run(self) -> None:
-        from apportion.architectures.files import write_json
+        from apportion.disk import write_json
         from apportion.evals.plots import check_plots, save_plots
         from apportion.evals.table import print_table
         from apportion.interop.load import load
@@ -124,8 +124,8 @@ class Eval:
 
     def _in_model(self, name: str, sae: Any) -> Any:
         from apportion.activations import TokenFilter, load_model, read_contexts
-        from apportion.activations.collect import check_context_tokens, model_fingerprint
         from apportion.activations.filter import trained_filter
+        from apportion.activations.model import check_context_tokens, model_fingerprint
         from apportion.evals import evaluate_model
 
         trained_on = sae.info.get("source", {})

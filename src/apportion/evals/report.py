@@ -18,7 +18,7 @@ from torch import Tensor
 
 from apportion.activations.store import ActivationStore
 from apportion.architectures import SAE, SAES
-from apportion.architectures.files import write_json, write_text
+from apportion.disk import write_json, write_text
 from apportion.evals.baselines import pca_curve
 from apportion.evals.examples import Example, LatentExamples, examples_of
 from apportion.evals.language_model import evaluate_model

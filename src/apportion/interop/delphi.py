@@ -22,8 +22,8 @@ from torch import Tensor
 
 from apportion.activations.store import ActivationStore
 from apportion.architectures import SAE
-from apportion.architectures.files import write_json, write_tensors
-from apportion.interop.writing import empty_folder, whole_folder
+from apportion.disk import whole_folder, write_json, write_tensors
+from apportion.interop.writing import empty_folder
 
 SMALLEST = 1e-5
 LARGEST = torch.finfo(torch.float16).max

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from apportion.architectures.files import write_json
+from apportion.disk import replacing, write_json
 from apportion.interop.folding import fold_b_dec
 from apportion.interop.hook_names import LAYERS, family_of, hub_name
 from apportion.interop.parts import Parts
@@ -188,7 +188,8 @@ def write(parts: Parts, folder: Path) -> None:
     else:
         bias = "bias" if name == "AutoEncoder" else "decoder.bias"
         tensors = encoder | {"encoder.bias": parts.b_enc, bias: parts.b_dec}
-    torch.save(stored(tensors), folder / "ae.pt")
+    with replacing(folder / "ae.pt") as partial:
+        torch.save(stored(tensors), partial)
     write_json(folder / "config.json", {"trainer": _settings(parts, name), "buffer": {}})
 
 

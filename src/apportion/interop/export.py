@@ -24,11 +24,11 @@ from torch import Tensor
 from apportion.allocation import TokenChoice
 from apportion.architectures import SAE
 from apportion.architectures.affine import Affine
-from apportion.architectures.files import all_finite
+from apportion.disk import all_finite, whole_folder
 from apportion.interop.assemble import take_apart
 from apportion.interop.formats import FORMATS
 from apportion.interop.parts import Parts
-from apportion.interop.writing import empty_folder, whole_folder
+from apportion.interop.writing import empty_folder
 
 OURS = "apportion"
 PRECISE = (torch.float32, torch.float64)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from apportion.architectures.files import write_json, write_tensors
+from apportion.disk import write_json, write_tensors
 from apportion.interop.folding import fold_b_dec
 from apportion.interop.hook_names import origin
 from apportion.interop.parts import Parts

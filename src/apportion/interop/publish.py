@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from apportion.architectures import SAE
-from apportion.architectures.files import all_finite, read_json
+from apportion.disk import all_finite, read_json
 from apportion.interop.card import PLOTS, model_card
 from apportion.interop.hub import endpoint, explained, huggingface_hub, path_in
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from apportion.architectures.files import all_finite, read_json
+from apportion.disk import all_finite, read_json
 
 MOST_UNPACKED = 100
 """How many times as large as its file the contents of an archive may be; those of weights are hardly larger."""

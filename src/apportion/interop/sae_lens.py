@@ -22,8 +22,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from apportion.architectures.files import write_json, write_tensors
 from apportion.architectures.inputs import InputNorm
+from apportion.disk import write_json, write_tensors
 from apportion.interop.folding import fold_norms, fold_scale, fold_whitening
 from apportion.interop.hook_names import origin
 from apportion.interop.parts import Kind, Parts

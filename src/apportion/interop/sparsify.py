@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from apportion.architectures.files import write_json, write_tensors
+from apportion.disk import write_json, write_tensors
 from apportion.interop.folding import fold_b_dec
 from apportion.interop.hook_names import LAYERS, family_of
 from apportion.interop.parts import Parts

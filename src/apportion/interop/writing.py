@@ -6,13 +6,11 @@ Writers get Parts from `take_apart`: float32 or float64, on the CPU, in raw unit
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -114,17 +112,3 @@ def empty_folder(folder: str | Path) -> Path:
     if path.exists() and any(path.iterdir()):
         raise ValueError(f"{folder} exists and is not empty. Give a new folder.")
     return path
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `target` at the end, or goes away if something fails."""
-    partial = target.with_name(f"{target.name}.{uuid4().hex[:8]}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -24,7 +24,7 @@ from typing import Any
 
 from apportion.activations import ActivationStore, CacheSource
 from apportion.architectures import create, load
-from apportion.architectures.files import read_json, write_json
+from apportion.disk import read_json, write_json
 from apportion.evals import evaluate_rows, held_out_rows
 from apportion.evals.plots import save_plots
 from apportion.recipes.command import main

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from apportion.activations import ActivationStore, CacheSource, TextSource, load_model
-from apportion.activations.collect import collect, width_at
+from apportion.activations.collect import collect
 from apportion.activations.hookpoints import expand, middle_layer
+from apportion.activations.model import width_at
 from apportion.architectures import SAE, create, load
-from apportion.architectures.files import read_json, write_json, write_text
+from apportion.disk import read_json, write_json, write_text
 from apportion.embedded import stories
 from apportion.evals import held_out_rows
 from apportion.evals.report import Report, check_report, make_report

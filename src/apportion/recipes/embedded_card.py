@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from apportion.activations import load_model
-from apportion.architectures.files import read_json, write_text
+from apportion.disk import read_json, write_text
 from apportion.recipes.command import main
 from apportion.recipes.embedded_corpus import Sampling, ends, sample_stories
 from apportion.recipes.embedded_model import TrainModel, stories

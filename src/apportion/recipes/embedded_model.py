@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
-from apportion.architectures.files import read_json, write_json, write_tensors
+from apportion.disk import read_json, write_json, write_tensors
 from apportion.recipes.command import main
 
 logger = logging.getLogger("apportion.embedded_model")

@@ -30,7 +30,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from apportion.architectures import SAE, SAES, create, load
-from apportion.architectures.files import read_json, write_json, write_text
+from apportion.disk import read_json, write_json, write_text
 from apportion.recipes.command import listed, main
 from apportion.recipes.family_parts import CachePart, Part, TruthPart, layout_of
 from apportion.recipes.runs import best_rate, between, fitted, markdown, same_run

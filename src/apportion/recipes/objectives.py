@@ -28,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from apportion.activations import CacheSource, ContextSource, TextSource, load_model, read_contexts
-from apportion.activations.collect import collect, width_at
+from apportion.activations.collect import collect
 from apportion.activations.hookpoints import expand, middle_layer
+from apportion.activations.model import width_at
 from apportion.activations.order import held_out_groups, split_held_out
 from apportion.activations.sites import LayersStore, SitesStore, open_stores
 from apportion.activations.store import ActivationStore
 from apportion.architectures import SAE, create, load
-from apportion.architectures.files import read_json, write_json, write_text
+from apportion.disk import read_json, write_json, write_text
 from apportion.embedded import stories
 from apportion.evals import evaluate_model, evaluate_rows, held_out_rows
 from apportion.evals.layers import evaluate_layers

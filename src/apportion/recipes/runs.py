@@ -17,7 +17,7 @@ from apportion.activations import Source, load_model, read_contexts
 from apportion.activations.filter import TokenFilter
 from apportion.activations.sites import Rows
 from apportion.architectures import SAE, load
-from apportion.architectures.files import read_json
+from apportion.disk import read_json
 from apportion.evals import evaluate_model, evaluate_rows
 from apportion.training import TrainConfig, Trainer
 from apportion.training.run import MAY_DIFFER

@@ -24,7 +24,7 @@ from tyro._docstrings import get_field_docstring
 
 import apportion
 from apportion.architectures import SAES, NamedSAE, rule_choices, rule_name
-from apportion.architectures.files import write_text
+from apportion.disk import write_text
 from apportion.recipes.command import main
 from apportion.recipes.runs import markdown
 

@@ -30,8 +30,8 @@ import torch
 from apportion.activations import ActivationStore, CacheSource
 from apportion.architectures import SAE, create
 from apportion.architectures.affine import Affine
-from apportion.architectures.files import read_json, write_json, write_text
 from apportion.architectures.switch import Switch
+from apportion.disk import read_json, write_json, write_text
 from apportion.evals import evaluate_rows, held_out_rows
 from apportion.evals.geometry import duplicated, nearest_cosines
 from apportion.metrics import entropy, load

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
-from apportion.architectures.files import load, read_json, write_json, write_tensors
+from apportion.architectures.files import load
+from apportion.disk import read_json, write_json, write_tensors
 
 if TYPE_CHECKING:
     from apportion.activations.batch import Source
