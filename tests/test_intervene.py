@@ -133,7 +133,7 @@ def test_gradients_pass_through_a_splice(model: Any) -> None:
 def test_hooks_are_removed_after_an_exception(model: Any) -> None:
     before = num_hooks(model)
     with pytest.raises(RuntimeError, match="inside"), splice(model, {POINT: identity_sae()}):
-        assert num_hooks(model) == before + 1
+        assert num_hooks(model) > before
         raise RuntimeError("inside")
     with pytest.raises(ZeroDivisionError), splice(model, {POINT: lambda x: 1 // 0}):
         model(IDS)

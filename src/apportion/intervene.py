@@ -10,7 +10,11 @@
 
 All of them are plain forward hooks for the length of a ``with`` block, removed again after an exception too. Rows that
 a mask excludes (attention sinks, special tokens) pass through untouched and are not shown to the SAE, so that they
-cannot take part in an allocation that couples tokens. `splice` applies the token filter that an SAE was trained with.
+cannot take part in an allocation that couples tokens; nor is padding ever. `splice` applies the token filter that an
+SAE was trained with. Which token is which follows from what the model is given in each pass (activations/passes.py), so
+that `generate` works, with and without a cache, and batches may be padded on either side.
+
+A place that nothing in the model reads is refused, and so is a module that runs several times in a forward pass.
 """
 
 from __future__ import annotations
@@ -24,12 +28,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from apportion.activations.filter import trained_filter
+from apportion.activations.effect import check_read
+from apportion.activations.filter import TokenFilter, trained_filter
 from apportion.activations.hookpoints import Hookpoint, hooked
+from apportion.activations.passes import Watch, watched
 
-RowsOf = Callable[[Tensor], Tensor]
-Mask = Bool[Tensor, "*lead"] | RowsOf
+Mask = Bool[Tensor, "*lead"] | Callable[[Tensor], Tensor]
 """Which rows to change: a tensor in the leading shape of x, or a function of x that makes one."""
+RowsOf = Callable[[Tensor], Tensor | None]
+"""The rows of x that take part; None if all do."""
 
 
 class SparseCode(Protocol):
@@ -62,9 +69,11 @@ def splice(
 
     x are these activations or, for a transcoder, those at its own hookpoint in the same forward pass. `mask` says which
     rows: "filter" (default) those that pass the token filter the SAE was trained with, if it has one; None all; or a
-    tensor or function. `keep_error` adds back what the unedited reconstruction misses, so that only the edit changes
-    the model. Where a mask applies, `edit` sees the latents of the rows that take part, [rows, d_sae]; otherwise it
-    sees them in the leading shape of x.
+    tensor or function. Padding is left out whatever the mask says. `keep_error` adds back what the unedited
+    reconstruction misses, so that only the edit changes the model. Where a mask applies, `edit` sees the latents of the
+    rows that take part, [rows, d_sae]; otherwise it sees them in the leading shape of x.
+
+    ValueError for a place that does not fit the SAE, and for one that nothing in the model reads.
     """
     plain = [name for name, sae in saes.items() if not isinstance(sae, Codec)]
     if edit is not None and plain:
@@ -76,13 +85,11 @@ def splice(
         for name, sae in saes.items():
             _check_place(name, sae)
             places = [name, str(cast(Any, sae).hookpoint)] if getattr(sae, "needs_target", False) else [name]
-            masks: list[Mask | None] = [None if isinstance(mask, str) else mask, None]
-            if isinstance(mask, str):
-                masks[: len(places)] = [stack.enter_context(own_filter(model, sae, place)) for place in places]
-            rows, source = masks[0], None
-            if len(places) > 1:
-                sources.append(source := _Source(places[1], name, masks[1]))
-            changes[name] = partial(_spliced, sae=sae, edit=edit, keep_error=keep_error, mask=rows, source=source)
+            check_read(model, name)
+            rows, *at_source = [stack.enter_context(rows_at(model, place, sae, mask)) for place in places]
+            source = _Source(places[1], name, at_source[0]) if at_source else None
+            sources += [] if source is None else [source]
+            changes[name] = partial(_spliced, sae=sae, edit=edit, keep_error=keep_error, rows_of=rows, source=source)
         stack.enter_context(hooked(model, changes))
         for source in sources:  # behind the changes, so that it sees what they leave
             stack.enter_context(hooked(model, {source.hookpoint: source.look}))
@@ -94,23 +101,23 @@ def _spliced(
     sae: Codec | Callable[[Tensor], Tensor],
     edit: Callable[[Any], Any] | None,
     keep_error: bool,
-    mask: Mask | None,
+    rows_of: RowsOf,
     source: _Source | None,
 ) -> Float[Tensor, "*lead d_out"]:
     """What takes the place of the activations y."""
     if source is None:
-        return on_rows(y, mask, lambda part: reconstruct(part, sae, edit, keep_error))
+        return on_rows(y, rows_of(y), lambda part: reconstruct(part, sae, edit, keep_error))
     x = source.take()
-    here, there = (m(t) if callable(m) else m for m, t in ((mask, y), (source.mask, x)))
-    rows = here if there is None else there if here is None else here & there
+    here, there = rows_of(y), source.rows_of(x)
+    rows = here if there is None else there if here is None else here & there.to(here.device)
     return on_rows(y, rows, lambda part, read: reconstruct(part, sae, edit, keep_error, read), x)
 
 
 class _Source:
     """What a transcoder reads, noted as it passes by."""
 
-    def __init__(self, hookpoint: str, target: str, mask: Mask | None) -> None:
-        self.hookpoint, self.target, self.mask = hookpoint, target, mask
+    def __init__(self, hookpoint: str, target: str, rows_of: RowsOf) -> None:
+        self.hookpoint, self.target, self.rows_of = hookpoint, target, rows_of
         self.x: Tensor | None = None
 
     def look(self, x: Tensor) -> None:
@@ -145,35 +152,44 @@ def _check_place(name: str, sae: Any) -> None:
 
 
 @contextmanager
-def own_filter(model: nn.Module, sae: Any, hookpoint: str | None = None) -> Iterator[RowsOf | None]:
-    """The token filter that `sae` was trained with (at a hookpoint, if at several) as a mask; None if it has none.
+def rows_at(
+    model: nn.Module, hookpoint: str, sae: Any = None, mask: Mask | Literal["filter"] | None = None
+) -> Iterator[RowsOf]:
+    """A function of the activations at a hookpoint: which rows take part. Padding never does.
 
-    A hook on the model reads the tokens of each forward pass, and where they stand behind a key-value cache.
+    `mask` as in `splice`; "filter" is the token filter that `sae` was trained with (at that hookpoint, if at several).
     """
-    place = None if hookpoint is None else str(Hookpoint.parse(hookpoint))
-    token_filter = trained_filter(getattr(sae, "info", {}).get("source", {}), place)
-    if token_filter is None:
-        yield None
-        return
-    current: dict[str, Any] = {}
+    place = str(Hookpoint.parse(hookpoint))
+    token_filter = None
+    if isinstance(mask, str):
+        token_filter = trained_filter(getattr(sae, "info", {}).get("source", {}), place)
+    with watched(model, place) as watch:
+        if token_filter is not None:
+            yield partial(_filtered, token_filter=token_filter, watch=watch)
+        else:
+            yield partial(_attended, mask=None if isinstance(mask, str) else mask, watch=watch)
 
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current["tokens"] = kwargs.get("input_ids", args[0] if args else None)
-        length = getattr(kwargs.get("past_key_values"), "get_seq_length", lambda: 0)
-        current["past"] = length()
 
-    def mask(x: Tensor) -> Tensor:
-        positions = (torch.arange(x.shape[-2], device=x.device) + current.get("past", 0)).expand(x.shape[:-1])
-        tokens = current.get("tokens")
-        if not isinstance(tokens, Tensor) or tokens.shape != x.shape[:-1]:
-            return token_filter.mask(x, None, positions)
-        return token_filter.mask(x, tokens.to(x.device), positions)
+def _filtered(x: Tensor, token_filter: TokenFilter, watch: Watch) -> Bool[Tensor, "*lead"]:
+    tokens = watch.at(x)
+    if tokens is None:
+        raise ValueError(
+            "the model was run without token ids or embeddings, so that the token filter of the SAE cannot be applied: "
+            "give mask=None, or a mask of your own"
+        )
+    rows = token_filter.mask(x, tokens.ids, tokens.positions)
+    return rows if tokens.attended is None else rows & tokens.attended
 
-    handle = model.register_forward_pre_hook(read, with_kwargs=True)
-    try:
-        yield mask
-    finally:
-        handle.remove()
+
+def _attended(x: Tensor, mask: Mask | None, watch: Watch) -> Bool[Tensor, "*lead"] | None:
+    rows = mask(x) if callable(mask) else mask
+    if watch.tokens is None or watch.tokens.attended is None:
+        return rows
+    tokens = watch.at(x)
+    assert tokens is not None and tokens.attended is not None
+    if rows is None or rows.shape != tokens.attended.shape:  # of another shape: `on_rows` says so
+        return tokens.attended if rows is None else rows
+    return rows.to(x.device) & tokens.attended
 
 
 def reconstruct(
@@ -196,10 +212,13 @@ def reconstruct(
 
 
 def on_rows(
-    x: Float[Tensor, "*lead d_in"], mask: Mask | None, change: Callable[..., Tensor], *more: Float[Tensor, "*lead d"]
+    x: Float[Tensor, "*lead d_in"],
+    rows: Bool[Tensor, "*lead"] | None,
+    change: Callable[..., Tensor],
+    *more: Float[Tensor, "*lead d"],
 ) -> Tensor:
     """`x` with `change` applied to the rows that take part (and to those of `more`), in the dtype of x."""
-    if mask is None:
+    if rows is None:
         new = change(x, *more).to(x.dtype)
         if new.shape != x.shape:
             raise ValueError(
@@ -207,7 +226,7 @@ def on_rows(
                 "use an SAE that was trained at this hookpoint and returns to it"
             )
         return new
-    rows = (mask if isinstance(mask, Tensor) else mask(x)).to(x.device)
+    rows = rows.to(x.device)
     if rows.shape != x.shape[:-1]:
         raise ValueError(
             f"mask has shape {tuple(rows.shape)}, the activations have {tuple(x.shape)}: give one bool per token"
@@ -236,7 +255,7 @@ def steer(
     clamp   set its code, also where it was silent:             x + (clamp - z_j) * W_dec[j] / s
 
     z_j = sae.encode(x)[j] and s = sae.scale: codes live on scaled data, x in raw units. Everything else in x, the part
-    the SAE does not reconstruct included, stays as it was.
+    the SAE does not reconstruct included, stays as it was. All tokens but padding are pushed, or those of `mask`.
     """
     if (add is not None) + (scale is not None) + (clamp is not None) != 1:
         raise ValueError(f"steer needs exactly one of add={add}, scale={scale} and clamp={clamp}")
@@ -265,7 +284,8 @@ def steer(
         change = code * (scale - 1) if scale is not None else cast(float, clamp) - code
         return x + (change[..., None] * direction / sae.scale).to(x.dtype)
 
-    with hooked(model, {place: lambda x: on_rows(x, mask, push)}):
+    check_read(model, place)
+    with rows_at(model, place, mask=mask) as rows_of, hooked(model, {place: lambda x: on_rows(x, rows_of(x), push)}):
         yield
 
 

@@ -31,6 +31,7 @@ from apportion.activations.model import (
     run_contexts,
     tokenizer_fingerprint,
 )
+from apportion.activations.model import load_model as load_model
 from apportion.activations.progress import progress_bar
 from apportion.activations.store import torch_dtype
 from apportion.activations.text import TextSource

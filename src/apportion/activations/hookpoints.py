@@ -9,6 +9,10 @@ A hookpoint is the dotted path of a module, with the side of the module one mean
 Modules may return a tensor or a tuple whose first element is the tensor; both are read and written alike. Everything
 here is plain PyTorch hooks, removed again whatever happens. `capture` leaves the forward pass as soon as the last
 wanted activation has been seen, so the layers above it and the language-model head are never computed.
+
+A compiled model (torch.compile, as a whole or in parts) keeps no hooks; where hooks are in place it runs uncompiled. A
+module that runs several times in a forward pass (ALBERT's layer, looped models) has no single activation per token, so
+it is no hookpoint: that is refused in the first pass.
 """
 
 from __future__ import annotations
@@ -20,8 +24,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from apportion.activations.passes import askable, modules_of, without_compiling
 
 SIDES = ("in", "out")
 
@@ -43,17 +50,31 @@ class Hookpoint:
                 f"{text!r} is not a hookpoint: write a module path such as 'model.layers.8' "
                 "(its output) or 'model.layers.8.mlp:in' (its input)"
             )
-        return Hookpoint(path, side)
+        return Hookpoint(without_compiling(path), side)
 
     def __str__(self) -> str:
         return self.path if self.side == "out" else f"{self.path}:{self.side}"
 
     def module(self, model: nn.Module) -> nn.Module:
         """The module of `model` this hookpoint names; ValueError with the nearest names if there is none."""
-        modules = dict(model.named_modules())
+        modules = modules_of(model)
         if self.path not in modules:
             raise ValueError(f"the model has no module {self.path!r}{_nearest(self.path, modules)}")
         return modules[self.path]
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Within the block the model runs as it was written, whether it has been compiled or not."""
+    if not _is_compiled(model):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _nearest(path: str, names: Iterable[str]) -> str:
@@ -70,7 +91,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def expand(model: nn.Module, hookpoints: str | Iterable[str]) -> list[str]:
     """The canonical names of `hookpoints` with globs expanded in the order of the model, each name once."""
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name in modules_of(model) if name]
     found: dict[str, None] = {}
     for text in [hookpoints] if isinstance(hookpoints, str) else hookpoints:
         point = Hookpoint.parse(text)
@@ -102,7 +123,7 @@ def choose_from(names: Iterable[str], wanted: str) -> list[str]:
 
 def middle_layer(model: nn.Module) -> str:
     """The hookpoint at the output of the middle layer: of the longest list of modules in the model."""
-    stacks = [(len(m), name) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    stacks = [(len(m), name) for name, m in modules_of(model).items() if isinstance(m, nn.ModuleList) and len(m)]
     if not stacks:
         raise ValueError(f"{type(model).__name__} has no list of layers to find the middle of: give a hookpoint")
     length, name = max(stacks, key=lambda stack: stack[0])
@@ -162,12 +183,55 @@ def hooked(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor | N
     """Within the block, each forward pass maps the tensor at every hookpoint through its function.
 
     A function that returns None only looks. The hooks are removed at the end of the block, also after an exception.
+    ValueError in a forward pass that runs a hookpoint's module more than once.
     """
+    points = {text: Hookpoint.parse(text) for text in changes}
     with ExitStack() as stack:
+        once = stack.enter_context(_once_each(model, [point.path for point in points.values()]))
         for text, change in changes.items():
-            handle = _attach(model, Hookpoint.parse(text), change)
+            handle = _attach(model, points[text], once(text, change))
             stack.callback(handle.remove)
+        stack.enter_context(uncompiled(model))
         yield
+
+
+Change = Callable[[Tensor], Tensor | None]
+
+
+@contextmanager
+def _once_each(model: nn.Module, paths: list[str]) -> Iterator[Callable[[str, Change], Change]]:
+    """Yields a wrapper for functions that a forward pass may call once. What runs outside of one (a layer that is run
+    again for its gradients) is not counted."""
+    passes = [model, *(m for path in paths for m in askable(model, path))]
+    depth, seen = 0, set[str]()
+
+    def begin(module: nn.Module, args: Any) -> None:
+        nonlocal depth
+        if not depth:
+            seen.clear()
+        depth += 1
+
+    def end(module: nn.Module, args: Any, result: Any) -> None:
+        nonlocal depth
+        depth = max(0, depth - 1)
+
+    def once(text: str, change: Change) -> Change:
+        def called(x: Tensor) -> Tensor | None:
+            if depth and text in seen:
+                raise ValueError(
+                    f"the model runs {text!r} several times in one forward pass, so that a token has several "
+                    "activations there: choose a module that runs once"
+                )
+            seen.add(text)
+            return change(x)
+
+        return called
+
+    with ExitStack() as stack:
+        for module in dict.fromkeys(passes):
+            stack.callback(module.register_forward_pre_hook(begin).remove)
+            stack.callback(module.register_forward_hook(end, always_call=True).remove)
+        yield once
 
 
 class _SeenAll(Exception):

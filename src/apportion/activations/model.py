@@ -85,12 +85,24 @@ def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block no module of the model trains (no dropout); afterwards each does what it did before."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def run_contexts(
     model: nn.Module, hookpoints: list[str], ids: Int[Tensor, "n context_tokens"]
 ) -> dict[str, Float[Tensor, "rows d_in"]]:
-    """The activations of a few contexts at each hookpoint, one row per token, in the model's dtype."""
+    """The activations of a few contexts at each hookpoint, one row per token, in the model's dtype and eval mode."""
     device = next(model.parameters()).device
-    with torch.inference_mode():
+    with torch.inference_mode(), in_eval_mode(model):
         seen = capture(model, hookpoints, input_ids=ids.long().to(device), use_cache=False)
     for name, x in seen.items():
         if x.ndim not in (2, 3) or x.shape[:-1].numel() != ids.numel():
@@ -106,9 +118,16 @@ def width_at(model: nn.Module, hookpoint: str) -> int:
     return run_contexts(model, [hookpoint], torch.zeros(1, 2, dtype=torch.int64))[hookpoint].shape[1]
 
 
+def text_config(model: Any) -> Any:
+    """The configuration of the model, or of its text tower if it has several."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def check_context_tokens(model: Any, context_tokens: int) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and context_tokens > longest:
+    """ValueError for contexts longer than the model's positions; some models have no limit (none, 0 or -1)."""
+    longest = getattr(text_config(model), "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < context_tokens:
         raise ValueError(
             f"context_tokens={context_tokens} is more than the {longest} positions of the model: use at most {longest}"
         )
