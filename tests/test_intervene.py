@@ -14,6 +14,7 @@ from apportion.activations.hookpoints import capture
 from apportion.activations.model import load_model
 from apportion.intervene import ablate, latent_column, splice, steer
 from apportion.latents import Latents
+from tests.models import make
 
 IDS = torch.tensor([[1, 5, 9, 7, 3], [1, 4, 4, 8, 6]])
 POINT = "model.layers.1"
@@ -363,3 +364,149 @@ def test_what_cannot_be_spliced_or_steered(model: Any) -> None:
         pass
     with pytest.raises(ValueError, match="W_dec has shape"), steer(model, crosscoder, latent=3, add=1.0):
         pass
+
+
+# Padding, and places that nobody reads
+
+LEFT = torch.tensor([[0, 0, 5, 9, 7], [1, 4, 4, 8, 6]])
+ATTENDED = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+INTERVENTIONS: dict[str, Any] = {
+    "splice": lambda model, sae: splice(model, {POINT: sae}),
+    "splice all": lambda model, sae: splice(model, {POINT: sae}, mask=None),
+    "splice some": lambda model, sae: splice(model, {POINT: sae}, mask=torch.ones(2, 5, dtype=torch.bool)),
+    "splice a function": lambda model, sae: splice(model, {POINT: lambda x: x + 1}),
+    "edit": lambda model, sae: splice(model, {POINT: sae}, edit=lambda z: z.map(lambda v: 2 * v), keep_error=True),
+    "steer": lambda model, sae: steer(model, sae, latent=3, add=1.0),
+    "clamp": lambda model, sae: steer(model, sae, latent=3, clamp=2.0),
+    "steer some": lambda model, sae: steer(model, sae, latent=3, add=1.0, mask=lambda x: torch.ones(x.shape[:-1]) > 0),
+    "ablate": lambda model, sae: ablate(model, sae, latent=3),
+}
+
+
+@pytest.mark.parametrize("kind", INTERVENTIONS)
+@torch.no_grad()
+def test_padding_is_never_touched_or_shown_and_may_hold_anything(model: Any, kind: str) -> None:
+    sae = ap.create("topk", d_in=32, d_sae=64, k=64, seed=0, hookpoint=POINT, input_norm="none").eval()
+    spoil = model.model.layers[1].register_forward_hook(
+        lambda m, args, x: x.masked_fill(~ATTENDED[..., None], torch.nan), prepend=True
+    )
+    try:
+        with INTERVENTIONS[kind](model, sae):
+            seen = capture(model, [POINT], input_ids=LEFT, attention_mask=ATTENDED.long())[POINT]
+    finally:
+        spoil.remove()
+    clean = capture(model, [POINT], input_ids=LEFT, attention_mask=ATTENDED.long())[POINT]
+    assert seen[~ATTENDED].isnan().all(), "padding passes through as it is"
+    assert seen[ATTENDED].isfinite().all()
+    changed = (seen != clean).any(-1) & ATTENDED
+    assert changed.any() if kind in ("clamp", "ablate") else torch.equal(changed, ATTENDED)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_position_0_is_the_first_attended_token(model: Any, side: str) -> None:
+    sae = half_sae()
+    sae.info = {"source": {"filter": TokenFilter(norm_outlier=0.0).to_dict()}}
+    mask = ATTENDED if side == "left" else ATTENDED.flip(1)
+    ids = LEFT if side == "left" else torch.where(mask, LEFT.flip(1), 0)
+    clean = capture(model, [POINT], input_ids=ids, attention_mask=mask.long())[POINT]
+    with splice(model, {POINT: sae}):
+        seen = capture(model, [POINT], input_ids=ids, attention_mask=mask.long())[POINT]
+    expected = mask.clone()
+    expected[0, 2 if side == "left" else 0] = expected[1, 0] = False
+    assert torch.equal((seen != clean).any(-1) & mask, expected)
+
+
+def test_a_place_that_nothing_reads_is_refused() -> None:
+    model = make("olmoe")
+    gate = "model.layers.1.mlp.gate"
+    returned: list[Any] = []
+    handle = model.get_submodule(gate).register_forward_hook(lambda m, args, result: returned.append(result))
+    model(input_ids=IDS)
+    handle.remove()
+    sae = ap.create("topk", d_in=4, d_sae=8, k=2, seed=0, hookpoint=gate).eval()
+    for intervene in (
+        lambda: splice(model, {gate: torch.zeros_like}),
+        lambda: steer(model, sae, latent=0, add=5.0),
+        lambda: ablate(model, sae, latent=0),
+    ):
+        if isinstance(returned[0], tuple):  # logits first, and the model goes by the weights behind them
+            with pytest.raises(ValueError, match="nothing in the model reads what stands at"), intervene():
+                pass
+        else:
+            with intervene():
+                pass
+    assert num_hooks(model) == 0
+    with splice(model, {"model.layers.1.mlp": torch.zeros_like}):
+        pass
+
+
+def test_the_trial_leaves_no_trace(model: Any) -> None:
+    other = make("gpt2").train()
+    state = torch.get_rng_state()
+    with splice(other, {"transformer.h.1": torch.zeros_like}):
+        pass
+    assert torch.equal(torch.get_rng_state(), state) and all(m.training for m in other.modules())
+    passes: list[int] = []
+    handle = other.register_forward_hook(lambda *_: passes.append(1))
+    with splice(other, {"transformer.h.1": torch.zeros_like}):
+        pass
+    handle.remove()
+    assert not passes, "a place is tried once"
+
+
+@torch.no_grad()
+def test_a_shared_layer_is_refused() -> None:
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    albert = AutoModel.from_config(AutoConfig.for_model("albert", vocab_size=64, intermediate_size=48, **sizes)).eval()
+    layer = "encoder.albert_layer_groups.0.albert_layers.0"
+    with pytest.raises(ValueError, match="several times in one forward pass"), splice(albert, {layer: lambda x: 0 * x}):
+        albert(input_ids=IDS)
+    assert num_hooks(albert) == 0
+
+
+@torch.no_grad()
+def test_encoders_and_decoders_have_their_own_tokens_and_padding() -> None:
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    tokens = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    t5 = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes, **tokens)).eval()
+    sae = half_sae()
+    sae.info = {"source": {"filter": TokenFilter(norm_outlier=0.0, special_ids=(7,)).to_dict()}}
+    inputs = {"input_ids": LEFT, "attention_mask": ATTENDED.long(), "decoder_input_ids": torch.tensor([[0, 7, 3]] * 2)}
+    encoder, decoder = "encoder.block.0", "decoder.block.0"
+    clean = capture(t5, [encoder, decoder], **inputs)
+    with splice(t5, {encoder: sae}):
+        seen = capture(t5, [encoder], **inputs)[encoder]
+    expected = ATTENDED & (LEFT != 7)
+    expected[0, 2] = expected[1, 0] = False
+    assert torch.equal((seen != clean[encoder]).any(-1), expected)
+    with splice(t5, {decoder: sae}):
+        seen = capture(t5, [decoder], **inputs)[decoder]
+    assert (seen != clean[decoder]).any(-1).tolist() == [[False, False, True]] * 2
+    rows: list[int] = []
+    sae.info["source"]["filter"]["special_ids"] = []
+    sae.encode = lambda x, encode=sae.encode: rows.append(len(x)) or encode(x)
+    with splice(t5, {decoder: sae}):
+        t5.generate(LEFT, attention_mask=ATTENDED.long(), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert rows == [2, 2, 2], "the start token is the first; then one token at a time"
+
+
+def test_a_layer_that_is_run_again_for_its_gradients_has_the_same_tokens() -> None:
+    """Gradient checkpointing: the second run comes after the pass, and its mask is that of the pass."""
+    found = []
+    for again in (False, True):
+        model = make("llama").train()
+        model.requires_grad_(True)
+        if again:
+            model.gradient_checkpointing_enable()
+        sae = half_sae()
+        sae.info = {"source": {"filter": TokenFilter(norm_outlier=0.0).to_dict()}}
+        with splice(model, {"model.layers.1.mlp": sae}):
+            model(input_ids=IDS, use_cache=False).logits.logsumexp(-1).sum().backward()
+        found.append(model.model.layers[0].mlp.up_proj.weight.grad)
+    assert torch.allclose(found[0], found[1], atol=1e-5) and found[0].abs().sum() > 0

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -163,18 +163,14 @@ def _tokens_before(arguments: Mapping[str, Any]) -> int:
 
 
 def _length(cache: Any) -> int:
-    length = 0
-    if hasattr(cache, "get_seq_length"):
-        length = int(cache.get_seq_length() or 0)
-    elif isinstance(cache, tuple | list):  # keys and values of each layer, or recurrent states
+    """Tokens in a cache; 1 if it only tells that there are some."""
+    if isinstance(cache, tuple | list):  # keys and values of each layer, or recurrent states
         return 1 if len(cache) else 0
-    if length:
-        return length
-    for layer in getattr(cache, "layers", None) or [cache]:
-        before = getattr(layer, "has_previous_state", False)
-        if any(before.values()) if isinstance(before, dict) else before is True:
-            return 1
-    return 0
+    with suppress(AttributeError, ValueError):  # caches of recurrent layers have no length
+        if length := int(cache.get_seq_length() or 0):
+            return length
+    before = [getattr(layer, "has_previous_state", False) for layer in getattr(cache, "layers", None) or [cache]]
+    return int(any(any(b.values()) if isinstance(b, dict) else b is True for b in before))
 
 
 def _by_mask(mask: Any, slots: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
@@ -192,8 +188,8 @@ def _by_mask(mask: Any, slots: Tensor, shape: torch.Size) -> tuple[Tensor | None
     if mask.ndim == 4 and mask.shape[-2] == length and mask.shape[-1] > int(slots[-1]):
         allowed, at = _allowed(mask), slots.to(mask.device)[None, :, None]
         own = allowed.gather(2, at.expand(len(allowed), -1, 1)).squeeze(2)
-        open_rows = allowed.all(2) & (allowed.shape[2] > at.squeeze(2) + 1)  # causal masks leave rows of padding so
-        own &= ~open_rows | open_rows.all(1, keepdim=True)
+        sees_all, last = allowed.all(2), at.squeeze(2) + 1 == allowed.shape[2]
+        own &= ~sees_all | last | sees_all.all(1, keepdim=True)  # causal masks may leave rows of padding open
         before = (allowed & (torch.arange(allowed.shape[2], device=mask.device) < at)).sum(2)
         return own.expand(batch, length), before.expand(batch, length)
     return None, None
