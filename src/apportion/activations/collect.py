@@ -23,13 +23,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from apportion.activations.filter import TokenFilter
+from apportion.activations.fingerprint import model_fingerprint, tokenizer_fingerprint
 from apportion.activations.hookpoints import expand
 from apportion.activations.model import (
     check_context_tokens,
     check_finite,
-    model_fingerprint,
     run_contexts,
-    tokenizer_fingerprint,
 )
 from apportion.activations.model import load_model as load_model
 from apportion.activations.progress import progress_bar

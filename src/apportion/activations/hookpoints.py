@@ -122,8 +122,14 @@ def choose_from(names: Iterable[str], wanted: str) -> list[str]:
 
 
 def middle_layer(model: nn.Module) -> str:
-    """The hookpoint at the output of the middle layer: of the longest list of modules in the model."""
+    """The hookpoint at the output of the middle layer: of the longest list of modules, in the text tower if there are
+    several towers."""
     stacks = [(len(m), name) for name, m in modules_of(model).items() if isinstance(m, nn.ModuleList) and len(m)]
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if text is not config:
+        towers = [n for n, m in modules_of(model).items() if n and getattr(m, "config", None) is text]
+        stacks = [s for s in stacks if any(s[1].startswith(f"{tower}.") for tower in towers)] or stacks
     if not stacks:
         raise ValueError(f"{type(model).__name__} has no list of layers to find the middle of: give a hookpoint")
     length, name = max(stacks, key=lambda stack: stack[0])

@@ -21,13 +21,12 @@ from torch import Tensor
 
 from apportion.activations.batch import Batch
 from apportion.activations.filter import FIT_ROWS, REASONS, TokenFilter, row_norms
+from apportion.activations.fingerprint import model_fingerprint, tokenizer_fingerprint
 from apportion.activations.hookpoints import expand
 from apportion.activations.model import (
     check_context_tokens,
     check_finite,
-    model_fingerprint,
     run_contexts,
-    tokenizer_fingerprint,
 )
 from apportion.activations.order import check_same_source, held_out_groups, permutation, split_held_out
 

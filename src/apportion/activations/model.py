@@ -6,8 +6,7 @@ run_contexts(model, ["model.layers.15"], ids)       {"model.layers.15": [rows, d
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,31 +19,114 @@ from torch import Tensor, nn
 from apportion import embedded
 from apportion.activations.filter import row_norms
 from apportion.activations.hookpoints import capture
+from apportion.activations.passes import parameters_of
 from apportion.activations.store import torch_dtype
 
+logger = logging.getLogger(__name__)
 
-def load_model(name_or_folder: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
-    """A causal language model in eval mode and its tokenizer: a local folder, a Hugging Face Hub id, or "embedded".
+NO_TOKENIZER = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError)
+
+
+def load_model(
+    name_or_folder: str | Path,
+    dtype: str = "float32",
+    *,
+    device: str | None = None,
+    device_map: str | None = None,
+    attn_implementation: str | None = None,
+    auto_class: str | None = None,
+) -> tuple[Any, Any]:
+    """A transformers model in eval mode and its tokenizer: a local folder, a Hugging Face Hub id, or "embedded".
 
     "embedded" is the small model inside this package. It keeps that name, so a manifest means the same everywhere.
+
+    The auto class is the one of the checkpoint's own architecture (AutoModelForCausalLM, AutoModelForSeq2SeqLM,
+    AutoModel for an encoder, ...) unless `auto_class` names another. The tokenizer is None where there is none: token
+    ids can be given in place of text. ValueError for what cannot be loaded, and for weights that the checkpoint does
+    not have: they would be random.
     """
     wanted = torch_dtype(dtype)
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # heavy
+    import transformers  # heavy
 
-    name = str(name_or_folder)
-    where = str(embedded.present(embedded.MODEL)) if name_or_folder == "embedded" else name
+    name = str(Path(name_or_folder).expanduser()) if str(name_or_folder).startswith("~") else str(name_or_folder)
+    where = str(embedded.present(embedded.MODEL)) if name == "embedded" else name
+    placed = {"device_map": device_map, "attn_implementation": attn_implementation}
     try:
         with _quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=wanted)
-            tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+            config = transformers.AutoConfig.from_pretrained(where)
+            kind = _auto_class(transformers, config, auto_class)
+            model, loading = kind.from_pretrained(
+                where, dtype=wanted, output_loading_info=True, **{n: v for n, v in placed.items() if v is not None}
+            )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"no language model could be loaded from {name!r}: give a folder with config.json, weights and "
             f'tokenizer, a Hub id that is reachable from here, or "embedded" ({reason})'
         ) from error
-    model.config.name_or_path = model.name_or_path = tokenizer.name_or_path = name
+    _check_complete(model, sorted(loading["missing_keys"]), name)
+    try:
+        with _quiet_transformers():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        tokenizer.name_or_path = name
+    except NO_TOKENIZER as error:
+        logger.warning("%s has no tokenizer (%s): give token ids in place of text", name, _first_line(error))
+        tokenizer = None
+    model.config.name_or_path = model.name_or_path = name
+    if device is not None and device_map is None:
+        model.to(device)
     return model.eval().requires_grad_(False), tokenizer
+
+
+AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModel",
+)
+"""In this order a checkpoint's architecture is looked for; one that none of them has is loaded without its head."""
+
+
+def _auto_class(transformers: Any, config: Any, wanted: str | None) -> Any:
+    """The auto class that makes what the checkpoint was saved as."""
+    if wanted is not None:
+        if not wanted.startswith("AutoModel") or not hasattr(transformers, wanted):
+            raise ValueError(f"auto_class={wanted!r} is no auto class of transformers: use AutoModel, for example")
+        return getattr(transformers, wanted)
+    saved_as = set(getattr(config, "architectures", None) or ())
+    for name in AUTO_CLASSES:
+        kind = getattr(transformers, name)
+        if type(config) not in kind._model_mapping:
+            continue
+        made = kind._model_mapping[type(config)]
+        made = made if isinstance(made, tuple | list) else (made,)
+        if not saved_as or saved_as & {one.__name__ for one in made}:
+            return kind
+    return transformers.AutoModel
+
+
+def _check_complete(model: Any, missing: list[str], name: str) -> None:
+    """ValueError for weights that the checkpoint does not have; those of a pooler, which texts do not use, are said."""
+    poolers = [key for key in missing if "pooler" in key]
+    if others := [key for key in missing if key not in poolers]:
+        raise ValueError(
+            f"{name!r} has no weights for {', '.join(others[:4])}{' ...' if len(others) > 4 else ''} of "
+            f"{type(model).__name__}, which would be random: load what it has with auto_class='AutoModel' "
+            "(--auto-class AutoModel)"
+        )
+    if poolers:
+        logger.warning("%s has no weights for %s: do not use hookpoints there", name, ", ".join(poolers))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def predicts_next(model: Any) -> bool:
+    """True for a causal language model, whose outputs at a token are predictions of the next one."""
+    config = getattr(model, "config", None)
+    return bool(getattr(model, "can_generate", bool)()) and not getattr(config, "is_encoder_decoder", False)
 
 
 @contextmanager
@@ -63,28 +145,6 @@ def _quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def model_fingerprint(model: Any) -> dict[str, Any]:
-    """Which model this was: its name, its size and a hash of its configuration without what varies by machine."""
-    config = model.config
-    values = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype")}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-    return {
-        "name_or_path": str(getattr(config, "_name_or_path", "") or type(model).__name__),
-        "class": type(model).__name__,
-        "hidden_size": getattr(config, "hidden_size", None),
-        "num_layers": getattr(config, "num_hidden_layers", None),
-        "config_sha256": digest,
-    }
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
-    return {
-        "name_or_path": str(getattr(tokenizer, "name_or_path", "")),
-        "vocab_size": len(tokenizer),
-        "special_ids": sorted(tokenizer.all_special_ids),
-    }
-
-
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Within the block no module of the model trains (no dropout); afterwards each does what it did before."""
@@ -101,9 +161,19 @@ def run_contexts(
     model: nn.Module, hookpoints: list[str], ids: Int[Tensor, "n context_tokens"]
 ) -> dict[str, Float[Tensor, "rows d_in"]]:
     """The activations of a few contexts at each hookpoint, one row per token, in the model's dtype and eval mode."""
-    device = next(model.parameters()).device
+    inputs: dict[str, Any] = {"input_ids": ids.long().to(next(model.parameters()).device)}
+    if "use_cache" in parameters_of(model):
+        inputs["use_cache"] = False
     with torch.inference_mode(), in_eval_mode(model):
-        seen = capture(model, hookpoints, input_ids=ids.long().to(device), use_cache=False)
+        try:
+            seen = capture(model, hookpoints, **inputs)
+        except ValueError as error:
+            if "decoder_input_ids" not in str(error):
+                raise
+            raise ValueError(
+                f"{hookpoints[0]!r} is in the decoder of {type(model).__name__}, which runs on pairs of texts: choose "
+                "a hookpoint in its encoder, or give activations of your own (ArraySource)"
+            ) from error
     for name, x in seen.items():
         if x.ndim not in (2, 3) or x.shape[:-1].numel() != ids.numel():
             raise ValueError(
@@ -120,7 +190,7 @@ def width_at(model: nn.Module, hookpoint: str) -> int:
 
 def text_config(model: Any) -> Any:
     """The configuration of the model, or of its text tower if it has several."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

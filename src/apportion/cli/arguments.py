@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -81,6 +83,36 @@ class Filter:
         )
 
 
+@dataclass(kw_only=True)
+class Model:
+    """How a language model is loaded."""
+
+    model_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision in which the language model runs; default: float32, or what an SAE was trained with."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU if there is one."""
+    device_map: str | None = None
+    """How transformers spreads a large language model over devices (auto, ...), in place of --device; needs the package
+    accelerate."""
+    attn_implementation: str | None = None
+    """Which attention the language model uses: eager, sdpa, ...; default: what transformers takes."""
+    auto_class: str | None = None
+    """The auto class of transformers to load it with, such as AutoModel; default: that of the checkpoint."""
+
+    def load(self, name: str, dtype: str | None = None) -> tuple[Any, Any]:
+        """The model and its tokenizer; `dtype` is the precision unless an option says otherwise."""
+        from apportion.activations import load_model
+
+        return load_model(
+            name,
+            self.model_dtype or dtype or "float32",
+            device=best_device(self.device),
+            device_map=self.device_map,
+            attn_implementation=self.attn_implementation,
+            auto_class=self.auto_class,
+        )
+
+
 def best_device(name: str) -> str:
     import torch
 
@@ -93,15 +125,21 @@ def best_device(name: str) -> str:
     return name
 
 
-def check_same_model(trained_on: dict[str, Any], found: dict[str, Any], where: str) -> None:
-    """Refuse activations of another model than the SAE was trained on."""
-    ours, theirs = trained_on.get("model", {}), found.get("model", {})
-    known = "config_sha256" in ours and "config_sha256" in theirs  # other libraries do not say
-    if known and ours["config_sha256"] != theirs["config_sha256"]:
-        raise ValueError(
-            f"{where} belongs to another model ({theirs.get('name_or_path')}) than the SAE was trained on "
-            f"({ours.get('name_or_path')}). Use the same model."
-        )
+def check_same_model(
+    trained_on: Mapping[str, Any], found: Mapping[str, Any], where: str, allowed: bool = False
+) -> None:
+    """Refuse activations of another model than the SAE was trained on; if it is `allowed`, say what that means."""
+    from apportion.activations.fingerprint import model_difference
+
+    ours, theirs = trained_on.get("model") or {}, found.get("model") or {}
+    difference = model_difference(ours, theirs)
+    if difference is None:
+        return
+    both = f"{where} belongs to another model ({theirs.get('name_or_path')}) than the SAE was trained on "
+    both += f"({ours.get('name_or_path')}): {difference}."
+    if not allowed:
+        raise ValueError(f"{both} Use the same model, or --other-model to see how well the SAE does on this one.")
+    logging.getLogger("apportion").warning("%s The figures say how well the SAE does there.", both)
 
 
 def describe_filter(about: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from apportion.cli.arguments import Count, Filter, Text, describe_filter, say
+from apportion.cli.arguments import Count, Filter, Model, Text, describe_filter, say
 
 
 @dataclass(kw_only=True)
@@ -33,17 +33,15 @@ class Collect:
     """Whether every context begins with the BOS token; auto does what the tokenizer does."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision of the cache."""
-    model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision in which the model runs."""
+    loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
 
     def run(self) -> None:
-        from apportion.activations import load_model
         from apportion.activations.collect import collect
         from apportion.activations.writer import refuse_existing
 
         source = self.corpus.source()
         refuse_existing(self.out)
-        model, tokenizer = load_model(self.model, self.model_dtype)
+        model, tokenizer = self.loading.load(self.model)
         manifest = collect(
             model,
             tokenizer,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from apportion.cli.arguments import Count, Text, best_device, say
+from apportion.cli.arguments import Count, Model, Text, best_device, say
 
 
 @dataclass(kw_only=True)
@@ -32,8 +32,7 @@ class Demo:
     """Learning rate of all three."""
     seed: int = 0
     """Seed of initial weights and data order."""
-    device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU if there is one."""
+    loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
 
     def run(self) -> None:
         from apportion.evals.table import print_table
@@ -49,7 +48,8 @@ class Demo:
             d_sae=self.d_sae,
             lr=self.lr,
             seed=self.seed,
-            device=best_device(self.device),
+            device=best_device(self.loading.device),
+            load=self.loading.load,
         )
         try:
             report = request.run()

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, cast, get_type_hints
 from tyro.conf import Fixed, Positional, Suppress, arg
 
 from apportion.architectures import SAES, named, rule_choices
-from apportion.cli.arguments import Count, Filter, Text, best_device, say
+from apportion.cli.arguments import Count, Filter, Model, Text, best_device, say
 from apportion.cli.objectives import CONFIGS, THROUGH_MODEL, check_objective, objective_config, objective_for
 from apportion.cli.rows import kind_of, open_rows, settings_of
 from apportion.training import TrainConfig
@@ -50,8 +50,7 @@ class TrainBase:
     filter: Annotated[Filter, arg(name="")] = field(default_factory=Filter)
     context_tokens: int = 256
     """Length of contexts, when training on a model."""
-    device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU if there is one."""
+    loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
     resume: bool = False
     """Go on with the run in --out after an interruption."""
     seed: int = 0
@@ -69,7 +68,7 @@ class TrainBase:
         follows = SAES[self.sae].architecture.d_sae_for(1) is not None
         settings |= {} if follows else {"d_sae": self.d_sae}
         train = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(self, f.name)}
-        device = best_device(self.device)
+        device = best_device(self.loading.device)
         # Mistakes in the settings show before anything is loaded.
         objective = objective_config(self.training_objective, self)
         if not follows:
@@ -103,7 +102,7 @@ class TrainBase:
             raise ValueError(f"--held-out-share must lie between 0 and 1, got {self.held_out_share}.")
 
     def _source(self) -> Any:
-        from apportion.activations import CacheSource, ContextSource, LiveSource, load_model, read_contexts
+        from apportion.activations import CacheSource, ContextSource, LiveSource, read_contexts
         from apportion.activations.hookpoints import expand
 
         if not Path(self.source).exists() and self.source.count("/") != 1 and self.source != "embedded":
@@ -122,8 +121,7 @@ class TrainBase:
         if self.hookpoint is None or self.tokens is None:
             raise ValueError("To train on a model give --hookpoint and --tokens (and --text or --dataset).")
         text = self.corpus.source()
-        model, tokenizer = load_model(self.source)
-        model.to(best_device(self.device))
+        model, tokenizer = self.loading.load(self.source)
         expand(model, self.hookpoint)
         wanted = int(self.tokens / max(1 - self.held_out_share, 1e-9) * 1.05) + self.context_tokens
         contexts = read_contexts(tokenizer, text, tokens=wanted, context_tokens=self.context_tokens)

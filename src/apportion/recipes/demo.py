@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ class Demo:
     """Held-out tokens for delta-CE."""
     seed: int = 0
     device: str = "cpu"
+    load: Callable[[str], tuple[Any, Any]] = load_model
+    """How the model is loaded."""
 
     def run(self) -> Report:
         """Do what is not done yet; returns the report, which lies in `out` as report.html and report.json."""
@@ -72,8 +75,7 @@ class Demo:
                 f"tokens = {self.tokens} is too few for training and evaluation. "
                 f"Use at least {10 * self.batch_tokens:,}, better a million."
             )
-        model, tokenizer = load_model(self.model)
-        model.to(self.device)
+        model, tokenizer = self.load(self.model)
         hookpoint, *others = expand(model, self.hookpoint or middle_layer(model))
         if others:
             raise ValueError(
@@ -113,7 +115,11 @@ class Demo:
 
     def _claim_folder(self, found: dict[str, Any]) -> None:
         """Refuse a folder that holds something else; note what this one is for."""
-        mine = {k: v for k, v in vars(self).items() if k not in ("out", "device", "eval_tokens", "ce_tokens", "text")}
+        mine = {
+            k: v
+            for k, v in vars(self).items()
+            if k not in ("out", "device", "load", "eval_tokens", "ce_tokens", "text")
+        }
         mine = json.loads(json.dumps(mine | found | {"text": None if self.text is None else self.text.describe()}))
         record = self.out / "demo.json"
         if record.exists():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
+from apportion.activations.fingerprint import model_difference
 from apportion.architectures.files import load
 from apportion.disk import read_json, write_json, write_tensors
 
@@ -56,7 +57,7 @@ class RunFolder:
             ("source", before["source"], now["source"]),
         ):
             for key in sorted(old.keys() | new.keys()):
-                if key not in MAY_DIFFER and old.get(key) != new.get(key):
+                if key not in MAY_DIFFER and not _same(key, old.get(key), new.get(key)):
                     raise ValueError(
                         f"{self.folder} was started with {part} {key} = {old.get(key)!r}, now it is {new.get(key)!r}. "
                         "Resume with the same settings, or start a new run in another folder."
@@ -118,6 +119,13 @@ class RunFolder:
             sae.save(self.folder / name)
         for folder in self._checkpoints():
             shutil.rmtree(folder)
+
+
+def _same(key: str, old: Any, new: Any) -> bool:
+    """Models are compared by what they compute: their records differ between versions of transformers."""
+    if key != "model" or not (isinstance(old, dict) and isinstance(new, dict)):
+        return old == new
+    return model_difference(old, new) is None
 
 
 def subfolders(trainer: Trainer) -> list[str]:
