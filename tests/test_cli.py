@@ -428,7 +428,7 @@ def test_eval_refuses_a_cache_of_another_model(cache: Path, tmp_path: Path, caps
     other = tmp_path / "other"
     subprocess.run(["cp", "-r", str(cache), str(other)], check=True)
     manifest = json.loads((other / "manifest.json").read_text())
-    manifest["model"] |= {"config_sha256": "0" * 64, "name_or_path": "another-model"}
+    manifest["model"] |= {"weights_sha256": "0" * 64, "probe": None, "name_or_path": "another-model"}
     (other / "manifest.json").write_text(json.dumps(manifest))
     assert main(["eval", str(tmp_path / "run"), "--acts", str(other)]) == 2
     assert "another-model" in capsys.readouterr().err

@@ -7,7 +7,7 @@ So three kinds of row are left out, and reported:
 
     first_position   position 0 of a context
     special          BOS, EOS, padding and the like
-    norm_outlier     norm above `norm_outlier` times the median norm of ordinary rows
+    norm_outlier     norm above `norm_outlier` times the median norm of ordinary rows, or not a number
 
 The median is taken once, over the first rows collected, and kept: a filter is a plain value that gives the same answer
 for the same row for ever, so it travels with the cache and with the SAE trained on it.
@@ -83,7 +83,7 @@ class TokenFilter:
         never = torch.zeros_like(norms, dtype=torch.bool)
         first = positions == 0 if self.first_position and positions is not None else never
         special = _is_in(tokens, self.special_ids) if self.special_tokens and tokens is not None else never
-        outlier = norms > self.norm_outlier * self.median_norm if self.norm_outlier and self.median_norm else never
+        outlier = ~(norms <= self.norm_outlier * self.median_norm) if self.norm_outlier and self.median_norm else never
         return {"first_position": first, "special": special & ~first, "norm_outlier": outlier & ~first & ~special}
 
     def mask(

@@ -153,11 +153,19 @@ class ActivationStore:
                 "collected; collect it again"
             )
 
+    @property
+    def tokens_sha256(self) -> str:
+        """Which tokens these are: equal for equal tokens in equal contexts, at whatever hookpoint and precision."""
+        shards = self.manifest["shards"]
+        each = [shard["sha256"].get(f"tokens-{number:05d}.safetensors") for number, shard in enumerate(shards)]
+        return hashlib.sha256(repr(each).encode()).hexdigest()
+
     def describe(self) -> dict[str, Any]:
         """What one must know about these rows: everything in the manifest but the shard list."""
         about = self.manifest["hookpoints"][self.hookpoint]
         shared = {k: v for k, v in self.manifest.items() if k not in ("shards", "hookpoints", "shard_rows")}
-        return shared | {"hookpoint": self.hookpoint} | {k: v for k, v in about.items() if k != "folder"}
+        shared |= {"tokens_sha256": self.tokens_sha256, "hookpoint": self.hookpoint}
+        return shared | {k: v for k, v in about.items() if k != "folder"}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

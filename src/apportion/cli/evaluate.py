@@ -1,4 +1,4 @@
-"""`apportion eval`: how well a trained SAE does, on a cache or inside the language model."""
+"""`apportion eval`: how well trained SAEs do, on a cache or inside the language model."""
 
 from __future__ import annotations
 
@@ -8,33 +8,38 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from apportion.cli.arguments import Count, Text, best_device, check_same_model
+from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model
 from apportion.cli.rows import kind_of, open_rows
 
 
 @dataclass(kw_only=True)
 class Eval:
-    """Evaluate a trained SAE in eval mode, on a cache or inside the language model."""
+    """Evaluate trained SAEs in eval mode, on a cache or inside the language model; several side by side."""
 
-    run_folder: Annotated[Positional[Path], arg(name="run")]
-    """A run folder or a saved SAE."""
+    run_folders: Annotated[Positional[tuple[Path, ...]], arg(name="runs")]
+    """Run folders or saved SAEs, one or several to compare."""
     model: str | None = None
     """The language model for cross-entropy; default: the one the SAE was trained on. Used together with --text."""
+    other_model: bool = False
+    """Take another model than the SAE was trained on, such as the chat model made from its base model: the figures then
+    say how well the SAE does there."""
     corpus: Annotated[Text, arg(name="")] = field(default_factory=Text)
     acts: Path | None = None
-    """A cache to evaluate on, instead of text. Default without text: held-out rows of the training cache."""
+    """A cache to evaluate on, instead of text; of the one that an SAE was trained on its held-out part. Default without
+    text: that one."""
     hookpoint: str | None = None
     """For an SAE of several layers: evaluate it at this one only. Inside the model that is the only way."""
     tokens: Count = 100_000
     """How many tokens to evaluate."""
-    context_tokens: int | None = None
+    recalibrate: bool = False
+    """Set thresholds anew on every other context, so that L0 is k on this text, and evaluate on the rest."""
+    context_tokens: Count | None = None
     """Length of contexts; default: as in training."""
     json: Path | None = None
-    """Write the result to this file."""
+    """Write the result to this file; of several SAEs under "runs"."""
     plots: Path | None = None
     """Draw density.png, l0.png and difficulty.png into this folder."""
-    device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU if there is one."""
+    loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
 
     def run(self) -> None:
         from apportion.disk import write_json
@@ -42,6 +47,8 @@ class Eval:
         from apportion.evals.table import print_table
         from apportion.interop.load import load
 
+        if not self.run_folders:
+            raise ValueError("Name at least one run folder.")
         in_model = self.corpus != Text()
         if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
             raise ValueError(f"--json {self.json} is not a file in an existing folder.")
@@ -51,22 +58,26 @@ class Eval:
             raise ValueError("--model is used together with --text or --dataset: on which text shall it run?")
         if self.plots is not None:
             check_plots()
-        sae = load(self.run_folder).to(best_device(self.device))
-        name = sae.name
-        self._check_hookpoint(sae)
-        if in_model:
-            measurements, ce = self._in_model(name, sae)
-            result, others = measurements[name].result() | ce.of(name), {}
-        else:
-            measurements, result, others = self._on_rows(name, sae)
-        result |= {"hookpoint": self.hookpoint or sae.hookpoint}
-        if sae.needs_target:
-            result |= {"target_hookpoint": sae.target_hookpoint}
+        device = best_device(self.loading.device)
+        saes = {str(folder): load(folder).to(device) for folder in self.run_folders}
+        if len(saes) < len(self.run_folders):
+            raise ValueError("The same run is named twice. Name each once.")
+        for sae in saes.values():
+            self._check_hookpoint(sae)
+        loaded = self._load(saes) if in_model else None
+        results, table, measurements = {}, {}, {}
+        for name, sae in saes.items():
+            measurement, figures, others = self._on_rows(sae) if loaded is None else self._in_model(sae, *loaded)
+            figures |= {"hookpoint": self.hookpoint or sae.hookpoint, "recalibrated": self.recalibrate}
+            if sae.needs_target:
+                figures |= {"target_hookpoint": sae.target_hookpoint}
+            results[name], measurements[name if len(saes) > 1 else sae.name] = figures, measurement
+            table |= {**others, name: figures}
         if self.json is not None:
-            write_json(self.json, result)
+            write_json(self.json, next(iter(results.values())) if len(results) == 1 else {"runs": results})
         if self.plots is not None:
             save_plots(measurements, self.plots)
-        print_table({**others, str(self.run_folder): result})
+        print_table(table)
 
     def _check_hookpoint(self, sae: Any) -> None:
         several = kind_of(sae.name) == "layers"
@@ -83,31 +94,38 @@ class Eval:
         if several and self.hookpoint is None:
             raise ValueError(f"Inside the model {sae.name} is evaluated at one of its layers: give --hookpoint.")
 
-    def _on_rows(self, name: str, sae: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """Measurements, figures, and rows of the table besides: one for each layer or site."""
-        from apportion.evals import evaluate_layers, evaluate_rows, held_out_rows
+    # On rows of a cache
+
+    def _on_rows(self, sae: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """Measurement, figures, and rows of the table besides: one for each layer or site."""
+        from apportion.evals import evaluate_layers, evaluate_rows
+        from apportion.evals.rows import halves, recalibrate, unseen_rows
 
         trained_on = sae.info.get("source", {})
         folder = self.acts or trained_on.get("folder")
         if folder is None or not Path(folder).exists():
             raise ValueError(
-                f"The cache that {self.run_folder} was trained on is not there ({folder}). "
+                f"The cache that {sae.name} was trained on is not there ({folder}). "
                 "Give --acts CACHE, or --text FILE to evaluate inside the model."
             )
         store = self._store(folder, sae)
         if self.acts is not None:
-            check_same_model(trained_on, store.describe(), str(self.acts))
-        rows = None if self.acts is not None else held_out_rows(store, trained_on["held_out_share"])
-        if kind_of(name) == "layers" and self.hookpoint is None:
-            found = evaluate_layers(sae, store, rows, max_tokens=self.tokens)
+            check_same_model(trained_on, store.describe(), str(self.acts), self.other_model)
+        rows, what = unseen_rows(store, sae, str(folder))
+        rows = rows[: self.tokens * (2 if self.recalibrate else 1)]
+        if self.recalibrate:
+            calibrate, rows = halves(store, rows)
+            recalibrate(sae, store, calibrate)
+        if kind_of(sae.name) == "layers" and self.hookpoint is None:
+            found = evaluate_layers(sae, store, rows)
             layers = {hookpoint: one.result() for hookpoint, one in found.layers.items()}
             figures = found.pooled.result() | {"layers": layers, "layer_statistics": found.statistics.result()}
-            return {name: found.pooled}, figures, layers
-        measurements = evaluate_rows({name: sae}, store, rows, max_tokens=self.tokens)
-        figures = measurements[name].result()
+            return found.pooled, figures | {"rows": what}, layers
+        measurement = evaluate_rows({sae.name: sae}, store, rows)[sae.name]
+        figures = measurement.result() | {"rows": what}
         each = enumerate(zip(store.hookpoint.split(","), figures.get("fvu_sites", []), strict=False))
         sites = {f"site {i}, {name}": {**figures, "fvu": fvu, "fvu_unfiltered": None} for i, (name, fvu) in each}
-        return measurements, figures, sites
+        return measurement, figures, sites
 
     def _store(self, folder: str | Path, sae: Any) -> Any:
         """What to evaluate on; for an SAE of all layers its layers side by side, because that is how they are read."""
@@ -122,25 +140,58 @@ class Eval:
         store = open_rows(folder, sae.name, sae.hookpoint, getattr(sae, "target_hookpoint", None))
         return SitesStore(store.stores) if kind_of(sae.name) == "layers" else store
 
-    def _in_model(self, name: str, sae: Any) -> Any:
-        from apportion.activations import TokenFilter, load_model, read_contexts
+    # Inside the language model
+
+    def _load(self, saes: dict[str, Any]) -> tuple[Any, Any, str]:
+        """The model that all SAEs belong to, its tokenizer and name."""
+        from apportion.activations.fingerprint import model_fingerprint
+
+        names = {sae.info.get("source", {}).get("model", {}).get("name_or_path") for sae in saes.values()}
+        if self.model is None and (len(names) > 1 or None in names):
+            raise ValueError(
+                "This SAE does not say which model and hookpoint it belongs to. Give --model."
+                if None in names
+                else f"The SAEs belong to different models ({', '.join(map(str, names))}): evaluate them one by one."
+            )
+        if any(sae.hookpoint is None for sae in saes.values()):
+            raise ValueError("This SAE does not say which model and hookpoint it belongs to. Give --model.")
+        self.corpus.source()  # mistakes show before the model is loaded
+        name = self.model or str(names.pop())
+        dtypes = {sae.info.get("source", {}).get("model_dtype") for sae in saes.values()}
+        model, tokenizer = self.loading.load(name, dtypes.pop() if len(dtypes) == 1 else None)
+        found = {"model": model_fingerprint(model)}
+        for sae in saes.values():
+            check_same_model(sae.info.get("source", {}), found, name, self.other_model)
+        return model, tokenizer, name
+
+    def _in_model(self, sae: Any, model: Any, tokenizer: Any, name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        from apportion.activations import TokenFilter, read_contexts
         from apportion.activations.filter import trained_filter
-        from apportion.activations.model import check_context_tokens, model_fingerprint
+        from apportion.activations.model import check_context_tokens, width_at
         from apportion.evals import evaluate_model
+        from apportion.evals.language_model import recalibrate_in_model
 
         trained_on = sae.info.get("source", {})
-        model_name = self.model or trained_on.get("model", {}).get("name_or_path")
-        if model_name is None or sae.hookpoint is None:
-            raise ValueError("This SAE does not say which model and hookpoint it belongs to. Give --model.")
-        text = self.corpus.source()
-        model, tokenizer = load_model(model_name)
-        check_same_model(trained_on, {"model": model_fingerprint(model)}, model_name)
-        model.to(best_device(self.device))
         hookpoint, target = self.hookpoint or sae.hookpoint, getattr(sae, "target_hookpoint", None)
+        if (width := width_at(model, hookpoint)) != sae.d_in:
+            raise ValueError(
+                f"{name} has width {width} at {hookpoint}, and the SAE takes {sae.d_in}. Use its own model."
+            )
         filters = [trained_filter(trained_on, h) or TokenFilter(norm_outlier=0.0) for h in (hookpoint, target)]
         context_tokens = self.context_tokens or trained_on.get("context_tokens", 256)
         check_context_tokens(model, context_tokens)
-        bos = trained_on.get("bos", "auto")
-        contexts = read_contexts(tokenizer, text, tokens=self.tokens, context_tokens=context_tokens, bos=bos)
+        bos, text = trained_on.get("bos", "auto"), self.corpus.source()
+        wanted = self.tokens * (2 if self.recalibrate else 1)
+        contexts = read_contexts(tokenizer, text, tokens=wanted, context_tokens=context_tokens, bos=bos)
+        if self.recalibrate:
+            if len(contexts) < 2:
+                raise ValueError("--recalibrate needs two contexts of text or more: give more --tokens, or more text.")
+            recalibrate_in_model(sae, model, contexts[::2], filters[0], hookpoint=hookpoint)
+            contexts = contexts[1::2]
         pair = None if target is None else (target, filters[1])
-        return evaluate_model({name: sae}, model, contexts, filters[0], hookpoint=hookpoint, target=pair)
+        found, entropies = evaluate_model(
+            {sae.name: sae}, model, contexts, filters[0], hookpoint=hookpoint, target=pair
+        )
+        measurement = found[sae.name]
+        what = {"rows": f"text {text.where}" if isinstance(text.where, str | Path) else "text", "model": name}
+        return measurement, measurement.result() | entropies.of(sae.name) | what, {}

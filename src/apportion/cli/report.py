@@ -35,7 +35,7 @@ class Report:
 
     def run(self) -> None:
         from apportion.activations import load_model
-        from apportion.activations.model import model_fingerprint
+        from apportion.activations.fingerprint import model_fingerprint
         from apportion.evals.report import check_report, make_report
         from apportion.interop.load import load
 

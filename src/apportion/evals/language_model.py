@@ -7,12 +7,15 @@
 
 A transcoder is measured where it predicts: its target is what is replaced, by what it makes of its own hookpoint.
 Rows that the token filter leaves out stay untouched everywhere, in the ablations too. The rows seen on the way are
-measured like those of a cache. Cross-entropy is over all predictions within a context.
+measured like those of a cache. Cross-entropy is over all predictions within a context. Padding takes no part in
+anything. A model that does not predict the next token (an encoder, say) has no cross-entropy: then rows are all that is
+measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,12 +25,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.activations.effect import check_read
 from apportion.activations.filter import TokenFilter
-from apportion.activations.hookpoints import hooked
+from apportion.activations.hookpoints import capture, hooked
+from apportion.activations.model import in_eval_mode, predicts_next, run_contexts
+from apportion.activations.passes import parameters_of
 from apportion.activations.progress import progress_bar
 from apportion.architectures import SAE
 from apportion.evals.measure import Measurement
 from apportion.metrics import recovered
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,14 +46,18 @@ class CrossEntropies:
     predictions: dict[str, int] = field(default_factory=dict)
 
     def add(self, variant: str, losses: Float[Tensor, "n pos"]) -> None:
-        self.sums[variant] = self.sums.get(variant, 0.0) + losses.double().sum().item()
-        self.predictions[variant] = self.predictions.get(variant, 0) + losses.numel()
+        """`losses` are NaN where there is no prediction."""
+        known = losses[~losses.isnan()]
+        self.sums[variant] = self.sums.get(variant, 0.0) + known.double().sum().item()
+        self.predictions[variant] = self.predictions.get(variant, 0) + known.numel()
 
     def mean(self, variant: str) -> float:
         return self.sums[variant] / self.predictions[variant]
 
     def of(self, sae: str) -> dict[str, float]:
-        """Everything about one SAE."""
+        """Everything about one SAE; empty if the model has no cross-entropy."""
+        if "clean" not in self.sums:
+            return {}
         clean, spliced, zero, mean = (self.mean(v) for v in ("clean", f"sae:{sae}", "zero", "mean"))
         return {
             "ce_clean": clean,
@@ -68,46 +80,81 @@ def evaluate_model(
     *,
     hookpoint: str,
     target: tuple[str, TokenFilter] | None = None,
+    attention_mask: Bool[Tensor, "n context_tokens"] | None = None,
     batch_contexts: int = 4,
     progress: bool = True,
 ) -> tuple[dict[str, Measurement], CrossEntropies]:
     """Measure SAEs of one hookpoint on `contexts`; clean and ablated passes are shared by all of them.
 
     For transcoders `target` is the hookpoint they predict and its token filter; rows have to pass both filters.
+    `attention_mask` is False for padding; None: there is none. The model is run in eval mode. ValueError for a
+    hookpoint that nothing in the model reads.
     """
-    replaced = hookpoint if target is None else target[0]
+    filters = {hookpoint: token_filter} | ({} if target is None else dict([target]))
+    *_, replaced = filters
+    check_read(model, replaced)
+    predicts = predicts_next(model)
+    if not predicts:
+        logger.warning("%s does not predict the next token: there is no cross-entropy", type(model).__name__)
     measurements = {name: Measurement(sae) for name, sae in saes.items()}
     entropies = CrossEntropies()
     total = _Sum()
+    kept = torch.ones_like(contexts, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    batches = list(zip(contexts.split(batch_contexts), kept.split(batch_contexts), strict=True))
     masks: list[Bool[Tensor, "n context_tokens"]] = []
-    done, passes = 0, contexts.numel() * (len(saes) + 3)
-    with progress_bar("evaluating", passes, show=progress) as show:
-        for ids in contexts.split(batch_contexts):
-            (x, *others), losses = _clean(model, ids, [hookpoint] if target is None else [hookpoint, replaced])
-            positions = torch.arange(ids.shape[1]).expand_as(ids)
-            mask = token_filter.mask(x, ids.to(x.device), positions.to(x.device))
-            y = x
-            if target is not None:
-                y = others[0]
-                mask &= target[1].mask(y, ids.to(x.device), positions.to(x.device))
+    done, passes = 0, contexts.numel() * (len(saes) + 3 if predicts else 1)
+    with progress_bar("evaluating", passes, show=progress) as show, in_eval_mode(model):
+        for ids, attended in batches:
+            seen, losses = _clean(model, ids, attended, list(filters), predicts)
+            x, y = seen[hookpoint], seen[replaced]
+            attended = attended.to(x.device)
+            positions = (attended.cumsum(1) - 1).clamp_min(0)
+            mask = attended.clone()
+            for name, one in filters.items():
+                mask &= one.mask(seen[name], ids.to(x.device), positions)
             masks.append(mask)
-            entropies.add("clean", losses)
             total.add(y[mask])
-            difficulty = F.pad(losses, (0, 1), value=torch.nan)
+            difficulty = None
+            if losses is not None:
+                entropies.add("clean", losses)
+                difficulty = F.pad(losses, (0, 1), value=torch.nan)[attended]
             for name, measurement in measurements.items():
-                y_hat = measurement.add(
-                    x.flatten(0, 1), mask.flatten(), difficulty.flatten(), None if target is None else y.flatten(0, 1)
-                )
-                entropies.add(f"sae:{name}", _replaced(model, ids, replaced, mask, y_hat.reshape(y.shape)))
-            done += ids.numel() * (len(saes) + 1)
+                y_hat = torch.zeros_like(y)
+                y_hat[attended] = measurement.add(
+                    x[attended], mask[attended], difficulty, None if target is None else y[attended]
+                ).to(y)
+                if predicts:
+                    entropies.add(f"sae:{name}", _replaced(model, ids, attended, replaced, mask, y_hat))
+            done += ids.numel() * (len(saes) + 1 if predicts else 1)
             show(done)
         mean = total.mean()
-        for ids, mask in zip(contexts.split(batch_contexts), masks, strict=True):
+        for (ids, attended), mask in zip(batches if predicts else (), masks if predicts else (), strict=True):
             for name, vector in (("zero", torch.zeros_like(mean)), ("mean", mean)):
-                entropies.add(name, _replaced(model, ids, replaced, mask, vector))
+                entropies.add(name, _replaced(model, ids, attended, replaced, mask, vector))
             done += 2 * ids.numel()
             show(done)
     return measurements, entropies
+
+
+@torch.inference_mode()
+def recalibrate_in_model(
+    sae: SAE,
+    model: Any,
+    contexts: Int[Tensor, "n context_tokens"],
+    token_filter: TokenFilter,
+    *,
+    hookpoint: str,
+    batch_contexts: int = 4,
+) -> float:
+    """Set the thresholds of an SAE anew, on rows of `contexts` that pass the filter; returns the L0 there."""
+
+    def rows() -> Iterator[Tensor]:
+        for ids in contexts.split(batch_contexts):
+            x = run_contexts(model, [hookpoint], ids)[hookpoint].float()
+            positions = torch.arange(ids.shape[1], device=x.device).repeat(len(ids))
+            yield x[token_filter.mask(x, ids.flatten().to(x.device), positions)]
+
+    return sae.calibrate(rows())
 
 
 class _Sum:
@@ -127,29 +174,56 @@ class _Sum:
 
 
 def _clean(
-    model: Any, ids: Tensor, hookpoints: list[str]
-) -> tuple[list[Float[Tensor, "n pos d"]], Float[Tensor, "n pos_minus_1"]]:
+    model: Any, ids: Tensor, attended: Tensor, hookpoints: list[str], predicts: bool
+) -> tuple[dict[str, Float[Tensor, "n pos d"]], Float[Tensor, "n pos_minus_1"] | None]:
     """Activations at the hookpoints and losses of the untouched model."""
     seen: dict[str, Tensor] = {}
 
     def look(hookpoint: str, x: Tensor) -> None:
         seen[hookpoint] = x.float().clone()
 
+    if not predicts:
+        found = capture(model, hookpoints, stop=True, **_inputs(model, ids, attended))
+        return {name: x.float().reshape(*ids.shape, -1) for name, x in found.items()}, None
     with hooked(model, {name: partial(look, name) for name in hookpoints}):
-        losses = token_losses(model, ids)
-    return [seen[name] for name in hookpoints], losses
+        losses = token_losses(model, ids, attended)
+    return {name: x.reshape(*ids.shape, -1) for name, x in seen.items()}, losses
 
 
-def _replaced(model: Any, ids: Tensor, hookpoint: str, mask: Tensor, new: Tensor) -> Float[Tensor, "n pos_minus_1"]:
+def _replaced(
+    model: Any, ids: Tensor, attended: Tensor, hookpoint: str, mask: Tensor, new: Tensor
+) -> Float[Tensor, "n pos_minus_1"]:
     """Losses with the rows of `mask` replaced by those of `new` (or by one vector)."""
-    with hooked(model, {hookpoint: lambda x: torch.where(mask[..., None], new.to(x), x)}):
-        return token_losses(model, ids)
+
+    def replace(x: Tensor) -> Tensor:
+        rows = new if new.ndim == 1 else new.reshape(x.shape)
+        return torch.where(mask.reshape(x.shape[:-1])[..., None], rows.to(x), x)
+
+    with hooked(model, {hookpoint: replace}):
+        return token_losses(model, ids, attended)
 
 
-def token_losses(model: Any, ids: Int[Tensor, "n pos"]) -> Float[Tensor, "n pos_minus_1"]:
-    """Cross-entropy in nats of each next token."""
-    device = next(model.parameters()).device
-    ids = ids.long().to(device)
-    logits = model(input_ids=ids, use_cache=False).logits
+def token_losses(
+    model: Any, ids: Int[Tensor, "n pos"], attended: Bool[Tensor, "n pos"] | None = None
+) -> Float[Tensor, "n pos_minus_1"]:
+    """Cross-entropy in nats of each next token; NaN where it or the token before is padding."""
+    inputs = _inputs(model, ids, attended)
+    ids = inputs["input_ids"]
+    logits = model(**inputs, use_cache=False).logits
     pairs = zip(logits, ids, strict=True)
-    return torch.stack([F.cross_entropy(one[:-1].float(), target[1:], reduction="none") for one, target in pairs])
+    losses = torch.stack([F.cross_entropy(one[:-1].float(), target[1:], reduction="none") for one, target in pairs])
+    if "attention_mask" not in inputs or attended is None:
+        return losses
+    known = (attended[:, :-1] & attended[:, 1:]).to(losses.device)
+    return losses.masked_fill(~known, torch.nan)
+
+
+def _inputs(model: Any, ids: Tensor, attended: Tensor | None) -> dict[str, Tensor]:
+    """What the model is given: with padding also where it is, and positions that do not count it."""
+    device = next(model.parameters()).device
+    inputs = {"input_ids": ids.long().to(device)}
+    if attended is not None and not bool(attended.all()):
+        inputs["attention_mask"] = attended.long().to(device)
+        if "position_ids" in parameters_of(model):
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    return inputs

@@ -43,16 +43,29 @@ class Measurement:
     ) -> Float[Tensor, " n *out"]:
         """Measure raw rows, of which `mask` take part; returns the reconstruction of all of them.
 
+        Rows that do not take part may hold anything: those with NaN or infinity count nowhere, and are returned as 0.
         `difficulty` is the model's cross-entropy of the prediction made at each row (NaN where there is none);
         `target` is what is to be reconstructed, if not x.
         """
         if self.sae.needs_target and target is None:
             raise ValueError(f"{self.sae.name} predicts a target from x: it can only be measured against one.")
-        x = x.to(self.sae.mean.device)
+        x, mask = x.to(self.sae.mean.device), mask.to(self.sae.mean.device)
+        y = x if target is None else target.to(x.device)
+        usable = mask | (_finite_rows(x) & _finite_rows(y))
+        if not bool(usable.all()):
+            y_hat = torch.zeros_like(y)
+            y_hat[usable] = self.add(
+                x[usable],
+                mask[usable],
+                None if difficulty is None else difficulty[usable.to(difficulty.device)],
+                None if target is None else y[usable],
+            )
+            self.rows += int((~usable).sum())
+            return y_hat
         with self.sae.in_eval_mode():
             latents = self.sae.encode(x)
             y_hat = self.sae.decode(latents, x)
-        self.record(x, mask, latents, x if target is None else target.to(x.device), y_hat, difficulty)
+        self.record(x, mask, latents, y, y_hat, difficulty)
         return y_hat
 
     def record(
@@ -123,3 +136,7 @@ class Measurement:
         if int((density > least).sum()) < 3:
             return None
         return vars(fit_zipf(density, min_density=least))
+
+
+def _finite_rows(x: Float[Tensor, " n *row"]) -> Bool[Tensor, " n"]:
+    return x.flatten(1).isfinite().all(1)

@@ -29,6 +29,45 @@ def held_out_rows(store: Rows, held_out_share: float) -> Int[Tensor, " n"]:
     return rows
 
 
+def unseen_rows(store: Rows, sae: SAE, where: str) -> tuple[Int[Tensor, " n"], str]:
+    """Rows of a cache that an SAE was neither trained nor calibrated on, whole contexts in order; and what they are.
+
+    ValueError if what it has seen of the cache is not known: it was trained on the same text, cut in another way.
+    """
+    source, found = sae.info.get("source", {}), store.describe()
+    text = source.get("text") or {}
+    if "tokens_sha256" in source:
+        same = source["tokens_sha256"] == found["tokens_sha256"]
+    else:  # of an older run
+        same = all(source.get(name, store) == found.get(name) for name in ("text", "rows", "contexts"))
+    if same and "held_out_share" in source:
+        rows = held_out_rows(store, source["held_out_share"])
+        return rows, f"held-out rows of {where}, which the SAE was trained on"
+    named = {name: text.get(name) for name in ("where", "split", "config", "field")}
+    if same or (named["where"] and all((found.get("text") or {}).get(n) == v for n, v in named.items())):
+        raise ValueError(
+            f"{where} holds activations of the text that the SAE was trained on ({named['where']}), but not those of "
+            "its training cache, so what it has seen of them is not known. Evaluate on text it was not trained on."
+        )
+    return torch.arange(store.rows), f"rows of {where}"
+
+
+def halves(store: Rows, rows: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
+    """Every other context of `rows` each: to calibrate on, and to evaluate on. ValueError for a single context."""
+    contexts = store.contexts[rows]
+    number = (contexts.diff(prepend=contexts[:1]) != 0).cumsum(0)
+    first, second = rows[number % 2 == 0], rows[number % 2 == 1]
+    if not len(second):
+        raise ValueError("One context cannot be split into two halves: give more tokens to evaluate on.")
+    return first, second
+
+
+def recalibrate(sae: SAE, store: Rows, rows: Int[Tensor, " n"]) -> float:
+    """Set the thresholds of an SAE anew, on the rows of a cache that pass its filter; returns the L0 there."""
+    kept = rows[store.mask[rows]]
+    return sae.calibrate(store.batch(indices) for indices in kept.split(CHUNK))
+
+
 def evaluate_rows(
     saes: Mapping[str, SAE],
     store: Rows,

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("k", "k", "g"),
     ("fvu", "FVU", ".4f"),
     ("fvu_unfiltered", "unfilt.", ".4f"),
     ("l0", "L0", ".2f"),
@@ -18,6 +19,10 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("recovered_mean", "rec.µ", ".4f"),
     ("l0_difficulty_correlation", "r(L0,CE)", ".2f"),
 )
+
+
+OFF_BUDGET = 0.05
+"""An L0 that is further from k than this share is pointed out: figures at different L0 do not compare."""
 
 
 def print_table(results: Mapping[str, Mapping[str, Any]], console: Console | None = None) -> None:
@@ -35,10 +40,25 @@ def print_table(results: Mapping[str, Mapping[str, Any]], console: Console | Non
     mode = modes.pop() if len(modes) == 1 else "eval mode"
     console = console or Console()
     console.print(table)
+    for name, result in results.items():
+        if (budget := off_budget(result)) is not None:
+            console.print(f"{name}: {budget}", style="bold yellow", highlight=False)
     console.print(
-        f"{first['tokens']:,} held-out tokens, {mode}; {first['filtered_share']:.2%} of tokens filtered out. "
+        f"{first['tokens']:,} tokens ({first.get('rows', 'held-out')}), {mode}; {first['filtered_share']:.2%} of "
+        "tokens filtered out. "
         "Dead: never active on these tokens. unfilt.: FVU over all tokens. ΔCE: loss that splicing adds, in nats; "
         "rec.0, rec.µ: share of it recovered against zero and mean ablation.",
         style="dim",
         highlight=False,
+    )
+
+
+def off_budget(result: Mapping[str, Any]) -> str | None:
+    """A sentence if the SAE takes clearly more or fewer latents here than its budget says; None if not."""
+    k, l0 = result.get("k"), result.get("l0")
+    if not k or l0 is None or abs(l0 / k - 1) <= OFF_BUDGET:
+        return None
+    return (
+        f"L0 is {l0:.2f} here, and k is {k:g}: the thresholds were calibrated on other text. Figures at another L0 do "
+        "not compare; --recalibrate sets the thresholds on half of the tokens and evaluates on the other half."
     )
