@@ -122,8 +122,8 @@ def choose_from(names: Iterable[str], wanted: str) -> list[str]:
 
 
 def middle_layer(model: nn.Module) -> str:
-    """The hookpoint at the output of the middle layer: of the longest list of modules, in the text tower if there are
-    several towers."""
+    """The hookpoint at the output of the middle layer: of the list of modules that is as long as the model has layers,
+    else of the longest; in the text tower if there are several towers, in the encoder if there is a decoder too."""
     stacks = [(len(m), name) for name, m in modules_of(model).items() if isinstance(m, nn.ModuleList) and len(m)]
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -132,7 +132,8 @@ def middle_layer(model: nn.Module) -> str:
         stacks = [s for s in stacks if any(s[1].startswith(f"{tower}.") for tower in towers)] or stacks
     if not stacks:
         raise ValueError(f"{type(model).__name__} has no list of layers to find the middle of: give a hookpoint")
-    length, name = max(stacks, key=lambda stack: stack[0])
+    layers = getattr(text, "num_hidden_layers", None)
+    length, name = next((stack for stack in stacks if stack[0] == layers), max(stacks, key=lambda stack: stack[0]))
     return f"{name}.{(length - 1) // 2}"
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from apportion import embedded
 from apportion.activations.filter import row_norms
-from apportion.activations.hookpoints import capture
-from apportion.activations.passes import parameters_of
+from apportion.activations.hookpoints import Hookpoint, capture
+from apportion.activations.passes import modules_of, parameters_of
 from apportion.activations.store import torch_dtype
 
 logger = logging.getLogger(__name__)
@@ -65,17 +65,27 @@ def load_model(
             f'tokenizer, a Hub id that is reachable from here, or "embedded" ({reason})'
         ) from error
     _check_complete(model, sorted(loading["missing_keys"]), name)
-    try:
-        with _quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+    tokenizer = _tokenizer(transformers, where)
+    if tokenizer is None:
+        logger.warning("%s has no tokenizer: give token ids in place of text", name)
+    else:
         tokenizer.name_or_path = name
-    except NO_TOKENIZER as error:
-        logger.warning("%s has no tokenizer (%s): give token ids in place of text", name, _first_line(error))
-        tokenizer = None
     model.config.name_or_path = model.name_or_path = name
     if device is not None and device_map is None:
         model.to(device)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _tokenizer(transformers: Any, where: str) -> Any:
+    """The tokenizer of a checkpoint; None if it has none (some versions then make one without a vocabulary)."""
+    try:
+        with _quiet_transformers():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    except NO_TOKENIZER as error:
+        logger.debug("no tokenizer in %s: %s", where, error)
+        return None
+    return tokenizer if len(words - set(getattr(tokenizer, "added_tokens_decoder", ()))) > 1 else None
 
 
 AUTO_CLASSES = (
@@ -119,10 +129,6 @@ def _check_complete(model: Any, missing: list[str], name: str) -> None:
         logger.warning("%s has no weights for %s: do not use hookpoints there", name, ", ".join(poolers))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def predicts_next(model: Any) -> bool:
     """True for a causal language model, whose outputs at a token are predictions of the next one."""
     config = getattr(model, "config", None)
@@ -157,6 +163,19 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _check_encoder(model: Any, hookpoints: list[str]) -> None:
+    """ValueError for a hookpoint behind the encoder of a model that has a decoder as well."""
+    if "decoder_input_ids" not in parameters_of(model) or not hasattr(model, "get_encoder"):
+        return
+    encoder = next((name for name, m in modules_of(model).items() if m is model.get_encoder()), None)
+    for hookpoint in hookpoints:
+        if encoder is not None and not f"{Hookpoint.parse(hookpoint).path}.".startswith(f"{encoder}."):
+            raise ValueError(
+                f"{hookpoint!r} is not in the encoder of {type(model).__name__}, and its decoder runs on pairs of "
+                f"texts: choose a hookpoint in {encoder!r}, or give activations of your own (ArraySource)"
+            )
+
+
 def run_contexts(
     model: nn.Module, hookpoints: list[str], ids: Int[Tensor, "n context_tokens"]
 ) -> dict[str, Float[Tensor, "rows d_in"]]:
@@ -164,16 +183,9 @@ def run_contexts(
     inputs: dict[str, Any] = {"input_ids": ids.long().to(next(model.parameters()).device)}
     if "use_cache" in parameters_of(model):
         inputs["use_cache"] = False
+    _check_encoder(model, hookpoints)
     with torch.inference_mode(), in_eval_mode(model):
-        try:
-            seen = capture(model, hookpoints, **inputs)
-        except ValueError as error:
-            if "decoder_input_ids" not in str(error):
-                raise
-            raise ValueError(
-                f"{hookpoints[0]!r} is in the decoder of {type(model).__name__}, which runs on pairs of texts: choose "
-                "a hookpoint in its encoder, or give activations of your own (ArraySource)"
-            ) from error
+        seen = capture(model, hookpoints, **inputs)
     for name, x in seen.items():
         if x.ndim not in (2, 3) or x.shape[:-1].numel() != ids.numel():
             raise ValueError(
