@@ -1,6 +1,6 @@
 """Rules of allocation: which token-latent matches become non-zero. One file, one rule; to add one, add it here."""
 
-from apportion.allocation.base import Candidates, Rule, Settled, StepContext, WarmStart
+from apportion.allocation.base import Candidates, Pool, Rule, Settled, StepContext, WarmStart
 from apportion.allocation.feature_choice import FeatureChoice
 from apportion.allocation.learned_threshold import LearnedThreshold
 from apportion.allocation.mutual_choice import MutualChoice
@@ -21,6 +21,7 @@ __all__ = [
     "FeatureChoice",
     "LearnedThreshold",
     "MutualChoice",
+    "Pool",
     "Rule",
     "Settled",
     "StepContext",

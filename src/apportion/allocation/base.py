@@ -45,6 +45,17 @@ class Settled:
     next_bounds: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Pool:
+    """The best matches of many tokens, for calibration: all with an affinity above `floor` (a scalar, or one per
+    latent; 0: all there are)."""
+
+    latents: Int[Tensor, " n"]
+    affinity: Float[Tensor, " n"]
+    tokens: int
+    floor: Tensor
+
+
 @dataclass
 class WarmStart:
     """Bounds carried from batch to batch. The trainer owns it: `encode` without one changes nothing anywhere."""
@@ -129,12 +140,12 @@ class Rule(nn.Module, ABC):
     def check_batch(self, batch_tokens: int) -> None:
         """Raise ValueError if the rule cannot work with this batch size; called once before training."""
 
-    def generous(self) -> Rule:
-        """The same rule with a larger budget, for collecting the affinities around its cut (calibration)."""
+    def wanted(self, tokens: int) -> int | Int[Tensor, " d_sae"]:
+        """How many matches of so many tokens thresholds are to let through: in all, or of each latent."""
         raise TypeError(f"{type(self).__name__} has no budget to calibrate.")
 
-    def set_threshold(self, latents: Int[Tensor, " n"], affinity: Float[Tensor, " n"], tokens: int) -> None:
-        """Set the eval-mode threshold from pooled matches of `tokens` tokens so that the expected L0 is k."""
+    def set_threshold(self, pool: Pool) -> bool:
+        """Set the eval-mode threshold so that the expected L0 is k; False if the pool does not reach down to it."""
         raise TypeError(f"{type(self).__name__} has no threshold to set.")
 
     def relaxed(self, factor: float) -> Rule:

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from apportion.allocation.base import (
     Candidates,
+    Pool,
     Rule,
     Settled,
     StepContext,
@@ -47,8 +48,6 @@ from apportion.allocation.base import (
     total_matches,
 )
 from apportion.allocation.mutual_choice import (
-    MutualChoice,
-    MutualChoiceConfig,
     best_anywhere,
     likely_bound,
     scalar_threshold,
@@ -181,19 +180,23 @@ class FeatureChoice(Rule):
 
     # Thresholds for eval mode
 
-    def generous(self) -> Rule:
-        if self.in_mutual_phase:
-            return MutualChoice(MutualChoiceConfig(k=self.config.k), self.d_sae).generous()
-        return _Generous(self.config, self.d_sae, self.density)
-
-    def set_threshold(self, latents: Tensor, affinity: Tensor, tokens: int) -> None:
+    def wanted(self, tokens: int) -> int | Int[Tensor, " d_sae"]:
         total = total_matches(self.config.k, tokens)
+        return total if self.in_mutual_phase else integer_budgets(self.density, total, cap=tokens)
+
+    def set_threshold(self, pool: Pool) -> bool:
+        total = total_matches(self.config.k, pool.tokens)
         if self.in_mutual_phase:
-            self.threshold.fill_(scalar_threshold(affinity, total))
-            return
+            threshold = scalar_threshold(pool, total)
+            if threshold is not None:
+                self.threshold.fill_(threshold)
+            return threshold is not None
         # A latent that has too few positive affinities leaves its share to the others, so that the expected L0 is k.
+        latents, affinity, cut_off = pool.latents, pool.affinity, pool.floor > 0
         available = torch.bincount(latents, minlength=self.d_sae)
-        wanted = integer_budgets(self.density, total, cap=available)
+        wanted = integer_budgets(self.density, total, cap=torch.where(cut_off, pool.tokens, available))
+        if bool((cut_off & (wanted >= available)).any()):
+            return False
         inside, outside = affinity.new_zeros(2, self.d_sae)
         for first in range(0, self.d_sae, step := -(-self.d_sae // POOL_PARTS)):
             part = ((latents >= first) & (latents < first + step)).nonzero().squeeze(1)
@@ -205,6 +208,7 @@ class FeatureChoice(Rule):
         # All matches found are wanted: stay just below the smallest, for there may be more beyond the pool.
         outside = torch.where(wanted == available, torch.nextafter(inside, torch.zeros_like(inside)), outside)
         self.threshold.copy_(threshold_between(inside, outside))
+        return True
 
 
 def best_of_each_latent(candidates: Candidates, budget: Int[Tensor, " d_sae"]) -> Settled:
@@ -223,26 +227,3 @@ def best_of_each_latent(candidates: Candidates, budget: Int[Tensor, " d_sae"]) -
     )
     next_bounds[latents[reach]] = affinity[reach]
     return Settled(keep=rank < budget[latents], cut=cut, next_bounds=next_bounds)
-
-
-@final
-class _Generous(Rule):
-    """Feature Choice with room to spare for every latent: twice its budget, and at least eight tokens more."""
-
-    batch_coupled = True
-
-    def __init__(self, config: FeatureChoiceConfig, d_sae: int, density: Tensor) -> None:
-        super().__init__(config, d_sae)
-        self.density = density
-
-    def budget(self, tokens: int) -> Tensor:
-        budget = integer_budgets(self.density, total_matches(self.config.k, tokens), cap=tokens)
-        return (2 * budget + 8).clamp_max(tokens)
-
-    def bounds(self, warm: WarmStart | None) -> Tensor:
-        bounds = super().bounds(warm)
-        return self.density.new_full((self.d_sae,), torch.inf) if bounds is None else bounds
-
-    def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
-        assert isinstance(budget, Tensor)
-        return best_of_each_latent(candidates, budget)

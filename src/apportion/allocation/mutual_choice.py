@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apportion.allocation.annealing import AnnealedConfig, AnnealedRule
-from apportion.allocation.base import Candidates, Settled, largest, threshold_between, total_matches
+from apportion.allocation.base import Candidates, Pool, Settled, largest, threshold_between, total_matches
 
 MARGIN = 0.9
 """The next batch is scanned above this share of the last cut: lower means more candidates, higher more second looks."""
@@ -54,11 +54,14 @@ class MutualChoice(AnnealedRule):
     def first_bounds(self, affinity: Tensor) -> Tensor:
         return likely_bound(affinity, self.budget(affinity.shape[0]))
 
-    def generous(self) -> MutualChoice:
-        return MutualChoice(MutualChoiceConfig(k=min(2 * self.config.k, self.d_sae)), self.d_sae)
+    def wanted(self, tokens: int) -> int:
+        return total_matches(self.config.k, tokens)
 
-    def set_threshold(self, latents: Tensor, affinity: Tensor, tokens: int) -> None:
-        self.threshold.copy_(scalar_threshold(affinity, total_matches(self.config.k, tokens)))
+    def set_threshold(self, pool: Pool) -> bool:
+        threshold = scalar_threshold(pool, self.wanted(pool.tokens))
+        if threshold is not None:
+            self.threshold.copy_(threshold)
+        return threshold is not None
 
 
 def best_anywhere(candidates: Candidates, budget: int) -> Settled:
@@ -75,11 +78,13 @@ def likely_bound(affinity: Float[Tensor, "rows d_sae"], budget: int) -> Float[Te
     return MARGIN * affinity.flatten().topk(count, sorted=False).values.min().clamp_min(0)
 
 
-def scalar_threshold(affinity: Float[Tensor, " n"], wanted: int) -> Float[Tensor, ""]:
-    """The threshold that exactly `wanted` of these affinities exceed."""
+def scalar_threshold(pool: Pool, wanted: int) -> Float[Tensor, ""] | None:
+    """The threshold that exactly `wanted` matches exceed (all there are, if there are no more); None if the pool does
+    not reach down to it."""
+    affinity = pool.affinity
     if wanted == 0:
         return affinity.new_tensor(torch.inf)
     if wanted >= affinity.numel():
-        return affinity.new_zeros(())
+        return None if bool(pool.floor.max() > 0) else affinity.new_zeros(())
     best = affinity.topk(wanted + 1).values
     return threshold_between(best[-2], best[-1])

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from apportion import losses
 from apportion.allocation import Rule, StepContext, WarmStart
+from apportion.architectures.calibrate import set_thresholds
 from apportion.architectures.inputs import PER_TOKEN, Centre, InputDescription, InputNorm
 from apportion.kernels import Screen
 from apportion.latents import Latents
@@ -280,74 +281,41 @@ class SAE(nn.Module, ABC):
     def calibrate(self, xs: Float[Tensor, "*lead d_in"] | Iterable[Any]) -> float:
         """Set the eval-mode thresholds so that the expected L0 on data like `xs` is k; returns the measured L0.
 
-        `xs` are raw, filtered activations, best 100,000 rows or more that were not trained on: one tensor (taken in
-        random order), or an iterable of tensors or Batches (their mask says which rows take part) in random order. For
-        TopK no parameter changes. The measured L0 and the number of rows are recorded in `sae.info` and saved. Memory:
-        about 80 k bytes a row. Raises ValueError for no rows, NaN, or rows so far from random order that it would fail.
+        `xs` are raw, filtered activations, best 100,000 rows or more that were not trained on: one tensor, or an
+        iterable of tensors or Batches (their mask says which rows take part). Their order does not matter. For TopK no
+        parameter changes. The measured L0 and the number of rows are recorded in `sae.info` and saved. Memory: about
+        30 k bytes a row, and 1 GB. Raises ValueError for no rows, NaN, or a generator (which gives its rows only once)
+        whose rows are so far from random order that once is not enough.
         """
         was_training = self.training
+        again = isinstance(xs, Tensor) or iter(xs) is not xs
+        tokens = xs.shape[: xs.ndim - len(self.row_shape)].numel() if isinstance(xs, Tensor) else None
         try:
-            tokens, matches = (self._set_thresholds if self.allocation.batch_coupled else self._count)(self._chunks(xs))
+            if self.allocation.batch_coupled:
+                tokens, matches = set_thresholds(self, lambda: self._parts(xs), tokens, again)
+            else:
+                tokens, matches = self._count(xs)
         finally:
             self.train(was_training)
         self.info["calibration"] = {"tokens": tokens, "l0": matches / tokens}
         return matches / tokens
 
-    def _chunks(self, xs: Tensor | Iterable[Any]) -> Iterator[Tensor]:
-        """Prepared rows, CALIBRATION_CHUNK at a time."""
-        if isinstance(xs, Tensor):
-            rows = self._finite_rows(xs)
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(rows.device)
-            xs = (rows[ids] for ids in order.split(CALIBRATION_CHUNK))
-        parts = (
-            part
-            for x in xs
-            for part in self._finite_rows(x if isinstance(x, Tensor) else x.rows().x).split(CALIBRATION_CHUNK)
-        )
-        waiting = self.mean.new_zeros(0, *self.row_shape, dtype=self.dtype)
-        empty = True
-        for part in parts:
-            waiting = torch.cat([waiting, part.to(waiting.device)])
-            empty = empty and not len(part)
-            if len(waiting) >= CALIBRATION_CHUNK:
-                yield self.input.apply_to(waiting[:CALIBRATION_CHUNK])
-                waiting = waiting[CALIBRATION_CHUNK:]
-        if len(waiting):
-            yield self.input.apply_to(waiting)
-        if empty:
-            raise ValueError("calibrate needs at least one row of activations, got none.")
+    def _parts(self, xs: Tensor | Iterable[Any]) -> Iterator[Tensor]:
+        """Prepared rows, at most CALIBRATION_CHUNK at a time."""
+        for x in [xs] if isinstance(xs, Tensor) else xs:
+            rows = self._finite_rows(x if isinstance(x, Tensor) else x.rows().x)
+            for part in rows.split(CALIBRATION_CHUNK) if len(rows) else ():
+                yield self.input.apply_to(part.to(self.mean.device))
 
-    def _count(self, chunks: Iterator[Tensor]) -> tuple[int, int]:
+    def _count(self, xs: Tensor | Iterable[Any]) -> tuple[int, int]:
         self.eval()
         tokens = matches = 0
-        for x in chunks:
+        for x in self._parts(xs):
             latents = self.encode_scaled(x)
             tokens, matches = tokens + latents.tokens, matches + latents.nnz
+        if not tokens:
+            raise ValueError("calibrate needs at least one row of activations, got none.")
         return tokens, matches
-
-    def _set_thresholds(self, chunks: Iterator[Tensor]) -> tuple[int, int]:
-        """Pool the matches of a generous budget; the thresholds lie among them."""
-        generous = self.allocation.generous().to(self.mean.device)
-        warm, tokens, highest_cut = WarmStart(), 0, 0.0
-        ids, affinities = [], []
-        for x in chunks:
-            found = self.encode_scaled_by(generous, x, warm)
-            ids.append(found.indices.int())
-            affinities.append(self.affinities(found))
-            tokens += found.tokens
-            budget = generous.budget(found.tokens)
-            if isinstance(budget, int) and found.nnz == budget:
-                highest_cut = max(highest_cut, affinities[-1].min().item())
-        pooled, latents = torch.cat(affinities), torch.cat(ids)
-        self.allocation.set_threshold(latents, pooled, tokens)
-        theta = self.allocation.threshold
-        if theta.ndim == 0 and highest_cut > theta.item():
-            self.allocation.forget_threshold()
-            raise ValueError(
-                "calibrate: some stretches of the rows need more than twice the budget, which spoils the threshold. "
-                "Give the rows in random order, or as one tensor."
-            )
-        return tokens, int((pooled > (theta if theta.ndim == 0 else theta[latents])).sum())
 
     @torch.no_grad()
     def folded(self) -> SAE:

@@ -1,0 +1,135 @@
+"""Thresholds for eval mode: where the best matches of many rows end.
+
+    wanted       matches that the rule would hand out to all rows together: k * tokens, or so many to each latent
+    threshold    what exactly the wanted ones exceed, over all rows, whatever their order and how they come in chunks
+
+The matches of many rows do not fit into memory, the wanted ones do. So a pool holds the best matches seen so far, and a
+floor under which no more are taken; the floor rises when the pool is full. While the number of rows to come is unknown,
+the pool keeps twice what the rows so far want. If in the end the threshold lay below the floor, something was
+let go that belonged to the wanted: then the rows are read again, with their number known and the floor where it has to
+be. Rows that come only once (a generator) can then not be calibrated on, which is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from apportion.allocation import Pool, Threshold
+
+if TYPE_CHECKING:
+    from apportion.architectures.base import SAE
+
+HELD = 1 << 26
+"""Matches that the pool may hold before its floor rises (0.8 GB), if the rows want fewer."""
+RESERVE = {False: 2.0, True: 1.25}
+"""How many times the wanted matches are kept, by whether the number of rows is known."""
+AT_ONCE = 1 << 25
+"""Possible matches of rows that are encoded together, while there is no floor: half of them may be made."""
+ROUNDS = 8
+"""Times that the rows are read, at most; twice is what it takes unless most latents lack matches."""
+
+Rows = Callable[[], Iterable[Float[Tensor, " n *row"]]]
+"""Prepared rows in parts, anew at each call."""
+
+
+def set_thresholds(sae: SAE, rows: Rows, tokens: int | None, again: bool) -> tuple[int, int]:
+    """Set the thresholds of the SAE's rule; returns the number of rows, and of matches above the thresholds.
+
+    `tokens` is how many rows there are, if that is known; `again`: they can be read more than once. ValueError if they
+    would have to be, and cannot.
+    """
+    reserve = RESERVE[tokens is not None]
+    for _ in range(ROUNDS):
+        pool = _pool(sae, rows, tokens, reserve)
+        if sae.allocation.set_threshold(pool):
+            theta = sae.allocation.threshold
+            above = pool.affinity > (theta if theta.ndim == 0 else theta[pool.latents])
+            return pool.tokens, int(above.sum())
+        sae.allocation.forget_threshold()
+        if not again:
+            break
+        tokens, reserve = pool.tokens, RESERVE[True] if tokens is None else 4 * reserve
+    raise ValueError(
+        "calibrate: the rows are far from random order, and reading them once is not enough to set thresholds exactly. "
+        "Give them as one tensor or a list, which can be read again, or in random order."
+    )
+
+
+def _pool(sae: SAE, rows: Rows, total: int | None, reserve: float) -> Pool:
+    """The best matches of all rows, as many as are wanted and more."""
+    pool = _Growing(sae, total, reserve)
+    for x in rows():
+        size = len(x) if pool.has_floor else max(1, AT_ONCE // sae.d_sae)
+        for part in x.split(size) if len(x) else ():
+            pool.add(part)
+    return pool.finish()
+
+
+class _Growing:
+    """A pool while rows come in."""
+
+    def __init__(self, sae: SAE, total: int | None, reserve: float) -> None:
+        self.sae, self.total, self.reserve = sae, total, reserve
+        self.tokens = 0
+        self.floor = torch.zeros_like(sae.allocation.threshold)
+        self.latents: list[Int[Tensor, " n"]] = []
+        self.affinity: list[Float[Tensor, " n"]] = []
+        self.held = 0
+
+    @property
+    def has_floor(self) -> bool:
+        return bool((self.floor > 0).any())
+
+    def add(self, x: Float[Tensor, " n *row"]) -> None:
+        rule = Threshold.at(self.floor, self.sae.d_sae)
+        found = self.sae.encode_scaled_by(rule, x)
+        self.latents.append(found.indices.int())
+        self.affinity.append(self.sae.affinities(found))
+        self.tokens += found.tokens
+        self.held += found.nnz
+        wanted = self.sae.allocation.wanted(self.total or self.tokens)
+        needed = self.reserve * int(wanted if isinstance(wanted, int) else wanted.sum()) + 16 * self.sae.d_sae
+        if self.held > max(HELD, 2 * needed):
+            self._shrink(wanted)
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        self.latents, self.affinity = [torch.cat(self.latents)], [torch.cat(self.affinity)]
+        return self.latents[0], self.affinity[0]
+
+    def _shrink(self, wanted: int | Tensor) -> None:
+        """Raise the floor to the best that has to be kept; ties with the last are kept, whoever came first."""
+        latents, affinity = self._joined()
+        self.floor = raised(self.floor, latents, affinity, wanted, self.reserve)
+        kept = affinity > (self.floor if self.floor.ndim == 0 else self.floor[latents])
+        self.latents, self.affinity = [latents[kept]], [affinity[kept]]
+        self.held = int(kept.sum())
+
+    def finish(self) -> Pool:
+        if not self.tokens:
+            raise ValueError("calibrate needs at least one row of activations, got none.")
+        latents, affinity = self._joined()
+        return Pool(latents, affinity, self.tokens, self.floor)
+
+
+def raised(floor: Tensor, latents: Tensor, affinity: Tensor, wanted: int | Tensor, reserve: float) -> Tensor:
+    """A floor just below the last match to keep: `reserve` times the wanted ones and a few more, of each latent if it
+    has its own."""
+    if isinstance(wanted, int):
+        keep = min(affinity.numel(), int(reserve * wanted) + 16)
+        last = affinity.topk(keep, sorted=False).values.min()
+        return floor.maximum(torch.nextafter(last, torch.zeros_like(last))) if keep else floor
+    keep = (reserve * wanted).long() + 16
+    order = affinity.argsort(descending=True)
+    order = order[latents[order].argsort(stable=True)]
+    counts = torch.bincount(latents, minlength=len(floor))
+    ends = counts.cumsum(0)
+    full = (counts > keep).nonzero().squeeze(1)
+    last = affinity[order[ends[full] - counts[full] + keep[full] - 1]]
+    floor = floor.clone()
+    floor[full] = floor[full].maximum(torch.nextafter(last, torch.zeros_like(last)))
+    return floor
