@@ -121,3 +121,19 @@ def test_some_latents_only():
     found = choose(p.x, p.W[ids], p.b[ids], rule, experts=experts)
     rows, latents = reference.token_choice(p.affinity[:, ids], 2).nonzero(as_tuple=True)
     assert torch.equal(found.rows, rows) and torch.equal(found.latents, latents)
+
+
+@pytest.mark.parametrize("k", [0.05, 0.3])
+@pytest.mark.parametrize("screen", [None, "bfloat16"])
+@pytest.mark.parametrize("values", [1, 3])
+def test_ties_go_to_the_earlier_token_whichever_expert_it_has(k, screen, values):
+    """Experts come one after the other, and what is thrown out meanwhile must not depend on that."""
+    p = Problem([40, 40, 40], [0, 5, 10, 15])
+    g = torch.Generator().manual_seed(1)
+    p.x, p.W, p.b = torch.ones(120, 3), torch.zeros(15, 3), torch.ones(15)
+    gates = 2.0 ** torch.randint(0, values, (120,), generator=g).float()
+    p.experts = Experts(p.experts.of, gates, p.experts.starts)
+    p.codes = torch.ones(120, 15)
+    p.affinity = (p.affinity * 0 + gates[:, None]) * (torch.arange(15) // 5 == p.experts.of[:, None])
+    check(p, MutualChoice(MutualChoiceConfig(k=k), 15), screen=screen)
+    check(p, FeatureChoice(FeatureChoiceConfig(k=k), 15), screen=screen)

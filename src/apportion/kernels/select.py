@@ -214,7 +214,7 @@ class _Scan:
                 parts = [merged[self.in_reach(merged, settled)]]
                 pending = parts[0].rows.numel()
                 if bounds is not None and settled.cut is not None:
-                    bounds = torch.maximum(bounds, settled.cut)
+                    bounds = torch.maximum(bounds, self.below(settled.cut))
                 if self.screened and pending > 2 * total + SPARE_CANDIDATES:  # too much lies within the margin
                     self.screened = False
                     return self.rows(rule, bounds, budget)
@@ -236,12 +236,21 @@ class _Scan:
         return (low.view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
 
     def in_reach(self, found: _Found, settled: Settled) -> Tensor:
-        """Marks what may be chosen in the end: the chosen; under the screen all within the margin of the cut."""
+        """Marks what may be chosen in the end: the chosen; under the screen all within the margin of the cut.
+
+        With experts an earlier token may still come, and ties at the cut are then its.
+        """
         if not self.screened:
-            return settled.keep
+            if self.product.order is None or settled.cut is None:
+                return settled.keep
+            return settled.keep | (found.affinity == _each(settled.cut, found.latents))
         if settled.cut is None:
             return torch.ones_like(settled.keep)
         return found.affinity > (1 - SCREEN_MARGIN) * _each(settled.cut, found.latents)
+
+    def below(self, cut: Tensor) -> Tensor:
+        """A bound that whatever may still be chosen exceeds; see `in_reach`."""
+        return cut if self.product.order is None else torch.nextafter(cut, torch.zeros_like(cut))
 
     def above(self, block: Block, bounds: Tensor) -> _Found:
         """Entries whose affinity exceeds the bounds (a scalar, one per column, or one per row [rows, 1]), as places."""
