@@ -17,7 +17,7 @@ from apportion.architectures import SAE, SAES, rule_choices
 PACKAGE = Path(apportion.__file__).parent
 
 ORDER = [
-    {"latents", "metrics", "losses", "disk"},
+    {"latents", "metrics", "losses", "disk", "settings", "torch_state"},
     {"allocation"},
     {"kernels"},
     {"architectures", "embedded"},
@@ -40,7 +40,7 @@ EXCEPTIONS = {
 
 HELPERS = {
     "allocation": {"annealing", "base", "zipf", "reference"},
-    "architectures": {"affine", "auxiliary", "base", "convert", "files", "inputs", "sparsity"},
+    "architectures": {"affine", "auxiliary", "base", "calibrate", "convert", "files", "inputs", "sparsity"},
 }
 """Files of these rooms that are no rule and no architecture."""
 

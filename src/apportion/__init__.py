@@ -42,6 +42,12 @@ LATER = {
 """Imported when they are first used: modules, and functions of the same name."""
 
 
+def __dir__() -> list[str]:
+    """The public names, and no others."""
+    here = ["SAE", "SAES", "Batch", "Latents", "TrainConfig", "Trainer", "ablate", "create", "splice", "steer"]
+    return sorted([*here, "to_jumprelu", *LATER])
+
+
 def __getattr__(name: str) -> Any:
     if name not in LATER:
         raise AttributeError(f"module 'apportion' has no attribute {name!r}")

@@ -39,6 +39,5 @@ def test_it_follows_a_slow_change():
 @pytest.mark.parametrize("strange", [0.0, math.inf, math.nan])
 def test_a_strange_norm_leaves_the_mean_alone(strange):
     clipping = RelativeClipping(1.0)
-    assert strange == math.inf or scale(clipping, strange) == 1
-    scale(clipping, strange)
+    assert scale(clipping, strange) == (1 if strange == 0 else 0), "gradients that are not finite are not used"
     assert [scale(clipping, 2.0), scale(clipping, 4.0)] == [1.0, pytest.approx(math.sqrt(8) / 4)]

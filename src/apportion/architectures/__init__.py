@@ -11,7 +11,6 @@ that rule: create("matryoshka", allocation="feature_choice", budgets="zipf", ...
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -31,6 +30,8 @@ from apportion.architectures.plain import Plain
 from apportion.architectures.relu import ReLU
 from apportion.architectures.switch import Switch
 from apportion.architectures.transcoder import Transcoder
+from apportion.settings import nearest, plain_number
+from apportion.torch_state import usual
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class NamedSAE:
                 f"SAEs with a choice: {', '.join(name for name, entry in SAES.items() if entry.any_rule)}."
             )
         if allocation not in [*RULES]:
-            nearest = _nearest(str(allocation), rule_choices())
-            raise ValueError(f"There is no allocation {allocation!r} to choose; {nearest}")
+            meant = nearest(str(allocation), rule_choices())
+            raise ValueError(f"There is no allocation {allocation!r} to choose; {meant}")
         if to_train and (reason := RULES[allocation].not_to_train):
             raise ValueError(
                 f"allocation = {allocation!r} cannot be chosen: {allocation} {reason}. "
@@ -201,7 +202,7 @@ SAES: dict[str, NamedSAE] = {
 def named(name: str) -> NamedSAE:
     """The SAE of that name in the table; ValueError with the nearest ones if there is none."""
     if name not in SAES:
-        raise ValueError(f"There is no SAE named {name!r}; {_nearest(name, SAES)}")
+        raise ValueError(f"There is no SAE named {name!r}; {nearest(name, SAES)}")
     return SAES[name]
 
 
@@ -219,14 +220,16 @@ def rebuild(name: str, **settings: Any) -> SAE:
     return _made(name, settings, to_train=False)
 
 
+@usual(learning=True)
 def _made(name: str, settings: dict[str, Any], to_train: bool) -> SAE:
+    settings = {setting: plain_number(value) for setting, value in settings.items()}
     entry, allocation = named(name), settings.get("allocation")
     rule_type = entry.rule_named(allocation, to_train=to_train)
     known = entry.settings(allocation, to_train=to_train)
     for setting in settings:
         if setting not in known:
             under = f" with allocation={known['allocation']!r}" if entry.any_rule else ""
-            raise ValueError(f"{name}{under} has no setting {setting!r}; {_nearest(setting, known)}")
+            raise ValueError(f"{name}{under} has no setting {setting!r}; {nearest(setting, known)}")
     if "d_sae" not in settings and (d_sae := entry.architecture.d_sae_for(settings.get("d_in", 0))):
         settings = settings | {"d_sae": d_sae}
     missing = [s for s in ("d_in", "d_sae") if s not in settings]
@@ -254,13 +257,8 @@ def _check_choices(config: Any) -> None:
         if number and get_origin(kind) is not tuple and not isinstance(value, int | float | NoneType):
             raise ValueError(f"{setting} must be a number, got {value!r}.")
         if get_origin(kind) is Literal and getattr(config, setting) not in get_args(kind):
-            nearest = _nearest(str(getattr(config, setting)), get_args(kind))
-            raise ValueError(f"{setting} cannot be {getattr(config, setting)!r}; {nearest}")
-
-
-def _nearest(word: str, known: Any) -> str:
-    close = get_close_matches(word, list(known), n=2, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known are: {', '.join(known)}."
+            meant = nearest(str(getattr(config, setting)), get_args(kind))
+            raise ValueError(f"{setting} cannot be {getattr(config, setting)!r}; {meant}")
 
 
 __all__ = ["SAES", "NamedSAE", "SAE", "SAEConfig", "create", "load", "named", "rebuild", "rule_choices", "to_jumprelu"]

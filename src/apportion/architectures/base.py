@@ -28,9 +28,19 @@ from torch import Tensor, nn
 from apportion import losses
 from apportion.allocation import Rule, StepContext, WarmStart
 from apportion.architectures.calibrate import set_thresholds
-from apportion.architectures.inputs import PER_TOKEN, Centre, InputDescription, InputNorm
+from apportion.architectures.inputs import (
+    PER_TOKEN,
+    Centre,
+    InputDescription,
+    InputNorm,
+    as_tensor,
+    first_tensor,
+    is_array,
+)
 from apportion.kernels import Screen
 from apportion.latents import Latents
+from apportion.settings import settle
+from apportion.torch_state import usual
 
 CALIBRATION_CHUNK = 4096
 """Rows that are encoded together while calibrating."""
@@ -56,6 +66,7 @@ class SAEConfig:
     """Seed of the initial weights; None uses torch's global generator."""
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in ("d_in", "d_sae"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}.")
@@ -180,6 +191,7 @@ class SAE(nn.Module, ABC):
         x = self.input.apply_to(x.to(self.mean.device, self.dtype))
         return x, x
 
+    @usual()
     def fit_input(self, x: Float[Tensor, "*lead d_in"], target: Float[Tensor, "*lead d_out"] | None = None) -> None:
         """Estimate mean and scale of the input description from raw, filtered activations (`dataset` only)."""
         self.input.fit(self._rows(x))
@@ -227,12 +239,17 @@ class SAE(nn.Module, ABC):
 
     # What users call
 
+    @usual()
     def encode(self, x: Float[Tensor, "*lead d_in"], warm: WarmStart | None = None) -> Latents:
         """The active latents of raw activations [..., d_in] (or [..., num_sites, d_in]). Changes nothing in the SAE.
 
         Raises ValueError for a wrong shape, NaN or infinite entries, or eval mode without thresholds.
         """
-        latents = self.encode_scaled(self.input.apply_to(self._finite_rows(x)), warm)
+        x = as_tensor(x)
+        rows = self._finite_rows(x)
+        if self.training:
+            self.input.hint(rows)
+        latents = self.encode_scaled(self.input.apply_to(rows), warm)
         lead = tuple(x.shape[: -len(self.row_shape)])
         return Latents(latents.values, latents.indices, latents.offsets, latents.d_sae, lead)
 
@@ -240,6 +257,7 @@ class SAE(nn.Module, ABC):
         """Codes of prepared rows, by the rule in force (the thresholds, in eval mode)."""
         return self.encode_scaled_by(self.allocation.in_force(), x, warm)
 
+    @usual()
     def decode(
         self, latents: Latents | Float[Tensor, "*lead d_sae"], x: Float[Tensor, "*lead d_in"] | None = None
     ) -> Float[Tensor, "*lead d_out"]:
@@ -258,12 +276,13 @@ class SAE(nn.Module, ABC):
         prepared = self.input.apply_to(rows) if rows is not None and self.decode_needs_x else None
         x_hat = self.undo(self.decode_scaled(latents, prepared), rows)
         x_hat = x_hat.reshape(*latents.shape, *x_hat.shape[1:])
-        return x_hat if x is None else x_hat.to(x.dtype)
+        return x_hat.to(x.dtype) if isinstance(x, Tensor) else x_hat
 
     def forward(self, x: Float[Tensor, "*lead d_in"]) -> Float[Tensor, "*lead d_out"]:
         return self.decode(self.encode(x), x)
 
-    def _rows(self, x: Tensor) -> Float[Tensor, " tokens *row"]:
+    def _rows(self, x: Any) -> Float[Tensor, " tokens *row"]:
+        x = as_tensor(x)
         lead = x.ndim - len(self.row_shape)
         if lead < 0 or x.shape[lead:] != self.row_shape:
             wanted = ", ".join(str(n) for n in self.row_shape)
@@ -278,16 +297,19 @@ class SAE(nn.Module, ABC):
         return rows
 
     @torch.no_grad()
+    @usual()
     def calibrate(self, xs: Float[Tensor, "*lead d_in"] | Iterable[Any]) -> float:
         """Set the eval-mode thresholds so that the expected L0 on data like `xs` is k; returns the measured L0.
 
-        `xs` are raw, filtered activations, best 100,000 rows or more that were not trained on: one tensor, or an
-        iterable of tensors or Batches (their mask says which rows take part). Their order does not matter. For TopK no
+        `xs` are raw, filtered activations, best 100,000 rows or more that were not trained on: one tensor or
+        array, or an iterable of them or of Batches (their mask says which rows take part), a DataLoader for example.
+        Their order does not matter. For TopK no
         parameter changes. The measured L0 and the number of rows are recorded in `sae.info` and saved. Memory: about
         30 k bytes a row, and 1 GB. Raises ValueError for no rows, NaN, or a generator (which gives its rows only once)
         whose rows are so far from random order that once is not enough.
         """
         was_training = self.training
+        xs = as_tensor(xs) if is_array(xs) else xs
         again = isinstance(xs, Tensor) or iter(xs) is not xs
         tokens = xs.shape[: xs.ndim - len(self.row_shape)].numel() if isinstance(xs, Tensor) else None
         try:
@@ -302,8 +324,9 @@ class SAE(nn.Module, ABC):
 
     def _parts(self, xs: Tensor | Iterable[Any]) -> Iterator[Tensor]:
         """Prepared rows, at most CALIBRATION_CHUNK at a time."""
-        for x in [xs] if isinstance(xs, Tensor) else xs:
-            rows = self._finite_rows(x if isinstance(x, Tensor) else x.rows().x)
+        items: Iterable[Any] = [xs] if isinstance(xs, Tensor) else xs
+        for x in items:
+            rows = self._finite_rows(x.rows().x if hasattr(x, "rows") else first_tensor(x))
             for part in rows.split(CALIBRATION_CHUNK) if len(rows) else ():
                 yield self.input.apply_to(part.to(self.mean.device))
 
@@ -318,6 +341,7 @@ class SAE(nn.Module, ABC):
         return tokens, matches
 
     @torch.no_grad()
+    @usual()
     def folded(self) -> SAE:
         """A copy that takes raw activations as they are (input_norm none): what other libraries' files hold.
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from apportion.architectures.affine import blank_weights
 from apportion.architectures.base import SAE
 from apportion.disk import all_finite, json_text, read_json, replacing, write_tensors
+from apportion.torch_state import usual
 
 VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -47,6 +48,7 @@ def save(sae: SAE, folder: Path) -> None:
         write_tensors(folder / WEIGHTS, tensors, {CONFIG_DIGEST: _digest(text)})
 
 
+@usual(learning=True)
 def load(path: str | Path, subfolder: str | None = None) -> SAE:
     """Read an SAE saved with `sae.save`; it comes in eval mode.
 

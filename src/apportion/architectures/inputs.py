@@ -14,8 +14,11 @@ libraries that these come from.
 
 from __future__ import annotations
 
-from typing import Literal, final
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal, final
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -25,6 +28,41 @@ Centre = Literal["mean", "geometric_median"]
 PER_TOKEN = ("token_standardise", "token_norm")
 SMALLEST = {"token_standardise": 1e-5, "token_norm": 1e-8}
 """Added to what a vector is divided by."""
+HINT_ROWS = 32
+"""Rows that tell something about centre and scale."""
+
+logger = logging.getLogger(__name__)
+
+
+def is_array(x: Any) -> bool:
+    """True for what is one array of rows: a tensor, a numpy array, nested lists of numbers; False for many of them."""
+    if not isinstance(x, list | tuple):
+        return isinstance(x, Tensor) or hasattr(x, "__array__")
+    while isinstance(x, list | tuple) and x:
+        x = x[0]
+    return isinstance(x, int | float)
+
+
+def as_tensor(x: Any) -> Tensor:
+    """A tensor, numpy array or nested list of numbers as a tensor of float numbers; ValueError for anything else."""
+    if not isinstance(x, Tensor):
+        try:
+            x = torch.as_tensor(np.asarray(x))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"expected activations as a tensor or array of numbers [..., d_in], got {type(x).__name__}: "
+                "torch.stack or numpy.stack makes one of many"
+            ) from error
+    return x if x.is_floating_point() else x.float()
+
+
+def first_tensor(item: Any) -> Tensor:
+    """The rows in what a DataLoader or the like yields: an array, a tuple that begins with one, a dict with an x."""
+    if is_array(item):
+        return as_tensor(item)
+    if isinstance(item, Mapping) and item:
+        return as_tensor(item["x"] if "x" in item else next(iter(item.values())))
+    return as_tensor(item[0] if isinstance(item, list | tuple) and item else item)
 
 
 @final
@@ -37,6 +75,7 @@ class InputDescription(nn.Module):
     def __init__(self, shape: tuple[int, ...], kind: InputNorm, centre: Centre) -> None:
         super().__init__()
         self.kind, self.centre = kind, centre
+        self._hinted = False
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("scale", torch.ones(shape[:-1]))
 
@@ -44,6 +83,21 @@ class InputDescription(nn.Module):
     def needs_fit(self) -> bool:
         """True while a `dataset` description still has its initial values."""
         return self.kind == "dataset" and bool((self.scale == 1).all()) and not bool(self.mean.any())
+
+    @torch.no_grad()
+    def hint(self, x: Float[Tensor, " n *sites d_in"]) -> None:
+        """Say once if `fit` is missing, which nothing raises about: rows far off centre or scale are learnt badly."""
+        if self._hinted or len(x) < HINT_ROWS or not self.needs_fit:
+            return
+        self._hinted = True
+        energy = x.detach().double().square().sum(-1).mean() / x.shape[-1]
+        centre = x.detach().double().mean(0).square().sum(-1).mean() / x.shape[-1]
+        if not 0.1 < energy < 10 or centre > 0.5 * energy:
+            logger.warning(
+                "the input description of this SAE has not been fitted, and these rows are not of the scale it assumes "
+                "(mean square %.3g, of which the mean row is %.0f %%): call sae.fit_input(x) before training",
+                energy, 100 * centre / energy.clamp_min(1e-300),
+            )  # fmt: skip
 
     @torch.no_grad()
     def fit(self, x: Float[Tensor, " n *sites d_in"]) -> None:

@@ -338,7 +338,8 @@ def adam_rows(
 ) -> None:
     """One step of Adam in place on p, exp_avg and exp_avg_sq, float32; `grad` stays as it is.
 
-    `step` counts from 1, this one included. The gradient is multiplied by `grad_scale`, a 0-d tensor on the device.
+    `step` counts from 1, this one included. The gradient is multiplied by `grad_scale`, a 0-d tensor on the device;
+    by 0 it becomes 0 even where it is not finite.
     What follows is `torch.optim.Adam` without weight decay and amsgrad:
 
         exp_avg     <- beta1 exp_avg + (1 - beta1) grad
@@ -398,7 +399,8 @@ def _adam_rows(
     second = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
     if UNIT_ROWS:
         slope -= tl.sum(slope * row) * row
-    slope *= tl.load(grad_scale)
+    scale = tl.load(grad_scale)
+    slope = tl.where(scale == 0, 0.0, slope * scale)
     first += (slope - first) * beta1_rest
     second = second * beta2 + slope * slope * beta2_rest
     # Square roots and quotients are rounded as torch rounds them: the arithmetic hides behind the memory.

@@ -84,6 +84,12 @@ class Adam:
             p.grad = None
         self._along.clear()
 
+    def drop(self) -> None:
+        """Spend the gradients without a step."""
+        for p in self._with_gradient():
+            p.grad = None
+        self._along.clear()
+
     def _step_in_blocks(self, p: Tensor, m: Moments, lr: float, scale: Tensor) -> None:
         assert p.grad is not None
         along, start = self._along.get(p), 0
@@ -91,6 +97,8 @@ class Adam:
             if along is not None:
                 g.addcmul_(along[start : start + len(w)], w, value=-1)
             g.mul_(scale)
+            if g.is_cuda:  # a scale of 0 means gradients that are not finite, and looking at it would mean waiting
+                g.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             steps = torch.full((), float(m.steps), device=p.device)
             adam(
                 [w], [g], [exp_avg], [exp_avg_sq], [], [steps],

@@ -34,10 +34,12 @@ class RelativeClipping(nn.Module):
 
     @torch.no_grad()
     def scale(self, norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """The factor for gradients of this norm, which also enters the mean. Nothing waits for the device."""
+        """The factor for gradients of this norm, which also enters the mean; 0 if it is not finite. Nothing waits for
+        the device."""
         counts = (norm > 0) & norm.isfinite()
         self.steps += counts
         weight = (1 / self.steps).clamp(1 / WINDOW, 1)
         log_norm = torch.where(counts, norm.double().log(), self.log_norm)
         self.log_norm += weight * (log_norm - self.log_norm)
-        return (self.ratio * self.log_norm.exp() / norm).nan_to_num(1.0).clamp(max=1)
+        factor = (self.ratio * self.log_norm.exp() / norm).nan_to_num(1.0).clamp(max=1)
+        return torch.where(norm.isfinite(), factor, 0.0)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from apportion.settings import check_names, settle
+
+
+class _Named(type):
+    """Says which setting may have been meant, where there is none of that name."""
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        check_names(settings, cls.__dataclass_fields__, cls.__name__)  # type: ignore[attr-defined]
+        return super().__call__(*args, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(metaclass=_Named):
     lr: float = 1e-3
     """Peak learning rate of Adam. Nothing moves FVU more: try 3e-4, 1e-3, 3e-3."""
     batch_tokens: int = 2048
@@ -43,6 +53,10 @@ class TrainConfig:
     """Tokens between checkpoints; one is also written on Ctrl-C."""
 
     def __post_init__(self) -> None:
+        settle(self)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
         for name in ("lr", "batch_tokens", "clip_ratio", "log_every_steps", "checkpoint_every_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")

@@ -67,12 +67,19 @@ class Learner:
         finally:
             self.sae.screen = before
 
-    def update(self, lr: float) -> Float[Tensor, ""]:
-        """Clip, step, spend the gradients; returns their norm before clipping."""
-        norm = self.optimizer.gradient_norm()
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """Of all gradients, before clipping."""
+        return self.optimizer.gradient_norm()
+
+    def update(self, lr: float, norm: Float[Tensor, ""]) -> None:
+        """Clip, step, spend the gradients, whose norm is given."""
         self.optimizer.step(lr, self.clipping.scale(norm))
         self.sae.after_step()
-        return norm
+
+    def drop_step(self, bounds: Tensor | None) -> None:
+        """Forget the gradients of a step that cannot be made, and go back to the bounds before it."""
+        self.optimizer.drop()
+        self.warm.bounds = bounds
 
     def count(self, latents: Latents) -> None:
         """Take note of what fired in this step."""

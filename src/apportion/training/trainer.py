@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +24,15 @@ from torch import Tensor
 
 from apportion.activations.batch import ArraySource, Batch, Source
 from apportion.activations.progress import progress_bar
+from apportion.activations.stream import StreamSource
 from apportion.architectures import SAE
+from apportion.architectures.inputs import as_tensor, first_tensor, is_array
+from apportion.torch_state import usual
 from apportion.training.config import TrainConfig
 from apportion.training.interrupt import finish_step_on_interrupt
 from apportion.training.learner import Learner
 from apportion.training.objectives import Objective, TrainingContext, local_reconstruction
+from apportion.training.processes import refuse_several_processes
 from apportion.training.run import MAY_DIFFER, RunFolder
 
 logger = logging.getLogger(__name__)
@@ -41,9 +45,38 @@ CHECK_FINITE_STEPS = 100
 """Steps between checks that the loss is finite."""
 
 
+def source_of(given: Any, seed: int, row_dims: int = 1) -> Source:
+    """Whatever a user calls activations, as a source; ValueError for what is none."""
+    if isinstance(given, Source):
+        return given
+    if is_array(given):
+        return ArraySource(as_tensor(given), seed=seed)
+    if isinstance(given, list | tuple) and given:
+        parts = [part.rows().x if isinstance(part, Batch) else first_tensor(part) for part in given]
+        parts = [part[None] if part.ndim == row_dims else part.flatten(0, part.ndim - row_dims - 1) for part in parts]
+        return ArraySource(torch.cat(parts), seed=seed)
+    if isinstance(given, Iterable):
+        return StreamSource(given, row_dims=row_dims)
+    raise ValueError(
+        f"fit takes a tensor or array of rows, an iterable of them, or a source of activations (CacheSource, ...), "
+        f"got {type(given).__name__}."
+    )
+
+
+class _HeldOut:
+    """The rows that a source keeps back, as often as they are asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.source.held_out(CALIBRATION_ROWS)
+
+
 class Trainer:
     """Trains one SAE, or several side by side on the same batches. ValueError at once for what cannot work together."""
 
+    @usual(learning=True)
     def __init__(
         self,
         sae: SAE | Sequence[SAE],
@@ -81,16 +114,16 @@ class Trainer:
         """False if there is nothing to learn, as for PCA and neurons."""
         return any(learner.trains for learner in self.learners)
 
+    @usual(learning=True)
     def step(self, batch: Batch | Float[Tensor, "*lead d_in"]) -> dict[str, Tensor]:
-        """One optimiser step on the whole batch; a plain tensor counts as already filtered.
+        """One optimiser step on the whole batch; a plain tensor or array counts as already filtered.
 
         Returns 0-d tensors: loss, each weighted term, fvu_batch, l0, dead (share), grad_norm, lr. With several SAEs
         losses are summed over them, the other figures averaged.
 
-        Raises ValueError for rows of another width, or none. NaN and infinity show in the loss or grad_norm that is
-        returned, but raise ValueError only in the first step and every CHECK_FINITE_STEPS after it (`fit` also looks
-        where it logs or saves), because looking waits for the device. The weights are spoilt by then: begin again, or
-        go on from a checkpoint.
+        Raises ValueError for rows of another width, or none. A batch with NaN or infinity changes no weight. On a CPU
+        it raises ValueError; on a GPU, where looking means waiting, only in the first step and every
+        CHECK_FINITE_STEPS after it (`fit` also looks where it logs or saves), and shows in the loss until then.
         """
         if not self.trains:
             raise ValueError(f"{self.sae.name} has nothing to train; fit prepares and calibrates it.")
@@ -100,13 +133,20 @@ class Trainer:
             tuple(own.begin_step(progress, len(batch.x), lr / self.config.lr) for own in self.learners),
             logged=self.config.logs_step(self.steps + 1),
         )
+        bounds = [own.warm.bounds for own in self.learners]
         with ExitStack() as screens:
             for own in self.learners:
                 screens.enter_context(own.screen_in_force())
             terms = self.objective(self.saes, batch, context)
         loss = torch.stack(list(terms.values())).sum()
         loss.backward()
-        norms = [own.update(lr) for own in self.learners if own.trains]
+        norms = {own: own.gradient_norm() for own in self.learners if own.trains}
+        if not loss.is_cuda and not math.isfinite(loss.item() + sum(norm.item() for norm in norms.values())):
+            for own, before in zip(self.learners, bounds, strict=True):
+                own.drop_step(before)
+            self._check_finite({"loss": loss.detach(), "grad_norm": torch.stack(list(norms.values())).mean()})
+        for own, norm in norms.items():
+            own.update(lr, norm)
         for own, (latents, _) in zip(self.learners, context.seen, strict=True):
             own.count(latents)
         self.steps += 1
@@ -119,7 +159,7 @@ class Trainer:
             "fvu_batch": torch.stack([fvu for _, fvu in context.seen]).mean(),
             "l0": torch.tensor(sum(own.l0 or 0.0 for own in self.learners) / len(self.learners)),
             "dead": torch.stack([own.activity.dead().double().mean() for own in self.learners]).mean(),
-            "grad_norm": torch.stack(norms).mean(),
+            "grad_norm": torch.stack(list(norms.values())).mean(),
             "lr": torch.tensor(lr),
         }
         if self.steps % CHECK_FINITE_STEPS == 1:
@@ -136,7 +176,9 @@ class Trainer:
 
     def _accept(self, batch: Batch | Tensor) -> Batch:
         row = self.sae.row_shape
-        if isinstance(batch, Tensor):
+        if not isinstance(batch, Batch):
+            batch = as_tensor(batch)
+            batch = batch.clone() if batch.is_inference() else batch
             batch = Batch(batch.reshape(-1, *row) if batch.shape[-len(row) :] == row else batch)
         rows = batch.rows()
         if not getattr(self.objective, "whole_contexts", False):
@@ -158,19 +200,27 @@ class Trainer:
                 sae.fit_input(batch.x, batch.target)
             self._input_ready = True
 
+    @usual(learning=True)
     def fit(
-        self, source: Source | Tensor, out: str | Path | None = None, *, resume: bool = False, progress: bool = True
+        self,
+        source: Source | Tensor | Iterable[Any],
+        out: str | Path | None = None,
+        *,
+        resume: bool = False,
+        progress: bool = True,
     ) -> SAE:
         """Train on `total_tokens` rows of `source`, calibrate on held-out rows; returns the (first) SAE in eval mode.
 
-        A tensor [rows, d_in] counts as filtered; a tenth of it is held out and `seed` orders the rest.
+        A tensor or array [rows, d_in] counts as filtered; a tenth of it is held out and `seed` orders the rest. So does
+        what a list, a DataLoader or a generator of them yields; the latter two in their order (see `StreamSource`).
         `out` is the run folder: run.json (the whole configuration), metrics.jsonl, checkpoints, and at the end the SAE.
         Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; `resume` goes on from there, with the
         same result as an uninterrupted run.
         """
-        if isinstance(source, Tensor):
-            source = ArraySource(source, seed=self.config.seed)
+        source = source_of(source, self.config.seed, len(self.sae.row_shape))
         total_steps = self._check_run(source)
+        if out is not None:
+            refuse_several_processes()
         if self.steps >= total_steps:
             raise ValueError(f"This trainer has already done its {total_steps} steps. Make a new one to train further.")
         run = None if out is None else RunFolder(Path(out), self._describe(source), resume)
@@ -186,7 +236,7 @@ class Trainer:
         for sae in self.saes:
             sae.info["source"] = source.describe()  # with the counts of a source that filters as it goes
             sae.info["training"] = settings | {"tokens": self.tokens, **self._objective()}
-            sae.calibrate(source.held_out(CALIBRATION_ROWS))
+            sae.calibrate(_HeldOut(source))
             sae.eval()
         if run is not None:
             run.finish(self)

@@ -1,0 +1,76 @@
+"""Settings are plain numbers: those of numpy and torch become Python's, whole ones that belong in an int become ints.
+
+A dataclass of settings calls `settle(self)` first thing in its __post_init__. A function that takes settings by name
+calls `check_names`, which knows what other libraries call them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, get_type_hints
+
+ELSEWHERE = {
+    "learning_rate": "lr",
+    "batch_size": "batch_tokens",
+    "train_batch_size": "batch_tokens",
+    "train_batch_size_tokens": "batch_tokens",
+    "steps": "total_tokens",
+    "max_steps": "total_tokens",
+    "training_tokens": "total_tokens",
+    "num_tokens": "total_tokens",
+    "warmup_steps": "warmup_share",
+    "lr_warm_up_steps": "warmup_share",
+    "decay_steps": "decay_share",
+    "lr_decay_steps": "decay_share",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "max_grad_norm": "clip_ratio",
+    "dead_feature_window": "dead_window_tokens",
+    "dict_size": "d_sae",
+    "num_latents": "d_sae",
+    "activation_dim": "d_in",
+    "act_size": "d_in",
+    "hook_name": "hookpoint",
+}
+"""What a setting is called in other libraries, and here."""
+
+
+def plain_number(value: Any) -> Any:
+    """A number of numpy, or a tensor with one number, as Python's; anything else as it is."""
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return value.item()
+    return value
+
+
+def settle(config: Any) -> None:
+    """Make the numbers of a frozen dataclass plain. ValueError for a fraction where a whole number belongs."""
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        value = plain_number(getattr(config, field.name))
+        if isinstance(value, float) and takes_whole(hints[field.name]):
+            if not value.is_integer():
+                raise ValueError(f"{field.name} must be a whole number, got {value!r}.")
+            value = int(value)
+        object.__setattr__(config, field.name, value)
+
+
+def takes_whole(kind: Any) -> bool:
+    """True for int, and for int or None."""
+    return kind is int or kind == int | None
+
+
+def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """ValueError for a setting that does not exist, with the nearest that does."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{what} has no setting {name!r}; {nearest(name, known)}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a message: what somebody may have meant."""
+    known = list(known)
+    close = [ELSEWHERE[word]] if ELSEWHERE.get(word) in known else get_close_matches(word, known, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known are: {', '.join(known)}."
