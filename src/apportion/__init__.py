@@ -23,6 +23,7 @@ from apportion.training import Trainer as Trainer
 
 if TYPE_CHECKING:
     from apportion import testing as testing
+    from apportion.evals.examples import examples_of as examples_of
     from apportion.interop.adapters import to_sae_bench as to_sae_bench
     from apportion.interop.adapters import to_sae_lens as to_sae_lens
     from apportion.interop.delphi import write_delphi_cache as write_delphi_cache
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from apportion.interop.publish import push_to_hub as push_to_hub
 
 LATER = {
+    "examples_of": "apportion.evals.examples",
     "testing": "apportion.testing",
     "load": "apportion.interop.load",
     "export": "apportion.interop.export",

@@ -44,15 +44,16 @@ def plain_number(value: Any) -> Any:
     return value
 
 
-def settle(config: Any) -> None:
-    """Make the numbers of a frozen dataclass plain. ValueError for a fraction where a whole number belongs."""
+def settle(config: Any, strict: bool = True) -> None:
+    """Make the numbers of a frozen dataclass plain. If `strict`, ValueError for a fraction where a whole number
+    belongs; else it stays, for somebody who can say more about it."""
     hints = get_type_hints(type(config))
     for field in fields(config):
         value = plain_number(getattr(config, field.name))
         if isinstance(value, float) and takes_whole(hints[field.name]):
-            if not value.is_integer():
+            if strict and not value.is_integer():
                 raise ValueError(f"{field.name} must be a whole number, got {value!r}.")
-            value = int(value)
+            value = int(value) if value.is_integer() else value
         object.__setattr__(config, field.name, value)
 
 

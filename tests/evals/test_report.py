@@ -18,16 +18,14 @@ from apportion.activations.collect import collect
 from apportion.cli import main
 from apportion.evals import Measurement, evaluate_rows, held_out_rows
 from apportion.evals.baselines import pca_curve
-from apportion.evals.examples import AFTER, BEFORE, Example, activations_on, examples_of
+from apportion.evals.examples import AFTER, BEFORE, Example, activations_on, example_pieces, find_examples, pieces
 from apportion.evals.plots import fvu_chart
 from apportion.evals.report import (
     NUM_LATENTS,
     Report,
     contexts_of,
-    example_pieces,
     make_report,
     passage,
-    pieces,
     spread_latents,
 )
 from apportion.evals.sweep import sweep
@@ -124,7 +122,7 @@ def test_examples_are_the_strongest_one_per_context(
     latents = counts.argsort(descending=True)[[3, 20]]
     dense = sae.encode(store.gather(rows)).dense() * store.mask[rows][:, None]
     assert torch.equal(activations_on(sae, store, rows, latents), dense[:, latents])
-    for found in examples_of(sae, store, rows, latents, strongest=4, random=3):
+    for found in find_examples(sae, store, rows, latents, strongest=4, random=3):
         column = dense[:, found.latent]
         assert found.density == pytest.approx((column > 0).sum().item() / store.mask[rows].sum().item())
         best_of_contexts = torch.stack(
@@ -144,7 +142,7 @@ def test_examples_are_the_strongest_one_per_context(
     silent = torch.tensor([int((counts == counts.min()).nonzero()[0])])
     if counts[silent] == 0:
         with pytest.raises(ValueError, match="does not fire"):
-            examples_of(sae, store, rows, silent)
+            find_examples(sae, store, rows, silent)
 
 
 def test_latents_shown_are_spread_over_the_ranks() -> None:

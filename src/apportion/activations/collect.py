@@ -37,6 +37,7 @@ from apportion.activations.text import TextSource
 from apportion.activations.tokens import contexts as packed_contexts
 from apportion.activations.tokens import num_contexts_for
 from apportion.activations.writer import StoreWriter, check_free_disk, refuse_existing
+from apportion.torch_state import usual
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def batched_contexts(
         yield torch.from_numpy(rest[:limit].copy())
 
 
+@usual()
 def collect(
     model: Any,
     tokenizer: Any,

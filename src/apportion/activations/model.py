@@ -21,12 +21,14 @@ from apportion.activations.filter import row_norms
 from apportion.activations.hookpoints import Hookpoint, capture
 from apportion.activations.passes import modules_of, parameters_of
 from apportion.activations.store import torch_dtype
+from apportion.torch_state import usual
 
 logger = logging.getLogger(__name__)
 
 NO_TOKENIZER = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError)
 
 
+@usual()
 def load_model(
     name_or_folder: str | Path,
     dtype: str = "float32",
@@ -74,6 +76,14 @@ def load_model(
     if device is not None and device_map is None:
         model.to(device)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def load_tokenizer(name_or_folder: str | Path) -> Any:
+    """The tokenizer alone of what `load_model` loads; None if there is none."""
+    import transformers  # heavy
+
+    name = str(name_or_folder)
+    return _tokenizer(transformers, str(embedded.present(embedded.MODEL)) if name == "embedded" else name)
 
 
 def _tokenizer(transformers: Any, where: str) -> Any:

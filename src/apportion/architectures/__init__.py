@@ -30,7 +30,7 @@ from apportion.architectures.plain import Plain
 from apportion.architectures.relu import ReLU
 from apportion.architectures.switch import Switch
 from apportion.architectures.transcoder import Transcoder
-from apportion.settings import nearest, plain_number
+from apportion.settings import nearest, plain_number, settle
 from apportion.torch_state import usual
 
 
@@ -240,6 +240,7 @@ def _made(name: str, settings: dict[str, Any], to_train: bool) -> SAE:
         part.Config(**{f.name: values[f.name] for f in fields(part.Config) if f.name in values})
         for part in (entry.architecture, rule_type)
     )
+    settle(rule_config, strict=False)
     for part in (config, rule_config):
         _check_choices(part)
     rule = rule_type(rule_config, config.d_sae)

@@ -1,4 +1,4 @@
-"""apportion report: figures and a page about one or several trained SAEs of one hookpoint."""
+"""apportion report: figures and a page about one or several trained SAEs of the same hookpoints."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from apportion.cli.arguments import Count, Text, best_device, check_same_model, say
-from apportion.cli.rows import kind_of
+from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, say
+from apportion.cli.rows import kind_of, open_rows
 
 
 @dataclass(kw_only=True)
 class Report:
-    """Write report.html, a page to look at, and report.json about trained SAEs of one hookpoint."""
+    """Write report.html, a page to look at, and report.json about trained SAEs of the same hookpoints."""
 
     run_folders: Annotated[Positional[tuple[Path, ...]], arg(name="runs")]
     """Run folders or saved SAEs, one or several to compare."""
@@ -30,11 +30,11 @@ class Report:
     """Tokens on which the language model is run with each SAE spliced in; 0 leaves that out."""
     model: str | None = None
     """The language model; default: the one that the cache was made with."""
-    device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU if there is one."""
+    other_model: bool = False
+    """Take another model than the SAEs were trained on, such as the chat model made from their base model."""
+    loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
 
     def run(self) -> None:
-        from apportion.activations import load_model
         from apportion.activations.fingerprint import model_fingerprint
         from apportion.evals.report import check_report, make_report
         from apportion.interop.load import load
@@ -42,26 +42,38 @@ class Report:
         if not self.run_folders:
             raise ValueError("Name at least one run folder.")
         check_report()
-        device = best_device(self.device)
+        out = self._claimed()
+        device = best_device(self.loading.device)
         saes = self._named([load(folder).to(device) for folder in self.run_folders])
         trained_on = self._trained_on(list(saes.values()))
         name = self.model or trained_on.get("model", {}).get("name_or_path")
-        if name is None:
-            raise ValueError("The SAE does not say which model it belongs to. Give --model.")
         text = None if self.corpus == Text() else self.corpus.source()
         cache = self._cache(trained_on, text)
-        model, tokenizer = load_model(name)
-        check_same_model(trained_on, {"model": model_fingerprint(model)}, name)
-        model.to(device)
+        model = tokenizer = None
+        if name is not None:
+            model, tokenizer = self.loading.load(name, trained_on.get("model_dtype"))
+            check_same_model(trained_on, {"model": model_fingerprint(model)}, name, self.other_model)
+        elif cache is None:
+            raise ValueError("The SAE does not say which model it belongs to. Give --model.")
         with TemporaryDirectory() as temporary:
             if cache is None:
                 cache = self._collect(trained_on, text, model, tokenizer, Path(temporary) / "acts")
             store, rows = self._rows(cache, saes)
             report = make_report(saes, store, rows, model, tokenizer, ce_tokens=self.ce_tokens)
-        out = self.out or self.run_folders[0]
         out.mkdir(parents=True, exist_ok=True)
         report.write(out / "report.html", out / "report.json")
         say(f"{out / 'report.html'}")
+
+    def _claimed(self) -> Path:
+        """Where the report goes; ValueError for a folder that holds the report of something else."""
+        out = (self.out or self.run_folders[0]).expanduser()
+        if out.is_file():
+            raise ValueError(f"--out {out} is a file. Give a folder.")
+        if out in self.run_folders or not out.is_dir() or not any(out.iterdir()):
+            return out
+        if not (out / "report.json").is_file():
+            raise ValueError(f"{out} exists and holds something else than a report. Choose another --out.")
+        return out
 
     def _named(self, saes: list[Any]) -> dict[str, Any]:
         """A name for each SAE: what it is if that tells them apart, else its folder."""
@@ -75,19 +87,17 @@ class Report:
         """What the SAEs were trained on; one model and one hookpoint."""
         first, *others = saes
         for sae in saes:
-            if kind_of(sae.name) != "one":
-                raise ValueError(
-                    f"A report is about SAEs that reconstruct one hookpoint, not {sae.name}: use apportion eval."
-                )
+            if kind_of(sae.name) != kind_of(first.name):
+                raise ValueError(f"{first.name} and {sae.name} take different rows. Make a report for each.")
         trained_on = first.info.get("source", {})
         for other in others:
-            if other.hookpoint != first.hookpoint:
+            if (other.hookpoint, _target(other)) != (first.hookpoint, _target(first)):
                 raise ValueError(
                     f"The SAEs belong to different hookpoints ({first.hookpoint}, {other.hookpoint}). "
                     "Make a report for each."
                 )
             check_same_model(trained_on, other.info.get("source", {}), "One of the SAEs")
-        return {"hookpoint": first.hookpoint} | trained_on
+        return {"hookpoint": first.hookpoint, "target_hookpoint": _target(first)} | trained_on
 
     def _cache(self, trained_on: dict[str, Any], text: Any) -> Path | None:
         """The cache to evaluate on; None if one is to be collected from the text."""
@@ -112,7 +122,7 @@ class Report:
         collect(
             model,
             tokenizer,
-            trained_on["hookpoint"],
+            [*trained_on["hookpoint"].split(","), *filter(None, [trained_on["target_hookpoint"]])],
             text,
             tokens=self.tokens,
             out=out,
@@ -126,27 +136,24 @@ class Report:
         """The cache, opened, and the rows to evaluate on: whole contexts that none of the SAEs was trained on."""
         import torch
 
-        from apportion.activations import ActivationStore
-        from apportion.evals import held_out_rows
+        from apportion.evals.rows import unseen_rows
 
         first = next(iter(saes.values()))
-        store = ActivationStore(cache, first.hookpoint)
-        check_same_model(first.info.get("source", {}), store.describe(), str(cache))
+        store = open_rows(cache, first.name, first.hookpoint, _target(first))
+        check_same_model(first.info.get("source", {}), store.describe(), str(cache), self.other_model)
         unseen = torch.ones(store.rows, dtype=torch.bool)
-        for name, sae in saes.items():
-            source = sae.info.get("source", {})
-            if source.get("text") != store.manifest["text"]:
-                continue
-            if source.get("rows") != store.rows or source.get("contexts") != store.manifest["contexts"]:
-                raise ValueError(
-                    f"{name} was trained on other activations of the same text ({store.manifest['text']['where']}), so "
-                    f"what it has seen of {cache} is not known. Give --text or --acts with text it was not trained on."
-                )
-            held_out = torch.zeros_like(unseen)
-            held_out[held_out_rows(store, source["held_out_share"])] = True
-            unseen &= held_out
+        for sae in saes.values():
+            mine = torch.zeros_like(unseen)
+            mine[unseen_rows(store, sae, str(cache))[0]] = True
+            unseen &= mine
         rows = unseen.nonzero().squeeze(1)
         if not len(rows):
             raise ValueError(f"Every row of {cache} was used to train one of the SAEs. Give --text or --acts.")
-        length = store.manifest["context_tokens"]
+        length = store.describe().get("context_tokens", 1)
+        if kind_of(first.name) == "layers":  # a token is a row at each of them
+            length *= len(store.stores)
         return store, rows[: max(1, self.tokens // length) * length]
+
+
+def _target(sae: Any) -> str | None:
+    return getattr(sae, "target_hookpoint", None)

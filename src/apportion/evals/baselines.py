@@ -6,12 +6,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apportion.activations.store import ActivationStore
+from apportion.activations.arrays import ArrayStore
+from apportion.activations.sites import Rows
 
 CHUNK = 16384
 
 
-def pca_curve(store: ActivationStore, rows: Int[Tensor, " n"]) -> Float[Tensor, " d_in_plus_1"]:
+def pca_curve(store: Rows | ArrayStore, rows: Int[Tensor, " n"]) -> Float[Tensor, " d_in_plus_1"]:
     """FVU of a PCA with 0, 1, .., d_in components, fitted on the very rows it is measured on (those that take part).
 
     Fitting on the evaluation rows favours the PCA: no linear subspace of that many dimensions does better on them.
@@ -20,10 +21,10 @@ def pca_curve(store: ActivationStore, rows: Int[Tensor, " n"]) -> Float[Tensor, 
     rows = rows[store.mask[rows]]
     if not len(rows):
         raise ValueError("Nothing to fit a PCA on: no row passed the token filter. Give more text.")
-    shift = store.gather(rows[:CHUNK]).double().mean(0)
+    shift = store.batch(rows[:CHUNK]).x.double().mean(0)
     total, products = torch.zeros_like(shift), torch.zeros(store.d_in, store.d_in, dtype=torch.float64)
     for ids in rows.split(CHUNK):
-        x = store.gather(ids).double() - shift
+        x = store.batch(ids).x.double() - shift
         total += x.sum(0)
         products += x.T @ x
     scatter = products - torch.outer(total, total) / len(rows)

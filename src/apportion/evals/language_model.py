@@ -34,6 +34,7 @@ from apportion.activations.progress import progress_bar
 from apportion.architectures import SAE
 from apportion.evals.measure import Measurement
 from apportion.metrics import recovered
+from apportion.torch_state import usual
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class CrossEntropies:
         }
 
 
+@usual()
 @torch.inference_mode()
 def evaluate_model(
     saes: Mapping[str, SAE],

@@ -30,6 +30,7 @@ from apportion.activations.sites import SitesStore
 from apportion.architectures import SAE
 from apportion.evals.measure import Measurement
 from apportion.latents import Latents
+from apportion.torch_state import usual
 
 By = Literal["mass", "counts"]
 Weights = Literal["each", "activity"]
@@ -124,6 +125,7 @@ class LayersResult:
     statistics: LayerStatistics
 
 
+@usual()
 @torch.inference_mode()
 def evaluate_layers(
     sae: SAE,

@@ -16,6 +16,7 @@ from apportion.allocation.zipf import fit_zipf
 from apportion.architectures import SAE
 from apportion.latents import Latents
 from apportion.metrics import FVU, Activations, correlation
+from apportion.torch_state import usual
 
 MIN_FIRINGS = 10
 """Latents that fired less often are left out of the Zipf fit: their measured densities are noise."""
@@ -98,6 +99,7 @@ class Measurement:
     def difficulty(self) -> Float[Tensor, " n"] | None:
         return torch.cat(self._difficulty) if self._difficulty else None
 
+    @usual()
     def result(self) -> dict[str, Any]:
         """JSON-able; `None` where a figure does not exist (a correlation with a constant L0, say)."""
         acts, tokens = self.activations, self.activations.tokens

@@ -1,6 +1,7 @@
 """A report on one or several SAEs of one hookpoint: figures as JSON, and a single HTML page that shows them.
 
-Measured on rows of an activation cache, and for a part of its contexts inside the language model; always in eval mode.
+Measured on rows of an activation cache or an array, and for a part of a cache's contexts inside the language model;
+always in eval mode. Texts are shown where there are tokens, of one hookpoint.
 The page stands on its own: no scripts or fonts are fetched, charts are inline SVG, colours follow light or dark mode.
 """
 
@@ -10,22 +11,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from apportion.activations.arrays import ArrayStore
+from apportion.activations.progress import progress_bar
+from apportion.activations.sites import PairStore, Rows
 from apportion.activations.store import ActivationStore
 from apportion.architectures import SAE, SAES
+from apportion.architectures.inputs import is_array
 from apportion.disk import write_json, write_text
 from apportion.evals.baselines import pca_curve
-from apportion.evals.examples import Example, LatentExamples, examples_of
-from apportion.evals.language_model import evaluate_model
+from apportion.evals.examples import LatentExamples, as_texts, example_pieces, find_examples, pieces
+from apportion.evals.language_model import CrossEntropies, evaluate_model
 from apportion.evals.measure import Measurement
 from apportion.evals.plots import chart_svg, check_plots, density_chart, difficulty_chart, fvu_chart, l0_chart
 from apportion.evals.rows import evaluate_rows
 from apportion.evals.sweep import sweep
+from apportion.torch_state import usual
 
 NUM_LATENTS = 12
 """Latents shown of each SAE."""
@@ -59,56 +65,97 @@ def check_report() -> None:
         raise ValueError("A report needs jinja2: pip install 'apportion[plots]'.") from None
 
 
+@usual()
 def make_report(
     saes: Mapping[str, SAE],
-    store: ActivationStore,
-    rows: Int[Tensor, " n"],
-    model: Any,
-    tokenizer: Any,
+    store: Rows | ArrayStore | Tensor,
+    rows: Int[Tensor, " n"] | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
     *,
     ce_tokens: int = 16_384,
     progress: bool = True,
 ) -> Report:
-    """Measure SAEs of the cache's hookpoint on `rows` (whole contexts, in order) and draw up the report.
+    """Measure SAEs of one kind on `rows` (whole contexts, in order; all by default) and draw up the report.
 
-    `model` is the one the cache was made with; over the first `ce_tokens` of the rows it is run with each SAE spliced
-    in, for the loss that this adds. `ce_tokens = 0` leaves that out.
+    `store` is whatever `evaluate_rows` accepts: a cache, stores of activations/sites.py, an array. `model` is the one
+    the cache was made with; over the first `ce_tokens` of the rows it is run with each SAE spliced in, for the loss
+    that this adds. Without it, with `ce_tokens = 0`, and for SAEs of several sites that is left out. Without tokens or
+    a tokenizer there are no texts.
     """
     check_report()
     if len(saes) > MOST_SAES:
         raise ValueError(f"A report shows at most {MOST_SAES} SAEs, got {len(saes)}. Make several reports.")
+    store = ArrayStore(store) if is_array(store) else cast(Rows, store)
+    rows = torch.arange(store.rows) if rows is None else rows
+    plain = isinstance(store, ActivationStore)
     measurements = evaluate_rows(saes, store, rows, progress=progress)
     methods = {name: m.result() for name, m in measurements.items()}
-    pca = pca_curve(store, rows).tolist()
+    pca = pca_curve(store, rows).tolist() if plain or (isinstance(store, ArrayStore) and _is_plain(store)) else []
     baselines: dict[str, Any] = {"pca": _pca(pca, {m["k"] for m in methods.values()})}
     in_model = None
-    if ce_tokens:
-        contexts = contexts_of(store, rows)[: max(1, ce_tokens // store.manifest["context_tokens"])]
-        in_model, entropies = evaluate_model(
-            saes, model, contexts, store.filter, hookpoint=store.hookpoint, progress=progress
-        )
+    if ce_tokens and model is not None and (plain or isinstance(store, PairStore)):
+        in_model, entropies = _in_model(saes, store, rows, model, ce_tokens, progress)
         for name, figures in methods.items():
             figures |= entropies.of(name)
             figures["l0_difficulty_correlation"] = in_model[name].result()["l0_difficulty_correlation"]
-        clean, mean, zero = (entropies.mean(v) for v in ("clean", "mean", "zero"))
-        baselines |= {MEAN: {"delta_ce": mean - clean}, ZERO: {"delta_ce": zero - clean}}
+        if "clean" in entropies.sums:
+            clean, mean, zero = (entropies.mean(v) for v in ("clean", "mean", "zero"))
+            baselines |= {MEAN: {"delta_ce": mean - clean}, ZERO: {"delta_ce": zero - clean}}
+        else:
+            in_model = None
     for name, sae in saes.items():
         methods[name] |= {"settings": sae.settings(), "training": sae.info.get("training", {})}
-    latents = {name: examples_of(sae, store, rows, spread_latents(measurements[name])) for name, sae in saes.items()}
-    ks = {figures["k"] for figures in methods.values()}
+    latents: dict[str, list[LatentExamples]] = {}
+    shown: list[PassageToken] = []
+    if tokenizer is not None and isinstance(store, ActivationStore):
+        with progress_bar("finding examples", len(rows) * len(saes), show=progress) as show:
+            for number, (name, sae) in enumerate(saes.items(), 1):
+                latents[name] = find_examples(sae, store, rows, spread_latents(measurements[name]))
+                show(number * len(rows))
+        shown = passage(saes, store, rows, tokenizer)
+    ks, about = {figures["k"] for figures in methods.values()}, store.describe()
     figures = {
         "k": ks.pop() if len(ks) == 1 else None,
-        "model": store.manifest["model"],
+        "model": about.get("model"),
         "hookpoint": store.hookpoint,
-        "text": store.manifest["text"],
+        "text": about.get("text"),
         "tokens": next(iter(methods.values()))["tokens"],
         "methods": methods,
         "baselines": baselines,
-        "sweeps": _sweeps(saes, store, rows),
+        "sweeps": _sweeps(saes, store, rows, progress),
         "latents": {name: [_latent_json(tokenizer, one) for one in found] for name, found in latents.items()},
     }
-    page = render(figures, measurements, in_model, pca, passage(saes, store, rows, tokenizer), latents, tokenizer)
+    page = render(figures, measurements, in_model, pca, shown, latents, tokenizer)
     return Report(figures, page)
+
+
+def _is_plain(store: ArrayStore) -> bool:
+    return store.x.ndim == 2 and store.target is None
+
+
+def _in_model(
+    saes: Mapping[str, SAE], store: Rows, rows: Tensor, model: Any, ce_tokens: int, progress: bool
+) -> tuple[dict[str, Measurement], CrossEntropies]:
+    """What `evaluate_model` says over the first of the rows."""
+    target = None
+    if isinstance(store, PairStore):
+        store, other = cast(list[ActivationStore], store.stores)
+        target = (other.hookpoint, other.filter)
+    assert isinstance(store, ActivationStore)
+    contexts = contexts_of(store, rows)[: max(1, ce_tokens // store.manifest["context_tokens"])]
+    return evaluate_model(
+        saes, model, contexts, store.filter, hookpoint=store.hookpoint, target=target, progress=progress
+    )
+
+
+def text_in_words(text: Mapping[str, Any] | None) -> str:
+    """Which text it was, as far as is known."""
+    if not text:
+        return "none"
+    if "where" in text:
+        return str(text["where"])
+    return f"{text['documents']:,} documents in memory" if "documents" in text else "in memory"
 
 
 def contexts_of(store: ActivationStore, rows: Int[Tensor, " n"]) -> Int[Tensor, "num_contexts context_tokens"]:
@@ -126,15 +173,24 @@ def spread_latents(measurement: Measurement) -> Int[Tensor, " n"]:
     return ranked[places.clamp_max(len(ranked) - 1).unique()] if len(ranked) else ranked
 
 
-def _sweeps(saes: Mapping[str, SAE], store: ActivationStore, rows: Tensor) -> dict[str, list[tuple[float, float]]]:
+def _sweeps(
+    saes: Mapping[str, SAE], store: Rows | ArrayStore, rows: Tensor, progress: bool
+) -> dict[str, list[tuple[float, float]]]:
     kept = rows[store.mask[rows]]
     chosen = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))[:SWEEP_ROWS].sort().values]
-    x = store.gather(chosen)
-    return {name: sweep(sae, x.to(sae.mean.device)) for name, sae in saes.items()}
+    batch, found = store.batch(chosen), {}
+    with progress_bar("trying other budgets", len(chosen) * len(saes), show=progress) as show:
+        for number, (name, sae) in enumerate(saes.items(), 1):
+            device = sae.mean.device
+            found[name] = sweep(sae, batch.x.to(device), None if batch.target is None else batch.target.to(device))
+            show(number * len(chosen))
+    return found
 
 
 def _pca(curve: list[float], ks: set[float | None]) -> dict[str, Any]:
     """The PCA with k components, where all SAEs have one k; and its whole curve."""
+    if not curve:
+        return {}
     if len(ks) > 1 or None in ks:
         return {"fvu_by_components": curve}
     components = min(round(next(k for k in ks if k is not None)), len(curve) - 1)
@@ -164,47 +220,14 @@ def _l0(sae: SAE, x: Tensor) -> Tensor:
         return sae.encode(x.to(sae.mean.device)).l0().cpu()
 
 
-def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
-    """The text of each token as it stands in the whole; a character of several tokens belongs to the last of them."""
-    texts, before = [], ""
-    for end in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
-        complete = not text.endswith("\ufffd") or end == len(tokens)
-        texts.append(text[len(before) :] if complete else "")
-        before = text if complete else before
-    return texts
-
-
-@dataclass(frozen=True)
-class ExamplePiece:
-    text: str
-    activation: float
-    is_focus: bool
-
-
-def example_pieces(tokenizer: Any, example: Example) -> list[ExamplePiece]:
-    """The text of an example, piece by piece; tokens that share a character are one piece."""
-    found: list[ExamplePiece] = []
-    activation, is_focus = 0.0, False
-    for place, text in enumerate(pieces(tokenizer, example.tokens)):
-        activation, is_focus = max(activation, example.activations[place]), is_focus or place == example.focus
-        if text:
-            found.append(ExamplePiece(text, activation, is_focus))
-            activation, is_focus = 0.0, False
-    return found
-
-
 def _latent_json(tokenizer: Any, found: LatentExamples) -> dict[str, Any]:
-    def marked(example: Example) -> str:
-        shown = example_pieces(tokenizer, example)
-        return "".join(f"<<{piece.text}>>" if piece.is_focus else piece.text for piece in shown)
-
+    shown = as_texts(found, tokenizer)
     return {
-        "latent": found.latent,
-        "density": found.density,
-        "top_tokens": [[tokenizer.decode([token]), share] for token, share in found.tokens],
-        "strongest": [marked(e) for e in found.strongest],
-        "random": [marked(e) for e in found.random],
+        "latent": shown.latent,
+        "density": shown.density,
+        "top_tokens": [list(pair) for pair in shown.top_tokens],
+        "strongest": shown.strongest,
+        "random": shown.random,
     }
 
 
@@ -235,6 +258,8 @@ def render(
     template = environment.from_string(files("apportion.evals").joinpath("report.html").read_text(encoding="utf-8"))
     return template.render(
         figures=figures,
+        model=(figures["model"] or {}).get("name_or_path", "rows of numbers"),
+        text=text_in_words(figures["text"]),
         methods=methods,
         pca=figures["baselines"]["pca"],
         mean_ce=figures["baselines"].get(MEAN, {}).get("delta_ce"),

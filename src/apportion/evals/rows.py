@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from apportion.activations.arrays import ArrayStore
 from apportion.activations.order import held_out_groups, split_held_out
 from apportion.activations.progress import progress_bar
 from apportion.activations.sites import Rows
 from apportion.architectures import SAE
+from apportion.architectures.inputs import is_array
 from apportion.evals.measure import Measurement
+from apportion.torch_state import usual
 
 CHUNK = 4096
 
@@ -68,18 +72,20 @@ def recalibrate(sae: SAE, store: Rows, rows: Int[Tensor, " n"]) -> float:
     return sae.calibrate(store.batch(indices) for indices in kept.split(CHUNK))
 
 
+@usual()
 def evaluate_rows(
     saes: Mapping[str, SAE],
-    store: Rows,
+    store: Rows | ArrayStore | Float[Tensor, " n *row"],
     rows: Int[Tensor, " n"] | None = None,
     *,
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> dict[str, Measurement]:
-    """Measure SAEs on `rows` of a cache (all of them by default, at most `max_tokens`), in order.
+    """Measure SAEs on `rows` of a cache or an array (all of them by default, at most `max_tokens`), in order.
 
     Transcoders are measured on a `PairStore`, crosscoders on a `SitesStore` (activations/sites.py).
     """
+    store = ArrayStore(store) if is_array(store) else cast(Rows, store)
     rows = torch.arange(store.rows) if rows is None else rows
     rows = rows[:max_tokens]
     measurements = {name: Measurement(sae) for name, sae in saes.items()}

@@ -17,16 +17,21 @@ CHUNK = 4096
 
 
 @torch.inference_mode()
-def sweep(sae: SAE, x: Float[Tensor, "n d_in"]) -> list[tuple[float, float]]:
-    """(L0, FVU) on raw, filtered rows at several budgets around the trained one, L0 within [k / 4, 4 k] and rising."""
+def sweep(
+    sae: SAE, x: Float[Tensor, " n *row"], target: Float[Tensor, "n d_out"] | None = None
+) -> list[tuple[float, float]]:
+    """(L0, FVU) at several budgets around the trained one, L0 within [k / 4, 4 k] and rising.
+
+    On raw, filtered rows; FVU is of what is reconstructed: x, or the target of a transcoder.
+    """
     points = []
     for factor in GENEROSITY:
         with sae.in_eval_mode():
             rule = sae.allocation.relaxed(factor)
         fvu, matches = FVU(), 0
-        for part in x.split(CHUNK):
+        for part, y in zip(x.split(CHUNK), (x if target is None else target).split(CHUNK), strict=True):
             latents = sae.encode_scaled_by(rule, sae.input.apply_to(part), None)
-            fvu.add(part, sae.decode(latents, part))
+            fvu.add(y, sae.decode(latents, part))
             matches += latents.nnz
         points.append((matches / len(x), fvu.value()))
     trained = points[GENEROSITY.index(1.0)]
