@@ -10,7 +10,7 @@ import pytest
 from apportion.activations.collect import batched_contexts
 from apportion.activations.model import load_model
 from apportion.activations.text import PIECE_CHARS, TextSource, split_pieces
-from apportion.activations.tokens import contexts, read_contexts
+from apportion.activations.tokens import PackedContexts, read_contexts
 
 BOS, EOS = 1, 2
 
@@ -25,7 +25,7 @@ def ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def packed(tokenizer: Any, text: Any, context_tokens: int, bos: str) -> list[list[int]]:
-    return np.concatenate(list(contexts(tokenizer, text, context_tokens, bos))).tolist()
+    return np.concatenate(list(PackedContexts(tokenizer, text, context_tokens, bos))).tolist()
 
 
 def test_documents_are_packed_with_eos_between_and_the_tail_is_dropped(tokenizer: Any) -> None:

@@ -21,6 +21,7 @@ from apportion import embedded
 from apportion.activations.filter import row_norms
 from apportion.activations.hookpoints import capture
 from apportion.activations.store import torch_dtype
+from apportion.activations.tokens import special_ids
 
 
 def load_model(name_or_folder: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
@@ -78,10 +79,11 @@ def model_fingerprint(model: Any) -> dict[str, Any]:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
+    """Which tokenizer this was; without a name and a size where there was none."""
     return {
         "name_or_path": str(getattr(tokenizer, "name_or_path", "")),
-        "vocab_size": len(tokenizer),
-        "special_ids": sorted(tokenizer.all_special_ids),
+        "vocab_size": len(tokenizer) if hasattr(tokenizer, "__len__") else None,
+        "special_ids": list(special_ids(tokenizer)),
     }
 
 
@@ -126,7 +128,8 @@ def check_finite(
     if not bad.any():
         return
     context, position = divmod(int(bad.nonzero()[0]), ids.shape[1])
-    token = tokenizer.decode([int(ids[context, position])])
+    token = int(ids[context, position])
+    token = token if tokenizer is None else tokenizer.decode([token])
     raise ValueError(
         f"activations at {hookpoint!r} are not finite (NaN or infinity) at token {token!r}, context "
         f"{context_ids[context]}, position {position}: load the model in float32 or bfloat16, store in "

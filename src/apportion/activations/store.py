@@ -4,9 +4,15 @@
     acts/tokens-00000.safetensors           tokens, positions, contexts: int32 [rows]
     acts/model.layers.15/00000.safetensors  acts [rows, d_in] in the chosen dtype, mask [rows] (True = takes part)
 
-All shards but the last have the same number of rows. A cache is written into a sibling folder and renamed when it is
-complete, so a folder with a manifest is a whole cache. Reading maps the files into memory: gathering random rows costs
-page-cache accesses, not file reads.
+All shards but the last have the same number of rows. A cache appears when it is complete, the manifest last (disk.py):
+a folder with a manifest is a whole cache. `ended` in the manifest says whether it has all the tokens asked for:
+
+    complete         it has
+    text             the text had no more
+    stream: ...      the stream that the text came from failed for good
+    interrupted      it was told to stop
+
+Reading maps the files into memory: gathering random rows costs page-cache accesses, not file reads.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from torch import Tensor
 from apportion.activations.batch import Batch
 from apportion.activations.filter import TokenFilter
 from apportion.activations.hookpoints import Hookpoint
+from apportion.activations.text import expanded
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -77,7 +84,7 @@ class ActivationStore:
     """A cache opened for reading at one hookpoint."""
 
     def __init__(self, folder: str | Path, hookpoint: str | None = None) -> None:
-        self.folder = Path(folder)
+        self.folder = expanded(folder)
         self.manifest = read_manifest(self.folder)
         self.hookpoint = self._choose(hookpoint)
         about = self.manifest["hookpoints"][self.hookpoint]
