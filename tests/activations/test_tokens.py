@@ -99,7 +99,8 @@ def test_a_folder_is_read_in_sorted_order(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"body": t}) for t in ["third", "fourth"]) + "\n\n")
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "a2.md").write_text("second")
-    (tmp_path / "ignored.csv").write_text("not text")
+    (tmp_path / "ignored.bin").write_text("not text")
+    (tmp_path / ".hidden.txt").write_text("not for reading")
     source = TextSource(tmp_path, field="body")
     assert [p.text for p in source.pieces()] == ["first", "second", "third", "fourth"]
     assert all(p.first for p in source.pieces())
