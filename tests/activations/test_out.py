@@ -301,7 +301,9 @@ def test_a_stop_while_the_text_is_waited_for(lm: tuple[Any, Any], tmp_path: Path
         pytest.fail("it went on waiting")
 
     with pytest.raises(Interrupted):
-        collect(*lm, "model.layers.1", slow(), tokens=100_000, context_tokens=8, out=tmp_path / "acts", batch_contexts=2)
+        collect(
+            *lm, "model.layers.1", slow(), tokens=100_000, context_tokens=8, out=tmp_path / "acts", batch_contexts=2
+        )
     assert ActivationStore(tmp_path / "acts").rows > 0
 
 
