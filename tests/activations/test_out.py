@@ -20,7 +20,7 @@ from apportion.activations import writer as writer_module
 from apportion.activations.collect import collect
 from apportion.activations.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.activations.model import load_model
-from apportion.activations.store import ActivationStore
+from apportion.activations.store import ActivationStore, read_manifest
 from apportion.activations.writer import StoreWriter, check_free_disk, check_out, size_text
 from apportion.disk import CannotWrite
 
@@ -96,7 +96,7 @@ def test_places(place: str, lm: tuple[Any, Any], tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.rglob("*unfinished*"))
     store = ActivationStore(out)
     store.verify()
-    assert store.rows == 96
+    assert store.rows == read_manifest(out)["rows"] == 96
     with pytest.raises(ValueError, match="exists already"):
         tiny_collect(lm, out)
 
@@ -325,6 +325,15 @@ def test_nothing_is_left(
         tiny_collect(lm, tmp_path / "acts")
     assert isinstance(stopped.value, GivenUp if len(signals) == 2 else Interrupted)
     assert len(signals) == 2 or "nothing is left at" in str(stopped.value)
+    assert not names(tmp_path)
+
+
+def test_nothing_is_kept_where_it_would_be_taken_for_complete(
+    lm: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping(monkeypatch, collect_module, "run_contexts", 5, signal.SIGINT)
+    with pytest.raises(Interrupted, match="after 6 contexts; nothing is left"):
+        tiny_collect(lm, tmp_path / "acts", keep_interrupted=False)
     assert not names(tmp_path)
 
 

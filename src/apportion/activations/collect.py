@@ -73,12 +73,14 @@ def collect(
     dtype: str = "bfloat16",
     bos: str = "auto",
     token_filter: TokenFilter | None = None,
+    keep_interrupted: bool = True,
 ) -> dict[str, Any]:
     """Write the activations of the first `tokens` tokens of `text` (in whole contexts) to the cache `out`.
 
     `text` is whatever a `TextSource` takes; where it is token ids, `tokenizer` may be None. Returns the manifest. A
     text that ends early is collected as far as it goes, which the manifest and the log say. Ctrl-C keeps what there is
-    and raises `Interrupted`, whose message says where.
+    and raises `Interrupted`, whose message says where; without `keep_interrupted` nothing is left, for callers who take
+    a cache that is there for a complete one.
     """
     place, text = check_out(out), TextSource.of(text)
     store_dtype = torch_dtype(dtype)
@@ -98,8 +100,8 @@ def collect(
     started = perf_counter()
     with Interrupts() as interrupts, StoreWriter(place, widths, dtype=dtype, **filters) as writer:
         num_contexts = _fill(writer, model, tokenizer, chain([first], batches), limit * context_tokens, interrupts)
-        if num_contexts == 0:
-            raise Interrupted(f"stopped before the first context was collected; nothing is left at {out}")
+        if num_contexts == 0 or (interrupts.arrived and not keep_interrupted):
+            raise Interrupted(f"stopped after {num_contexts} contexts; nothing is left at {out}")
         seconds = perf_counter() - started
         manifest = writer.finish(
             {

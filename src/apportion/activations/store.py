@@ -18,7 +18,6 @@ Reading maps the files into memory: gathering random rows costs page-cache acces
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from apportion.activations.batch import Batch
 from apportion.activations.filter import TokenFilter
 from apportion.activations.hookpoints import Hookpoint
 from apportion.activations.text import expanded
+from apportion.disk import read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -167,11 +167,12 @@ class ActivationStore:
         return shared | {"hookpoint": self.hookpoint} | {k: v for k, v in about.items() if k != "folder"}
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    folder = expanded(folder)
     file = folder / MANIFEST
     if not file.is_file():
         raise ValueError(f"{str(folder)!r} is no activation cache (no {MANIFEST}): make one with `apportion collect`")
-    manifest = json.loads(file.read_text())
+    manifest = read_json(file)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{str(file)!r} has format version {manifest.get('format_version')!r}, this program reads "
