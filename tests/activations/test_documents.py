@@ -86,10 +86,17 @@ def test_an_array_of_ids_is_contexts_or_one_document() -> None:
 
 def test_text_comes_before_ids_and_only_whole_numbers_are_ids() -> None:
     documents, reading = read(
-        [{"text": "a", "input_ids": [1]}, {"tokens": ["b"]}, {"tokens": [True]}, {"tokens": [1.5]}]
+        [
+            {"text": "a", "input_ids": [1]},
+            {"tokens": ["b"]},
+            {"tokens": [True]},
+            {"tokens": [1.5]},
+            {"tokens": np.ones(3)},
+        ]
     )
     assert documents == ["a"]
-    assert reading.skipped == {"neither text nor token ids": 3}
+    assert reading.skipped == {"neither text nor token ids": 4}
+    assert read([{"story": "a"}, {"tokens": [1]}], field="story")[0] == ["a"]  # ids only where no field is asked for
 
 
 class NAType:

@@ -48,9 +48,10 @@ CONTENTS = {
 @pytest.mark.parametrize("name", CONTENTS)
 def test_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / name).write_text(CONTENTS[name], encoding="utf-8", newline="")
-    assert read(tmp_path / name)[0] == DOCUMENTS
-    monkeypatch.setattr(text_files, "PIECE_CHARS", 7)  # every row lies across several blocks
-    assert read(tmp_path / name)[0] == DOCUMENTS
+    for block in (text_files.PIECE_CHARS, 7):  # with the second every row lies across several blocks
+        monkeypatch.setattr(text_files, "PIECE_CHARS", block)
+        documents, reading = read(tmp_path / name)
+        assert documents == DOCUMENTS and not reading.left_out()
 
 
 def test_parquet_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +116,19 @@ def test_a_packed_file_that_was_cut_off_gives_what_is_there(suffix: str, tmp_pat
     documents, reading = read(file)
     assert len(documents) > 1000 and documents[7] == "document 343 of many"
     assert reading.skipped["damaged file"] == 1 and reading.first["damaged file"] == str(file)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_a_packed_file_that_is_damaged_gives_what_is_before(suffix: str, tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": f"document {i * i * i} of many"}) + "\n" for i in range(20_000))
+    packed = bytearray(PACK[suffix](lines.encode()))
+    middle = len(packed) * 2 // 3
+    packed[middle : middle + 100] = b"\xff" * 100
+    file = tmp_path / f"a.jsonl{suffix}"
+    file.write_bytes(packed)
+    documents, reading = read(file)
+    assert len(documents) > 1000 and documents[7] == "document 343 of many"
+    assert reading.skipped["damaged file"] == 1
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.txt.zst", "a.txt.xz"])

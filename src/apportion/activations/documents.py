@@ -98,7 +98,7 @@ def _ids_of(value: Any) -> Int[np.ndarray, " n"] | None:
 
 
 def is_id(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return isinstance(value, int | np.integer)
 
 
 def as_array(value: Any) -> np.ndarray:
