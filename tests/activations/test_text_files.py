@@ -131,6 +131,13 @@ def test_a_packed_file_that_is_damaged_gives_what_is_before(suffix: str, tmp_pat
     assert reading.skipped["damaged file"] == 1
 
 
+def test_a_packed_file_whose_second_part_is_no_data(tmp_path: Path) -> None:
+    part = gzip.compress(LINES.encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(part + part[:10] + b"\xff" * 100)  # behind the header nothing that unpacks
+    documents, reading = read(tmp_path / "a.jsonl.gz")
+    assert documents == DOCUMENTS and reading.skipped == {"damaged file": 1}
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.txt.zst", "a.txt.xz"])
 def test_a_file_that_is_something_else_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"this is not what the name says")
