@@ -21,7 +21,7 @@ from apportion.activations import text_files
 from apportion.activations.documents import FIRST_ROWS
 from apportion.activations.text import TextSource
 
-DOCUMENTS = ['with "quotes", commas\nand\ttwo lines', "braces {[}] and \\ and é and 😀", "x" * 70_000, "end"]
+DOCUMENTS = ['with "quotes", commas\nand\ttwo lines', "braces {[}] and \\ and é and 😀", "x" * 140_000, "end"]
 FRAME = pandas.DataFrame({"number": range(4), "text": DOCUMENTS})
 RECORDS = [{"number": i, "text": t} for i, t in enumerate(DOCUMENTS)]
 LINES = "".join(json.dumps(r) + "\n" for r in RECORDS)
@@ -68,7 +68,7 @@ def test_ids_in_lines(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text("[[1, 2], [30]]")
     (tmp_path / "c.jsonl").write_text('{"input_ids": [1, 2]}\n{"input_ids": [30]}\n')
     for name in ("a.jsonl", "b.json", "c.jsonl"):
-        assert read(tmp_path / name)[0] == [[1, 2], [30]]
+        assert read(tmp_path / name)[0] == read(tmp_path / name, field="input_ids")[0] == [[1, 2], [30]]
 
 
 def zst(content: bytes) -> bytes:
@@ -247,6 +247,11 @@ def test_a_file_of_another_kind_in_a_folder_is_given_up_early(tmp_path: Path) ->
     assert documents == ["the text"]
     assert reading.skipped["no field 'text'"] == 1 + FIRST_ROWS
     assert reading.first[f"given up after {FIRST_ROWS} rows without a document"] == f"{tmp_path}/b-other.jsonl:100"
+
+
+def test_line_ends_inside_a_cell_stay(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'id,text\r\n1,"one\r\ntwo"\r\n')
+    assert read(tmp_path / "a.csv")[0] == ["one\r\ntwo"]
 
 
 def test_a_wide_table_may_have_rows_that_are_short_or_long(tmp_path: Path) -> None:
