@@ -104,6 +104,11 @@ def test_documents_of_ids_are_packed_like_text(lm: tuple[Any, Any]) -> None:
     assert one == list(range(20))
 
 
+def test_documents_of_which_one_has_the_length_of_a_context_are_packed() -> None:
+    packed = PackedContexts(None, [[3] * 8, [4] * 4, [5] * 4], 8)
+    assert np.concatenate(list(packed)).tolist() == [[3] * 8, [4] * 4 + [5] * 4]
+
+
 def test_documents_of_text_and_ids_keep_their_order(lm: tuple[Any, Any]) -> None:
     cat = lm[1]("the cat", add_special_tokens=False)["input_ids"]
     packed = np.concatenate(list(PackedContexts(lm[1], [[5, 6], "the cat", [7]], 6, "never")))
