@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from apportion import SAES, load
 from apportion.allocation import RULES, Candidates, Rule, Settled
 from apportion.architectures import rule_choices
-from apportion.cli import main
-from apportion.cli.arguments import parse_count
+from apportion.cli import main, parse
+from apportion.cli.arguments import parse_count, whole_number
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
 
@@ -41,6 +43,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, text: 
     arguments = ["collect", str(tiny_model_dir), "--hookpoint", "model.layers.1", "--text", str(text)]
     assert main([*arguments, "--tokens", "6k", "--context-tokens", "32", "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset with one split, as `save_to_disk` writes it."""
+    folder = tmp_path_factory.mktemp("saved") / "dataset"
+    datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["the cat sat"]})).save_to_disk(folder)
+    return folder
 
 
 def train(cache: Path, out: Path, *more: str) -> int:
@@ -326,6 +336,22 @@ MISTAKES = {
         "apportion collect",
     ),
     "several hookpoints for one": (["train", "{layers}", "--hookpoint", "model.layers.0,model.layers.1"], "choose one"),
+    "a split that is not there": (
+        ["collect", "{model}", "--hookpoint", "model.layers.1", "--text", "{saved}", "--split", "test"],
+        "choose one of train",
+    ),
+    "out in a place that cannot be": (
+        ["collect", "{model}", "--hookpoint", "model.layers.1", "--text", "{text}", "--out", "/proc/acts"],
+        "cannot be made",
+    ),
+    "configuration of a file": (
+        ["collect", "{model}", "--hookpoint", "model.layers.1", "--text", "{text}", "--dataset-config", "v2"],
+        "--dataset-config",
+    ),
+    "field that is not there": (
+        ["collect", "{model}", "--hookpoint", "model.layers.1", "--text", "{saved}", "--field", "body"],
+        "it has: text",
+    ),
     "eval of nothing": (["eval", "{tmp}/nothing"], "does not exist. Give a folder, a file, or a repository"),
     "info of nothing": (["info", "{tmp}/nothing"], "nothing"),
 }
@@ -333,12 +359,12 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_get_one_line_and_exit_code_2(
-    name: str, tiny_model_dir: Path, cache: Path, layers: Path, text: Path, tmp_path: Path,
+    name: str, tiny_model_dir: Path, cache: Path, layers: Path, text: Path, saved: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("the cat sat")
-    places = {"model": tiny_model_dir, "cache": cache, "layers": layers, "text": text, "tmp": tmp_path}
+    places = {"model": tiny_model_dir, "cache": cache, "layers": layers, "text": text, "saved": saved, "tmp": tmp_path}
     words, expected = MISTAKES[name]
     argv = [word.format(**places) for word in words]
     if argv[0] in ("collect", "train") and "--out" not in argv:
@@ -363,7 +389,7 @@ def test_too_little_disk(
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10**6, used=10**6, free=1000))
     options = ["--hookpoint", "model.layers.1", "--text", str(text), "--context-tokens", "32"]
     assert main(["collect", str(tiny_model_dir), *options, "--out", str(tmp_path / "acts")]) == 2
-    assert "GB" in capsys.readouterr().err
+    assert "needs 4.1 MB but its disk has 1.0 kB" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -450,16 +476,148 @@ def test_infinite_activations_name_the_token(
 
 
 @pytest.mark.parametrize(
-    "written, tokens", [("900000", 900_000), ("900k", 900_000), ("10M", 10**7), ("1.5B", 1_500_000_000)]
-)
-def test_token_counts(written: str, tokens: int) -> None:
-    assert parse_count(written) == tokens
+    "written, number",
+    [
+        ("900000", 900_000), ("900k", 900_000), ("10M", 10**7), ("1.5B", 1_500_000_000), ("2_000", 2000),
+        ("1e6", 10**6), ("256.0", 256), ("1.001M", 1_001_000), ("2.3k", 2300), ("+8k", 8000),
+    ],
+)  # fmt: skip
+def test_counts(written: str, number: int) -> None:
+    assert parse_count(written) == whole_number(written) == number
 
 
-@pytest.mark.parametrize("written", ["many", "-5", "0", "1.5", "10X"])
+@pytest.mark.parametrize("written", ["many", "-5", "0", "1.5", "10X", "inf", "nan", "", "k", "1.0005k", "1e99", "1e-3"])
 def test_what_is_no_token_count(written: str) -> None:
     with pytest.raises(ValueError, match="number"):
         parse_count(written)
+
+
+def whole_number_options(command: type) -> Iterator[tuple[str, str]]:
+    """The options of a command that take one whole number: field and option."""
+    for name, kind in get_type_hints(command).items():
+        if kind is int or int in get_args(kind):
+            yield name, f"--{name.replace('_', '-')}"
+
+
+COMMANDS = {
+    "collect": ["model", "--hookpoint", "h", "--out", "o"],
+    "demo": [],
+    "eval": ["run"],
+    "report": ["run"],
+    **{f"train {name}": ["acts", "--out", "o", "--sae", name] for name in SAES},
+    "train mutual": ["acts", "--out", "o", "--training-objective", "mutual"],
+    "train e2e_ds": ["acts", "--out", "o", "--training-objective", "e2e_ds"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_that_is_a_whole_number_takes_counts(name: str) -> None:
+    argv = [name.split()[0], *COMMANDS[name]]
+    options = list(whole_number_options(type(parse(argv))))
+    assert len(options) >= 2
+    if name.startswith("train"):
+        expected = {
+            "d_sae",
+            "tokens",
+            "batch_tokens",
+            "checkpoint_every_tokens",
+            "dead_window_tokens",
+            "log_every_steps",
+        }
+        assert expected <= {field for field, _ in options}
+    given = parse([*argv, *(word for _, option in options for word in (option, "1.5M"))])
+    assert {field: getattr(given, field) for field, _ in options} == {field: 1_500_000 for field, _ in options}
+
+
+def test_whole_numbers_need_not_be_positive_unless_they_count_tokens() -> None:
+    assert parse(["report", "run", "--ce-tokens", "0"]).ce_tokens == 0
+    assert parse(["demo", "--seed", "-3"]).seed == -3
+    with pytest.raises(SystemExit):
+        parse(["demo", "--tokens", "0"])
+    with pytest.raises(SystemExit):
+        parse(["demo", "--seed", "1.5"])
+
+
+def test_the_configuration_of_a_dataset_is_an_option(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def rows(*names: Any, **settings: Any) -> list[dict[str, str]]:
+        asked.append((names, settings["split"]))
+        return [{"body": " ".join(WORDS)}, {"body": ""}] * 30
+
+    monkeypatch.setattr("datasets.load_dataset", rows)
+    words = [
+        "collect",
+        str(tiny_model_dir),
+        "--hookpoint",
+        "model.layers.1",
+        "--dataset",
+        "org/corpus",
+        "--field",
+        "body",
+    ]
+    words += ["--dataset-config", "v2", "--split", "test", "--tokens", "200", "--context-tokens", "32"]
+    assert main([*words, "--out", str(tmp_path / "acts")]) == 0
+    assert asked == [(("org/corpus", "v2"), "test")]
+    about = json.loads((tmp_path / "acts" / "manifest.json").read_text())["text"]
+    assert about == {"where": "org/corpus", "split": "test", "field": "body", "config": "v2"}
+
+
+def test_collect_says_what_it_left_out(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    good = json.dumps({"text": " ".join(WORDS)})
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join([good, "{cut", '{"text": null}', "[", '{"text": "half \\ud83d"}', good])
+    )
+    words = ["collect", str(tiny_model_dir), "--hookpoint", "model.layers.1", "--text", str(tmp_path / "a.jsonl")]
+    assert main([*words, "--context-tokens", "8", "--out", str(tmp_path / "acts")]) == 0
+    said = capsys.readouterr().out
+    assert "of the text skipped: 2 not JSON, 1 null\n" in said
+    assert "of the text repaired: 1 not valid Unicode\n" in said
+    assert f"2 not JSON (first: {tmp_path / 'a.jsonl'}:2)" in caplog.text
+    manifest = json.loads((tmp_path / "acts" / "manifest.json").read_text())
+    assert manifest["text_skipped"] == {"not JSON": 2, "null": 1}
+    assert manifest["text_repaired"] == {"not valid Unicode": 1}
+
+
+def test_ctrl_c_in_collect_says_what_is_kept(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(text.read_text() * 100)
+    out = tmp_path / "acts"
+    words = ["collect", str(tiny_model_dir), "--hookpoint", "model.layers.1", "--text", str(tmp_path / "long.txt")]
+    words += ["--tokens", "1M", "--context-tokens", "32", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "apportion", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(tmp_path.glob("acts.unfinished-*/model.layers.1")):
+        time.sleep(0.01)
+    time.sleep(0.3)  # a few batches
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["ended"] == "interrupted" and 0 < manifest["rows"] < 10**6
+    assert f"Stopped: {manifest['rows']:,} of 1,000,000 tokens are kept in {out}" in said
+
+
+def test_ctrl_c_before_anything_is_collected(
+    tiny_model_dir: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stopped(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("apportion.activations.load_model", stopped)
+    words = ["collect", str(tiny_model_dir), "--hookpoint", "model.layers.1", "--text", str(text)]
+    assert main([*words, "--out", str(tmp_path / "acts")]) == 130
+    assert f"nothing is left at {tmp_path / 'acts'}.\n" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_saves_and_resume_gives_the_same_result(cache: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from apportion.activations import TextSource
+from apportion.activations import TextSource, collect
 from apportion.cli import main
 from apportion.recipes.demo import METHODS, Demo
 from apportion.training import Trainer
@@ -57,6 +57,30 @@ def test_the_demo_and_a_second_call(demo: Demo) -> None:
     demo.run()
     assert {p: p.stat().st_mtime_ns for p in (demo.out / "runs").rglob("*") if p.is_file()} == written
     assert figures(demo) == found
+
+
+def test_a_demo_that_was_stopped_while_it_collected_collects_again(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, calls = collect.run_contexts, 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return run(*args)
+
+    other = dataclasses.replace(demo, out=tmp_path / "out")
+    monkeypatch.setattr(collect, "run_contexts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        other.run()
+    assert not (tmp_path / "out" / "acts").exists()
+    with pytest.raises(ZeroDivisionError):  # far enough
+        monkeypatch.setattr(Trainer, "step", lambda *a: 1 / 0)
+        other.run()
+    manifest = json.loads((tmp_path / "out" / "acts" / "manifest.json").read_text())
+    assert (manifest["ended"], manifest["rows"]) == ("complete", 8000)
 
 
 def test_an_interrupted_demo_goes_on(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from apportion.activations.collect import batched_contexts
 from apportion.activations.model import load_model
 from apportion.activations.text import PIECE_CHARS, TextSource, split_pieces
-from apportion.activations.tokens import contexts, read_contexts
+from apportion.activations.tokens import PackedContexts, read_contexts
 
 BOS, EOS = 1, 2
 
@@ -25,7 +25,7 @@ def ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def packed(tokenizer: Any, text: Any, context_tokens: int, bos: str) -> list[list[int]]:
-    return np.concatenate(list(contexts(tokenizer, text, context_tokens, bos))).tolist()
+    return np.concatenate(list(PackedContexts(tokenizer, text, context_tokens, bos))).tolist()
 
 
 def test_documents_are_packed_with_eos_between_and_the_tail_is_dropped(tokenizer: Any) -> None:
@@ -99,7 +99,8 @@ def test_a_folder_is_read_in_sorted_order(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"body": t}) for t in ["third", "fourth"]) + "\n\n")
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "a2.md").write_text("second")
-    (tmp_path / "ignored.csv").write_text("not text")
+    (tmp_path / "ignored.bin").write_text("not text")
+    (tmp_path / ".hidden.txt").write_text("not for reading")
     source = TextSource(tmp_path, field="body")
     assert [p.text for p in source.pieces()] == ["first", "second", "third", "fourth"]
     assert all(p.first for p in source.pieces())

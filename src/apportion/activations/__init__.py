@@ -5,7 +5,8 @@ documents   contexts      forward passes up to the hookpoint        cache       
             └───────────> live.py: LiveSource, the same batches without a cache ────────────┤
                           contexts.py: ContextSource, whole contexts, and upper.py above ───┘
 
-sites.py joins several hookpoints of a cache: pairs for transcoders, sites for crosscoders, layers for MLSAE.
+text.py stands on documents.py (what a row holds), text_files.py (kinds of files) and text_streams.py (what fails for a
+moment). sites.py joins several hookpoints of a cache: pairs for transcoders, sites for crosscoders, layers for MLSAE.
 """
 
 from apportion.activations.batch import ArraySource as ArraySource

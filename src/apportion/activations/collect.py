@@ -5,7 +5,8 @@
 
 The model runs in inference mode on packed contexts and stops after the last hookpoint, so the upper layers and the
 language-model head cost nothing. Everything that can be wrong with the request is checked before the work starts (a
-two-token pass finds the widths); an interrupted or failed collection leaves nothing behind.
+two-token pass finds the widths). A collection that fails leaves nothing behind; one that is interrupted, or whose text
+comes from a stream that fails for good, leaves a whole cache of the contexts collected so far, and says so.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from apportion.activations.documents import Reading
 from apportion.activations.filter import TokenFilter
 from apportion.activations.fingerprint import model_fingerprint, tokenizer_fingerprint
 from apportion.activations.hookpoints import expand
+from apportion.activations.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.activations.model import (
     check_context_tokens,
     check_finite,
@@ -33,10 +36,9 @@ from apportion.activations.model import (
 from apportion.activations.model import load_model as load_model
 from apportion.activations.progress import progress_bar
 from apportion.activations.store import torch_dtype
-from apportion.activations.text import TextSource
-from apportion.activations.tokens import contexts as packed_contexts
-from apportion.activations.tokens import num_contexts_for
-from apportion.activations.writer import StoreWriter, check_free_disk, refuse_existing
+from apportion.activations.text import Text, TextSource
+from apportion.activations.tokens import PackedContexts, num_contexts_for, special_ids, vocabulary_size
+from apportion.activations.writer import StoreWriter, check_free_disk, check_out
 from apportion.torch_state import usual
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ def collect(
     model: Any,
     tokenizer: Any,
     hookpoints: str | Iterable[str],
-    text: TextSource | str | Path | Iterable[str],
+    text: Text,
     *,
     tokens: int,
     out: str | Path,
@@ -73,57 +75,105 @@ def collect(
     dtype: str = "bfloat16",
     bos: str = "auto",
     token_filter: TokenFilter | None = None,
+    keep_interrupted: bool = True,
 ) -> dict[str, Any]:
     """Write the activations of the first `tokens` tokens of `text` (in whole contexts) to the cache `out`.
 
-    Returns the manifest. A text that ends early is collected as far as it goes, which the manifest and the log say.
+    `text` is whatever a `TextSource` takes; where it is token ids, `tokenizer` may be None. Returns the manifest. A
+    text that ends early is collected as far as it goes, which the manifest and the log say. Ctrl-C keeps what there is
+    and raises `Interrupted`, whose message says where; without `keep_interrupted` nothing is left, for callers who take
+    a cache that is there for a complete one.
     """
-    out, text = Path(out), TextSource.of(text)
-    refuse_existing(out)
+    place, text = check_out(out), TextSource.of(text)
     store_dtype = torch_dtype(dtype)
     check_context_tokens(model, context_tokens)
     if batch_contexts < 1:
         raise ValueError(f"batch_contexts={batch_contexts} must be at least 1")
     names = expand(model, hookpoints)
     limit = num_contexts_for(tokens, context_tokens)
-    batches = batched_contexts(packed_contexts(tokenizer, text, context_tokens, bos), batch_contexts, limit)
+    contexts = PackedContexts(tokenizer, text, context_tokens, bos, vocabulary_size(model))
+    batches = batched_contexts(contexts, batch_contexts, limit)
     first = next(batches)  # an empty or too short text fails here
     widths = {name: x.shape[1] for name, x in run_contexts(model, names, first[:2, :2]).items()}
-    most_tokens = min(limit * context_tokens, text.num_bytes() or limit * context_tokens)
-    check_free_disk(out, most_tokens * (sum(widths.values()) * store_dtype.itemsize + len(names) + 12))
+    most_tokens = min(limit, 1 + (text.most_tokens() or limit * context_tokens) // contexts.body) * context_tokens
+    check_free_disk(place, most_tokens * (sum(widths.values()) * store_dtype.itemsize + len(names) + 12))
 
-    token_filter, special_ids = token_filter or TokenFilter(), tuple(tokenizer.all_special_ids)
+    filters = {"token_filter": token_filter or TokenFilter(), "special_ids": special_ids(tokenizer)}
     started = perf_counter()
-    with StoreWriter(out, widths, dtype=dtype, token_filter=token_filter, special_ids=special_ids) as writer:
-        num_contexts = _fill(writer, model, tokenizer, chain([first], batches), limit * context_tokens)
-        if num_contexts < limit:
-            log.warning("the text ended after %d of the %d tokens asked for", num_contexts * context_tokens, tokens)
+    with Interrupts() as interrupts, StoreWriter(place, widths, dtype=dtype, **filters) as writer:
+        num_contexts = _fill(writer, model, tokenizer, chain([first], batches), limit * context_tokens, interrupts)
+        if num_contexts == 0 or (interrupts.arrived and not keep_interrupted):
+            raise Interrupted(f"stopped after {num_contexts} contexts; nothing is left at {out}")
         seconds = perf_counter() - started
-        return writer.finish(
+        manifest = writer.finish(
             {
                 "model": model_fingerprint(model),
                 "model_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
                 "tokenizer": tokenizer_fingerprint(tokenizer),
                 "text": text.describe(),
+                "text_skipped": dict(contexts.reading.skipped),
+                "text_repaired": dict(contexts.reading.repaired),
                 "bos": bos,
+                "bos_prepended": contexts.bos_prepended,
                 "context_tokens": context_tokens,
                 "contexts": num_contexts,
                 "tokens_asked": tokens,
-                "text_ended_early": num_contexts < limit,
                 "seconds": round(seconds, 1),
                 "tokens_per_s": round(num_contexts * context_tokens / seconds, 1),
+                **_ended(num_contexts < limit, interrupts.arrived, contexts.reading.stopped),
             }
         )
+    _warn(contexts.reading, manifest)
+    if interrupts.arrived:
+        raise Interrupted(_kept(manifest, out))
+    return manifest
+
+
+def _ended(early: bool, interrupted: bool, stopped: str | None) -> dict[str, Any]:
+    """How the collection ended, as the manifest says it."""
+    reason = f"stream: {stopped}" if stopped else "text"
+    ended = "complete" if not early else "interrupted" if interrupted else reason
+    return {"ended": ended, "text_ended_early": early and not interrupted}
+
+
+def _warn(reading: Reading, manifest: dict[str, Any]) -> None:
+    """Log what one would not expect of the cache."""
+    reading.warn()
+    if manifest["text_ended_early"]:
+        log.warning("the text ended after %d of the %d tokens asked for", manifest["rows"], manifest["tokens_asked"])
+
+
+def _kept(manifest: dict[str, Any], out: str | Path) -> str:
+    """What a Ctrl-C left, and what to do next."""
+    kept = f"stopped: {manifest['rows']:,} of {manifest['tokens_asked']:,} tokens are kept in {out}, a whole cache"
+    return kept if manifest["ended"] == "complete" else f"{kept}. For more, collect again, or the rest, elsewhere"
 
 
 def _fill(
-    writer: StoreWriter, model: Any, tokenizer: Any, batches: Iterable[Int[Tensor, "n context_tokens"]], total: int
+    writer: StoreWriter,
+    model: Any,
+    tokenizer: Any,
+    batches: Iterator[Int[Tensor, "n context_tokens"]],
+    total: int,
+    interrupts: Interrupts,
 ) -> int:
-    """Run every batch of contexts through the model and write its rows; returns the number of contexts."""
+    """Run every batch of contexts through the model and write its rows; returns the number of contexts, which after an
+    interruption are those that were written."""
     num_contexts = 0
     with progress_bar("collecting", total) as show:
-        for ids in batches:
-            acts = {name: x.to(writer.dtype) for name, x in run_contexts(model, list(writer.stats), ids).items()}
+        while True:
+            try:
+                with interrupts.let_through():
+                    if (ids := next(batches, None)) is None:
+                        return num_contexts
+                    acts = {
+                        name: x.to(writer.dtype) for name, x in run_contexts(model, list(writer.stats), ids).items()
+                    }
+            except GivenUp:
+                raise
+            except KeyboardInterrupt:
+                interrupts.arrived = True
+                return num_contexts
             for name, x in acts.items():
                 check_finite(name, x, ids, range(num_contexts, num_contexts + len(ids)), tokenizer)
             positions = torch.arange(ids.shape[1]).repeat(len(ids))
@@ -131,4 +181,3 @@ def _fill(
             writer.add(acts, ids.flatten(), positions, context_ids)
             num_contexts += len(ids)
             show(num_contexts * ids.shape[1])
-    return num_contexts

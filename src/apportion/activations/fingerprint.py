@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from apportion.activations.passes import parameters_of
+from apportion.activations.tokens import special_ids
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +119,9 @@ def _distance(one: list[float] | None, other: list[float] | None) -> float | Non
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
+    """Which tokenizer this was; without a name and a size where there was none."""
     return {
         "name_or_path": str(getattr(tokenizer, "name_or_path", "")),
-        "vocab_size": len(tokenizer),
-        "special_ids": sorted(tokenizer.all_special_ids),
+        "vocab_size": len(tokenizer) if hasattr(tokenizer, "__len__") else None,
+        "special_ids": list(special_ids(tokenizer)),
     }

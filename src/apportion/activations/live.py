@@ -29,6 +29,7 @@ from apportion.activations.model import (
     run_contexts,
 )
 from apportion.activations.order import check_same_source, held_out_groups, permutation, split_held_out
+from apportion.activations.tokens import begin_with_bos, check_ids, special_ids, vocabulary_size
 
 
 class LivePosition(NamedTuple):
@@ -78,6 +79,8 @@ class LiveSource:
         text: dict[str, Any] | None = None,
     ) -> None:
         """`text` describes where the contexts come from (source, BOS policy); it is kept in the run's record."""
+        contexts = torch.as_tensor(contexts)
+        check_ids(contexts, vocabulary_size(model), "contexts")
         names = expand(model, hookpoint)
         if len(names) > 1:
             raise ValueError(f"hookpoint {hookpoint!r} stands for {len(names)} modules: a source has one, name it")
@@ -93,7 +96,7 @@ class LiveSource:
         is_held_out = held_out_groups(len(contexts), held_out_share)
         self._train = (~is_held_out).nonzero().squeeze(1)
         self._held_out = split_held_out(is_held_out)[0].nonzero().squeeze(1)
-        self._special_ids = tuple(sorted(tokenizer.all_special_ids))
+        self._special_ids = special_ids(tokenizer)
         self._settings = token_filter or TokenFilter()
         self._filter: TokenFilter | None = None
         self._filtered = dict.fromkeys(REASONS, 0)
@@ -237,6 +240,7 @@ class LiveSource:
             "model": model_fingerprint(self.model),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "text": {"contexts": len(self.contexts), **self._text},
+            "bos_prepended": begin_with_bos(self.tokenizer, self.contexts),
             "context_tokens": self.contexts.shape[1],
             "hookpoint": self.hookpoint,
             "d_in": self.d_in,

@@ -237,7 +237,8 @@ def check_finite(
     if not bad.any():
         return
     context, position = divmod(int(bad.nonzero()[0]), ids.shape[1])
-    token = tokenizer.decode([int(ids[context, position])])
+    token = int(ids[context, position])
+    token = token if tokenizer is None else tokenizer.decode([token])
     raise ValueError(
         f"activations at {hookpoint!r} are not finite (NaN or infinity) at token {token!r}, context "
         f"{context_ids[context]}, position {position}: load the model in float32 or bfloat16, store in "

@@ -4,15 +4,20 @@
     acts/tokens-00000.safetensors           tokens, positions, contexts: int32 [rows]
     acts/model.layers.15/00000.safetensors  acts [rows, d_in] in the chosen dtype, mask [rows] (True = takes part)
 
-All shards but the last have the same number of rows. A cache is written into a sibling folder and renamed when it is
-complete, so a folder with a manifest is a whole cache. Reading maps the files into memory: gathering random rows costs
-page-cache accesses, not file reads.
+All shards but the last have the same number of rows. A cache appears when it is complete, the manifest last (disk.py):
+a folder with a manifest is a whole cache. `ended` in the manifest says whether it has all the tokens asked for:
+
+    complete         it has
+    text             the text had no more
+    stream: ...      the stream that the text came from failed for good
+    interrupted      it was told to stop
+
+Reading maps the files into memory: gathering random rows costs page-cache accesses, not file reads.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,8 @@ from torch import Tensor
 from apportion.activations.batch import Batch
 from apportion.activations.filter import TokenFilter
 from apportion.activations.hookpoints import Hookpoint
+from apportion.activations.text import expanded
+from apportion.disk import read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -77,7 +84,7 @@ class ActivationStore:
     """A cache opened for reading at one hookpoint."""
 
     def __init__(self, folder: str | Path, hookpoint: str | None = None) -> None:
-        self.folder = Path(folder)
+        self.folder = expanded(folder)
         self.manifest = read_manifest(self.folder)
         self.hookpoint = self._choose(hookpoint)
         about = self.manifest["hookpoints"][self.hookpoint]
@@ -168,11 +175,12 @@ class ActivationStore:
         return shared | {k: v for k, v in about.items() if k != "folder"}
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    folder = expanded(folder)
     file = folder / MANIFEST
     if not file.is_file():
         raise ValueError(f"{str(folder)!r} is no activation cache (no {MANIFEST}): make one with `apportion collect`")
-    manifest = json.loads(file.read_text())
+    manifest = read_json(file)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{str(file)!r} has format version {manifest.get('format_version')!r}, this program reads "

@@ -6,25 +6,28 @@ known when its shard is written; norms are those of the stored values, so a mask
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import mkdtemp
 from types import TracebackType
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int, Shaped
-from safetensors.torch import save_file
 from torch import Tensor
 
 from apportion.activations.filter import FIT_ROWS, REASONS, TokenFilter, row_norms
 from apportion.activations.store import FORMAT_VERSION, MANIFEST, folder_name, sha256_of, torch_dtype
+from apportion.activations.text import expanded
+from apportion.disk import UNFINISHED, whole_folder, write_json, write_tensors
 
 SHARD_ROWS = 1 << 17
 SHARD_BYTES = 1 << 30
 """A shard holds at most this many bytes over all hookpoints, because that is what is held in memory."""
+
+OF_THE_DISK = ("lost+found",)
+"""What the root folder of a disk holds by itself."""
 
 
 class _HookpointStats:
@@ -75,9 +78,7 @@ class StoreWriter:
         token_filter: TokenFilter,
         special_ids: tuple[int, ...],
     ) -> None:
-        self.out = Path(out)
-        refuse_existing(self.out)
-        self.partial = self.out.with_name(f"{self.out.name}.partial-{os.getpid()}")
+        self._whole = whole_folder(check_out(out), last=[MANIFEST])
         self.dtype_name, self.dtype = dtype, torch_dtype(dtype)
         self.special_ids = special_ids
         self.stats = {name: _HookpointStats(d_in, token_filter) for name, d_in in widths.items()}
@@ -89,7 +90,7 @@ class StoreWriter:
         self._pending = 0
 
     def __enter__(self) -> StoreWriter:
-        self.partial.mkdir(parents=True)
+        self.partial = self._whole.__enter__()
         for name in self.stats:
             (self.partial / folder_name(name)).mkdir()
         return self
@@ -97,7 +98,7 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)  # already renamed away if `finish` was reached
+        self._whole.__exit__(kind, error, trace)
 
     @property
     def rows(self) -> int:
@@ -136,11 +137,11 @@ class StoreWriter:
 
     def _save(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
         file = self.partial / name
-        save_file(tensors, file)
+        write_tensors(file, tensors)
         return {name: sha256_of(file)}
 
     def finish(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Write what is pending and the manifest, move the folder into place and return the manifest."""
+        """Write what is pending and the manifest, which is returned; the cache is in place when the context ends."""
         if self._pending:
             self._flush(self._pending)
         manifest = {
@@ -153,25 +154,42 @@ class StoreWriter:
             "hookpoints": {name: stats.to_dict(name, self.rows) for name, stats in self.stats.items()},
             "shards": self.shards,
         }
-        (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        refuse_existing(self.out)
-        self.partial.replace(self.out)
+        write_json(self.partial / MANIFEST, manifest)
         return manifest
 
 
-def refuse_existing(out: Path) -> None:
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+def check_out(out: str | Path) -> Path:
+    """Where the cache will lie, without ~ and links; ValueError if something is there or nothing can be written."""
+    try:
+        place = expanded(out).resolve()
+    except RuntimeError as error:  # links in a circle
+        raise ValueError(f"{str(out)!r} leads nowhere ({error}): choose another folder") from None
+    if place.is_file() or (place.is_dir() and any(entry.name not in OF_THE_DISK for entry in place.iterdir())):
         raise ValueError(f"{str(out)!r} exists already: choose another folder or delete it first")
+    try:
+        Path(mkdtemp(prefix=f"{place.name}.{UNFINISHED}-", dir=existing_folder(place))).rmdir()
+    except OSError as error:
+        raise ValueError(f"{str(out)!r} cannot be made ({error.strerror}): choose another folder") from None
+    return place
+
+
+def existing_folder(place: Path) -> Path:
+    """`place`, or the nearest folder above it that exists."""
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def check_free_disk(out: Path, needed_bytes: int) -> None:
     """ValueError if the disk that will hold `out` has less than `needed_bytes` free."""
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(existing_folder(out.resolve())).free
     if needed_bytes > free:
         raise ValueError(
-            f"{str(out)!r} needs {needed_bytes / 1e9:.1f} GB but its disk has {free / 1e9:.1f} GB free: "
+            f"{str(out)!r} needs {size_text(needed_bytes)} but its disk has {size_text(free)} free: "
             "collect fewer tokens or hookpoints, or choose another disk"
         )
+
+
+def size_text(num_bytes: int) -> str:
+    unit, factor = next((u for u in (("GB", 1e9), ("MB", 1e6)) if num_bytes >= u[1]), ("kB", 1e3))
+    return f"{num_bytes / factor:.1f} {unit}"

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Union, cast
 import tyro
 from tyro.conf import subcommand
 
+from apportion.cli.arguments import OPTIONS
 from apportion.cli.collect import Collect
 from apportion.cli.convert import Convert
 from apportion.cli.demo import Demo
@@ -44,7 +45,7 @@ def parse(argv: list[str]) -> Any:
         "info": Info,
     }
     union = Union[tuple(Annotated[c, subcommand(name)] for name, c in commands.items())]  # noqa: UP007
-    return tyro.cli(cast(Any, union), args=argv, prog="apportion", description=DESCRIPTION)
+    return tyro.cli(cast(Any, union), args=argv, prog="apportion", description=DESCRIPTION, registry=OPTIONS)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,36 +4,55 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal
 
-import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 
-def parse_count(text: str) -> int:
-    """A number of tokens such as 900000, 900k, 10M or 1.5B."""
+def whole_number(text: str) -> int:
+    """A whole number as people write it: 900000, 900_000, 900k, 10M, 1.5B, 1e6, 256.0."""
     factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
     try:
-        number = float(text if factor == 1 else text[:-1]) * factor
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number of tokens; write 900000, 900k, 10M or 1.5B.") from None
-    if not 1 <= number < 1e18 or number != int(number):
-        raise ValueError(f"{text!r} is not a whole, positive number of tokens.")
+        number = Decimal(text if factor == 1 else text[:-1]) * factor
+    except InvalidOperation:
+        raise ValueError(f"{text!r} is not a number; write 900000, 900k, 10M or 1.5B.") from None
+    if not number.is_finite() or abs(number) >= 10**18 or number != int(number):
+        raise ValueError(f"{text!r} is not a whole number.")
     return int(number)
 
 
-Count = Annotated[
-    int,
-    tyro.constructors.PrimitiveConstructorSpec(
+def parse_count(text: str) -> int:
+    """A number of tokens, of which there is at least one."""
+    number = whole_number(text)
+    if number < 1:
+        raise ValueError(f"{text!r} is not a positive number of tokens.")
+    return number
+
+
+def spelled(read: Callable[[str], int], name: str) -> PrimitiveConstructorSpec[int]:
+    """An option that takes one number, read by `read`."""
+    return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="COUNT",
-        instance_from_str=lambda words: parse_count(words[0]),
-        is_instance=lambda value: isinstance(value, int),
+        metavar=name,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
         str_from_instance=lambda value: [str(value)],
-    ),
-]
+    )
+
+
+Count = Annotated[int, spelled(parse_count, "COUNT")]
+
+OPTIONS = ConstructorRegistry()
+"""How the options of all commands are read."""
+
+
+@OPTIONS.primitive_rule
+def _whole_numbers(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    """Every option that is a whole number takes 16k and 4M."""
+    return spelled(whole_number, "INT") if option.type is int else None
 
 
 @dataclass(kw_only=True)
@@ -41,24 +60,29 @@ class Text:
     """Where text comes from."""
 
     text: str | None = None
-    """A .txt, .md or .jsonl file, or a folder of them."""
+    """A file with text (.txt, .md, .jsonl, .json, .csv, .tsv, .parquet, also .gz, .bz2, .xz, .zst), a folder of them,
+    or a folder made with save_to_disk."""
     dataset: str | None = None
     """A datasets id on the Hugging Face Hub, streamed, instead of --text."""
     field: str = "text"
-    """Field of a .jsonl line, or column of a dataset, that holds the text."""
+    """Field of a row, or column of a dataset, that holds the text or its token ids."""
     split: str = "train"
     """Split of the dataset."""
+    dataset_config: str | None = None
+    """Configuration of a dataset that has several, such as wikitext-103-raw-v1."""
 
     def source(self) -> Any:
         from apportion.activations import TextSource
 
         if (self.text is None) == (self.dataset is None):
             raise ValueError("Give either --text FILE_OR_FOLDER or --dataset ID.")
-        if self.text is not None and not Path(self.text).exists():
+        if self.text is not None and self.dataset_config is not None:
+            raise ValueError("--dataset-config belongs to --dataset: a text on this disk has no configurations.")
+        where = self.text or self.dataset or ""
+        source = TextSource(where, field=self.field, split=self.split, config=self.dataset_config)
+        if self.text is not None and not (source.path and source.path.exists()):
             raise ValueError(f"There is no text at {self.text!r}. Give a file or folder, or use --dataset ID.")
-        source = TextSource(self.text or self.dataset or "", field=self.field, split=self.split)
-        if source.num_bytes() == 0:
-            raise ValueError(f"The text {self.text!r} is empty. Give a text with at least one context of tokens.")
+        source.check()
         return source
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -36,13 +36,27 @@ class Collect:
     loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
 
     def run(self) -> None:
+        try:
+            manifest = self._collect()
+        except KeyboardInterrupt as stopped:
+            said = str(stopped) or f"stopped before anything was collected; nothing is left at {self.out}"
+            say(f"\n{said[0].upper()}{said[1:]}.")
+            raise
+        say(f"{self.out}: {manifest['rows']:,} tokens at {', '.join(manifest['hookpoints'])}")
+        for name, about in manifest["hookpoints"].items():
+            say(f"  {name}: {describe_filter(about)}")
+        for what in ("skipped", "repaired"):
+            if counts := manifest[f"text_{what}"]:
+                say(f"  of the text {what}: {', '.join(f'{n:,} {reason}' for reason, n in counts.items())}")
+
+    def _collect(self) -> dict[str, Any]:
         from apportion.activations.collect import collect
-        from apportion.activations.writer import refuse_existing
+        from apportion.activations.writer import check_out
 
         source = self.corpus.source()
-        refuse_existing(self.out)
+        check_out(self.out)
         model, tokenizer = self.loading.load(self.model)
-        manifest = collect(
+        return collect(
             model,
             tokenizer,
             self.hookpoint,
@@ -55,6 +69,3 @@ class Collect:
             bos=self.bos,
             token_filter=self.filter.token_filter(),
         )
-        say(f"{self.out}: {manifest['rows']:,} tokens at {', '.join(manifest['hookpoints'])}")
-        for name, about in manifest["hookpoints"].items():
-            say(f"  {name}: {describe_filter(about)}")

@@ -95,6 +95,7 @@ class Demo:
                 tokens=self.tokens,
                 out=acts,
                 context_tokens=self.context_tokens,
+                keep_interrupted=False,
             )
             if manifest["rows"] < 10 * self.batch_tokens:
                 shutil.rmtree(self.out)  # nothing else is in it yet, and a longer text may follow

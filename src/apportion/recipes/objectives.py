@@ -130,6 +130,7 @@ class Objectives:
                 tokens=contexts.numel(),
                 out=folder,
                 context_tokens=self.context_tokens,
+                keep_interrupted=False,
             )
         return folder
 
