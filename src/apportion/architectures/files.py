@@ -11,6 +11,7 @@ belongs to them beside it. (A config edited by hand has no such twin, and is tak
 from __future__ import annotations
 
 import hashlib
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def save(sae: SAE, folder: Path) -> None:
         write_tensors(folder / WEIGHTS, tensors, {CONFIG_DIGEST: _digest(text)})
 
 
-def load(path: str | Path, subfolder: str | None = None) -> SAE:
-    """Read an SAE saved with `sae.save`; it comes in eval mode.
+def load(path: str | Path, subfolder: str | None = None, dtype: torch.dtype | None = None) -> SAE:
+    """Read an SAE saved with `sae.save`; it comes in eval mode, in the dtype of its weights or in `dtype`.
 
     Raises ValueError, naming the file and the reason, for anything that is not a complete, consistent SAE.
     """
@@ -93,7 +94,8 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
     for name in [*dict(sae.named_parameters()), *(name for name in tensors if name.startswith("input."))]:
         if not all_finite(tensors[name]):
             raise ValueError(f"{tensor_file}: {name} holds NaN or infinity.")
-    sae.to(tensors["W_dec"].dtype)
+    stored = reduce(torch.promote_types, (tensors[name].dtype for name, _ in sae.named_parameters()))
+    sae.to(dtype or stored)
     sae.load_state_dict(tensors)
     sae.info = info
     return sae.eval()

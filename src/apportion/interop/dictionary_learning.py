@@ -131,7 +131,7 @@ def _parts(name: str, stored: dict[str, Any], trainer: dict[str, Any], file: Pat
         parts.kind, parts.threshold = "jumprelu", tensors.take("threshold", "d_sae")
     elif "TopK" in name:
         _budget(parts, name, tensors, trainer)
-    tensors.finish()
+    parts.dtype = tensors.finish()
     return parts
 
 

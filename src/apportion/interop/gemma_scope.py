@@ -90,7 +90,7 @@ def _parts(tensors: Tensors, transcoder: bool) -> Parts:
         transcoder=transcoder or skip,
         W_skip=tensors.take("affine_skip_connection", "d_in", d_out).T.contiguous() if skip else None,
     )
-    tensors.finish()
+    parts.dtype = tensors.finish()
     return parts
 
 

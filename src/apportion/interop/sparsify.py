@@ -54,7 +54,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
         transcoder=transcode or skip,
         info={"source": {}, "original": settings},
     )
-    tensors.finish()
+    parts.dtype = tensors.finish()
     if skip and parts.subtract_b_dec:
         parts.b_enc.sub_(parts.W_enc @ parts.b_dec)
         parts.subtract_b_dec = False
