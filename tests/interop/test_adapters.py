@@ -166,7 +166,7 @@ def test_delphi_finds_the_codes(n_splits: int, tmp_path: Path) -> None:
     assert len(list(folder.glob("*.safetensors"))) == n_splits
     dense, found = read_back(folder)
     assert torch.equal(found, tokens)
-    assert differs(dense, sae.encode(x).dense()) < 1e-3
+    assert differs(dense, sae.encode(x).dense() * unit(sae)) < 1e-3
     config = json.loads((folder / "config.json").read_text())
     assert (config["cache_ctx_len"], config["n_splits"], config["model_name"]) == (LENGTH, n_splits, "a/model")
 
@@ -177,7 +177,7 @@ def test_delphi_gets_a_store_without_its_filtered_tokens(tmp_path: Path) -> None
     assert not store.mask.all() and store.mask.any()
     dense, found = read_back(ap.write_delphi_cache(sae, store, tmp_path / "latents", 2))
     assert torch.equal(found, tokens)
-    wanted = sae.encode(x).dense() * store.mask.reshape(CONTEXTS, LENGTH, 1)
+    wanted = sae.encode(x).dense() * unit(sae) * store.mask.reshape(CONTEXTS, LENGTH, 1)
     assert differs(dense, wanted) < 1e-3
 
 

@@ -174,7 +174,8 @@ def to_sae_bench(
     """`sae` for SAEBench: `run_eval(config, [(name, ap.to_sae_bench(sae))], device, output_path)`.
 
     The names of its model and of its place in it are those of TransformerLens; give them where `sae` does not know.
-    Rows that its training left out for their norm pass through unchanged, unless `pass_outliers` is False. Raises ValueError for transcoders, which do not reconstruct their input, and for SAEs that need to be calibrated.
+    Rows that its training left out for their norm pass through unchanged, unless `pass_outliers` is False.
+    Raises ValueError for transcoders, which do not reconstruct their input, and for SAEs that need to be calibrated.
     """
     if sae.needs_target:
         raise ValueError(f"SAEBench evaluates SAEs that reconstruct their input, and {sae.name} does not.")
@@ -216,7 +217,8 @@ def to_sae_lens(
     """`sae` as a sae_lens.SAE (standard, topk, jumprelu, gated or a transcoder), with its codes in raw units.
 
     Rows that its training left out for their norm pass through unchanged, unless `pass_outliers` is False (transcoders
-    never do so: what goes in is not what comes out). `model_class_name` is as for `ap.export`. Raises ImportError without the package sae-lens, and ValueError as `ap.export` does.
+    never do so: what goes in is not what comes out). `model_class_name` is as for `ap.export`. Raises
+    ImportError without the package sae-lens, and ValueError as `ap.export` does.
     """
     try:
         from sae_lens import SAE as Lens  # type: ignore[import-not-found]

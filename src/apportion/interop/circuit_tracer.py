@@ -5,7 +5,7 @@
             the k largest a            if config.yaml says `activation: topk` (or the file has k)
     y_hat = z W_dec + b_dec (+ W_skip x)
 
-W_enc and W_dec are [d_sae, d], W_skip [d, d]. config.yaml names the model and, within a block, what is read and written:
+W_enc and W_dec are [d_sae, d], W_skip [d, d]. config.yaml names the model and what is read and written in a block:
 feature_input_hook (mlp.hook_in, hook_resid_mid), feature_output_hook (mlp.hook_out, hook_mlp_out). circuit-tracer runs
 models without folding or centring anything. It keeps the k largest a even where they are negative; here such codes are
 0, as in any SAE, which makes a difference only for tokens with fewer than k positive ones.

@@ -6,8 +6,9 @@ transformers model takes or returns, there is no entry. `ln*.hook_normalized` li
 no module here returns, so it has no entry either. `mlp.hook_in` is what SAELens and circuit-tracer add to
 HookedTransformer, and what TransformerBridge has.
 
-SAELens runs models that TransformerLens does not know by AutoModelForCausalLM, and names hooks by modules whose
-*output* is meant: `module_of` gives that name, also where our hookpoint is the input of the module after it.
+TransformerLens's names also serve for its TransformerBridge, which runs any model of transformers. Where SAELens runs
+one by AutoModelForCausalLM, it names hooks by modules whose *output* is meant: `module_of` gives that name, also where
+our hookpoint is the input of the module after it.
 """
 
 from __future__ import annotations
@@ -121,9 +122,6 @@ CLASSES = {
 }
 """Classes of transformers models, which our own caches name beside the model."""
 
-IN_HOOKED_TRANSFORMER = ("EleutherAI", "codellama", "google", "meta-llama", "mistralai", "openai-community", "Qwen")
-"""Owners on the Hub whose models of these families TransformerLens's HookedTransformer (3.9) loads by name."""
-
 OWNERS = {"gpt2": "openai-community", "pythia": "EleutherAI", "gemma": "google"}
 """On the Hub, of models that TransformerLens names without one."""
 
@@ -136,14 +134,6 @@ def family_of(model_name: str) -> str | None:
 def family_of_model(model: dict[str, Any]) -> str | None:
     """The family of a model that `info["source"]["model"]` describes: by its class, or else by its name."""
     return CLASSES.get(str(model.get("class"))) or family_of(str(model.get("name_or_path")))
-
-
-def in_hooked_transformer(model_name: str | None) -> bool:
-    """Does TransformerLens load it by this name? Yes for what has no name, which nobody loads."""
-    if model_name is None:
-        return True
-    owner, slash, _ = model_name.partition("/")
-    return family_of(model_name) is not None and (not slash or owner in IN_HOOKED_TRANSFORMER)
 
 
 def hub_name(model_name: str) -> str:

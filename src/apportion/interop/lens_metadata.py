@@ -8,14 +8,17 @@ through: Neuronpedia's id, how the model is to be loaded, whatever else its meta
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
 from apportion.interop.contexts import metadata_of_contexts
-from apportion.interop.hook_names import from_hookpoint, in_hooked_transformer, module_of, origin
+from apportion.interop.hook_names import from_hookpoint, module_of, origin
 from apportion.interop.parts import Parts
 from apportion.interop.writing import carried, dict_of, model_of
+
+logger = logging.getLogger(__name__)
 
 MODEL_CLASSES = ("HookedTransformer", "AutoModelForCausalLM")
 RENAMED = {
@@ -80,35 +83,34 @@ def lens_metadata(parts: Parts, model_class_name: str | None = None) -> dict[str
 def _where(parts: Parts, model_class_name: str | None) -> dict[str, Any]:
     """The model and its hooks: names of TransformerLens, or modules, but never one beside the other.
 
-    HookedTransformer knows the models of some owners. For others, and wherever it has no name for a place, SAELens
-    loads the model with AutoModelForCausalLM and hooks the output of a module.
+    Names of TransformerLens fit HookedTransformer, which knows some models, and TransformerBridge, which runs all of
+    them. Where there is none for a place, AutoModelForCausalLM is left, with hooks at the output of modules.
     """
     name, family = model_of(parts)
     places = {"hook_name": parts.hookpoint, "hook_name_out": parts.target_hookpoint}
     lens = {key: lens_name(parts, place) for key, place in places.items() if key == "hook_name" or place is not None}
     modules = {key: place and module_of(place, family) for key, place in places.items()}
     in_lens = all(hook is None or hook.startswith("blocks.") for hook in lens.values())
-    in_modules = all(modules[key] is not None for key in lens)
-    if model_class_name is None:
-        hooked = in_lens and (in_hooked_transformer(name) or not in_modules)
-        model_class_name = "HookedTransformer" if hooked else "AutoModelForCausalLM"
-    if model_class_name == "AutoModelForCausalLM":
-        hooks = {key: modules[key] or hook for key, hook in lens.items()}
-    elif in_lens:
+    chosen = model_class_name or ("HookedTransformer" if in_lens else "AutoModelForCausalLM")
+    hooks = lens if chosen == "HookedTransformer" else {key: modules[key] for key in lens}
+    missing = [str(places[key]) for key in hooks if places[key] and not _is_hook(hooks[key], chosen)]
+    if missing and model_class_name is not None:
+        raise ValueError(f"{chosen} has no hook for {' and '.join(missing)}, which this SAE is for: leave it out.")
+    if missing:
+        logger.warning("No tool of SAELens has a hook for %s: it will have to be given activations.", missing[0])
         hooks = lens
-    else:
-        raise ValueError(
-            f"TransformerLens has no name for {' and '.join(filter(None, places.values()))}, which {model_class_name} "
-            "needs; AutoModelForCausalLM hooks the output of any module."
-        )
     return {
         "model_name": None if name is None else name.removeprefix("openai-community/"),
-        "model_class_name": model_class_name,
+        "model_class_name": chosen,
         "hook_name": hooks["hook_name"],
         "hook_name_out": hooks.get("hook_name_out"),
         "hf_hook_name": modules["hook_name"],
         "hf_hook_name_out": modules["hook_name_out"],
     }
+
+
+def _is_hook(name: str | None, model_class_name: str) -> bool:
+    return name is not None and name.startswith("blocks.") == (model_class_name == "HookedTransformer")
 
 
 def _carried_metadata(parts: Parts, model_class_name: str | None) -> dict[str, Any]:

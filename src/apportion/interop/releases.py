@@ -33,7 +33,7 @@ CENTRED = {
     "jbloom/GPT2-Small-Feature-Splitting-Experiment-Layer-8",
     "tommmcgrath/gpt2-small-mlp-out-saes",
 }
-"""Repositories whose SAEs were trained on a model with centred writing weights: SAELens's list says so, not the files."""
+"""Repositories of SAEs of a model with centred writing weights: SAELens's list says so, and the files do not."""
 
 
 def _same(*rules: str) -> dict[str, str]:

@@ -292,9 +292,9 @@ def _has_unit_rows(parts: Parts) -> bool:
         parts.W_dec[idle, 0] = 1
         return True
     logger.warning(
-        "Decoder rows of this TopK SAE have norms from %.4g to %.4g, and which latents are kept does not depend on them: "
-        "SAELens cannot fold them in, so that SAEDashboard and Neuronpedia refuse it. Rows of norm 1 (sae.constrain()) "
-        "make it another SAE, that they take.",
+        "Decoder rows of this TopK SAE have norms from %.4g to %.4g, and its choice of latents does not go by them: "
+        "SAELens cannot fold them in, and SAEDashboard and Neuronpedia refuse it. With rows of norm 1 "
+        "(sae.constrain()) it is another SAE, that they take.",
         norms.min(),
         norms.max(),
     )

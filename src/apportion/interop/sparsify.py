@@ -21,7 +21,7 @@ from apportion.interop.hook_names import LAYERS, family_of
 from apportion.interop.parts import Parts
 from apportion.interop.peek import beside, first_file, settings_in
 from apportion.interop.reading import Tensors, file_in, read_safetensors, read_settings
-from apportion.interop.writing import SAVE, check_fits, stored
+from apportion.interop.writing import SAVE, carried, check_fits, over, stored
 
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 
@@ -98,4 +98,4 @@ def write(parts: Parts, folder: Path) -> None:
         "d_in": d_in,
     }
     write_tensors(folder / WEIGHTS, stored(tensors))
-    write_json(folder / CONFIG, settings)
+    write_json(folder / CONFIG, over(carried(parts, "sparsify"), settings))

@@ -62,6 +62,11 @@ def carried(parts: Parts, format: str) -> dict[str, Any]:
     return {} if "training" in parts.info or parts.info.get("format") != format else dict_of(parts.info.get("original"))
 
 
+def over(original: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings over those of the file that an SAE was read from; what is not known leaves what was said there."""
+    return {**original, **{name: v for name, v in settings.items() if v is not None or name not in original}}
+
+
 def dict_of(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
