@@ -1,4 +1,4 @@
-"""SAEs of models with centred writing weights: right codes where activations are not centred, and a word on the rest."""
+"""SAEs of models with centred writing weights: right codes on models that are not centred, and a word on the rest."""
 
 from __future__ import annotations
 

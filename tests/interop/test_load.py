@@ -353,3 +353,60 @@ class TestNames:
         for known in FORMATS.values():
             for path in (tmp_path, *tmp_path.iterdir(), tmp_path / "nowhere"):
                 assert known.recognises(path) in (True, False)
+
+
+class TestAddresses:
+    """Whole, as they were given: a path would make one slash of two."""
+
+    @pytest.mark.parametrize(
+        ("address", "said"),
+        [
+            ("https://huggingface.co/org/name", 'here load("org/name")'),
+            ("https://huggingface.co/org/name/", 'here load("org/name")'),
+            ("https://huggingface.co/org/name/tree/main/a/b", 'here load("org/name", subfolder="a/b")'),
+            ("hf://org/name/layer_3.safetensors", 'here load("org/name", subfolder="layer_3.safetensors")'),
+        ],
+    )
+    def test_of_the_hub(self, address, said, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError) as raised:
+            ap.load(address)
+        assert f"{address} does not exist" in str(raised.value) and said in str(raised.value)
+
+    @pytest.mark.parametrize("address", ["s3://bucket", "a//b/c"])
+    def test_of_nothing(self, address, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError) as raised:
+            ap.load(address)
+        assert str(raised.value).startswith(f"{address} does not exist") and "here load" not in str(raised.value)
+
+    def test_a_home(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        write_pt(tmp_path / "sae")
+        sae = ap.load("~/sae")
+        assert_is_the_sae(sae)
+        ap.export(sae, "~/out", "sae_lens")
+        assert (tmp_path / "out" / "cfg.json").is_file()
+
+
+class TestK:
+    """What L0 is to be, of SAEs that have no budget."""
+
+    def test_is_not_invented(self, tmp_path):
+        assert ap.load(write_pt(tmp_path)).k is None
+        sae = ap.load(write_pt(tmp_path), config={"k": 5})
+        assert sae.k == 5
+        sae.save(tmp_path / "ours")
+        assert ap.load(tmp_path / "ours").k == 5
+        ap.load(write_pt(tmp_path)).save(tmp_path / "none")
+        assert ap.load(tmp_path / "none").k is None
+
+    @pytest.mark.parametrize("name", ["relu", "gated", "jumprelu"])
+    def test_training_on_holds_the_l0_that_it_has(self, name, tmp_path):
+        x = inputs().repeat(60, 1) + 0.3 * rand(660, D_IN, seed=5)
+        sae = ap.create(name, d_in=D_IN, d_sae=D_SAE, seed=0, input_norm="none", k=None)
+        trainer = ap.Trainer(sae, ap.TrainConfig(lr=1e-3, batch_tokens=len(x)))
+        found = [trainer.step(x) for _ in range(60)]
+        assert all(step["loss"].isfinite() for step in found)
+        first, last = (float(found[i]["l0"]) for i in (0, -1))
+        assert abs(last - first) < 0.35 * first, (first, last)

@@ -89,7 +89,7 @@ def bos_prepended(source: Mapping[str, Any]) -> bool:
     for words, adds in BOS_BY_DEFAULT.items():
         if re.search(words, name.lower()):
             return adds
-    if source:
+    if source.keys() & {"bos", "tokenizer", "model"}:
         logger.warning(
             "Whether contexts began with BOS is not known (tokenizer %r): prepend_bos is written as false.", name
         )

@@ -116,9 +116,9 @@ def _is_hook(name: str | None, model_class_name: str) -> bool:
 def _carried_metadata(parts: Parts, model_class_name: str | None) -> dict[str, Any]:
     """Of a file of SAELens all that is neither the shape of the SAE nor, if its place has changed since, its place."""
     original = carried(parts, "sae_lens")
-    said = {name: v for name, v in {**original, **dict_of(original.get("metadata"))}.items() if name not in STRUCTURE}
-    model, hook = said.get("model_name"), said.get("hook_name", said.get("hook_point"))
-    place, source = origin(model, hook)
+    said = {RENAMED.get(name, name): v for name, v in {**original, **dict_of(original.get("metadata"))}.items()}
+    said = {name: value for name, value in said.items() if name not in STRUCTURE}
+    place, source = origin(said.get("model_name"), said.get("hook_name"))
     unchanged = place == parts.hookpoint and source.get("model") == dict_of(parts.info.get("source")).get("model")
     if model_class_name is not None or not unchanged:
         said = {name: value for name, value in said.items() if name not in PLACE}

@@ -53,8 +53,8 @@ def load(
     given = listed | dict(config or {})
     try:
         parts = FORMATS[name].read(path, given, trust)
-        if parts.k is None:
-            parts.k = given.pop("k", None)
+        given.pop("k", None)
+        parts.k = (config or {}).get("k") if parts.k is None else parts.k
         sae = assemble(parts, dtype)
     except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, struct.error) as error:
         raise ValueError(f"{path} does not fit the format {name}: {type(error).__name__}: {error}") from error
