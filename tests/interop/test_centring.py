@@ -213,3 +213,39 @@ def test_a_model_with_layer_norms_does_not_notice(tmp_path):
             logits[name] = model(ids).logits
     assert torch.allclose(logits["centred"], logits["with means"], atol=1e-4)
     assert not torch.allclose(logits["centred"], logits["without the SAE"], atol=1e-2)
+
+
+class TestLibrariesThatProcessModels:
+    """Their files do not say so: numbers stay as they are in the file, and a warning says what may have been done."""
+
+    @pytest.mark.parametrize(("model", "warned"), [("gpt2-small", True), ("google/gemma-2-2b", False), (None, False)])
+    def test_e2e_sae(self, model, warned, tmp_path, said):
+        stored = tensors_of("standard")
+        names = {"encoder.0.weight": stored["W_enc"].T, "encoder.0.bias": stored["b_enc"]}
+        names |= {"decoder.weight": stored["W_dec"].T, "decoder.bias": stored["b_dec"]}
+        torch.save({f"blocks-1-hook_resid_pre.{n}": t for n, t in names.items()}, tmp_path / "samples_5.pt")
+        if model is not None:
+            (tmp_path / "final_config.yaml").write_text(f"seed: 0\ntlens_model_name: {model}\n")
+        z, _ = forward(stored, settings_of("standard", apply_b_dec_to_input=False), X)
+        assert differs(ap.load(tmp_path / "samples_5.pt").encode(X).dense(), z) < CLOSE
+        assert bool(said.records) == warned and ("from_pretrained" in said.text) == warned
+
+    @pytest.mark.parametrize(
+        ("changed", "warned"),
+        [
+            ({}, True),
+            ({"input_unit_norm": True}, False),
+            ({"hook_point": "blocks.8.mlp.hook_post"}, False),
+            ({"sae_type": "batch-topk"}, False),
+        ],
+    )
+    def test_batchtopk_repo(self, changed, warned, tmp_path, said):
+        settings = {"act_size": D_IN, "dict_size": D_SAE, "top_k": 3, "input_unit_norm": False, "sae_type": "vanilla"}
+        settings |= {"model_name": "gpt2-small", "hook_point": "blocks.8.hook_resid_pre"} | changed
+        stored = tensors_of("standard")
+        if settings["sae_type"] == "batch-topk":
+            stored["threshold"] = torch.tensor(0.3)
+        torch.save(stored, tmp_path / "sae.pt")
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        ap.load(tmp_path)
+        assert bool(said.records) == warned

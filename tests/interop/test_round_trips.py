@@ -86,7 +86,7 @@ def test_to_sae_lens_is_what_dashboards_expect(name: str) -> None:
     assert_same(sae, lens.encode(X), lens(X))
     about = lens.cfg.metadata
     assert (about.model_name, about.hook_name) == ("HuggingFaceTB/SmolLM2-135M", "blocks.3.hook_resid_post")
-    assert (about.context_size, about.prepend_bos, about.dataset_path) == (32, True, None)
+    assert (about.context_size, about.prepend_bos, about.dataset_path) == (32, False, None)
     assert lens.cfg.architecture() == {"mutual_choice": "jumprelu", "mlsae": "topk"}.get(name, name)
     assert lens.cfg.to_dict()["d_sae"] == lens.cfg.d_sae == D_SAE
     if name in ("mutual_choice", "gated"):

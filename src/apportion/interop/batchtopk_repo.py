@@ -19,6 +19,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from apportion.interop.centring import warn_of_processing
 from apportion.interop.hook_names import origin
 from apportion.interop.parts import Kind, Parts
 from apportion.interop.peek import beside, first_file, names_in, settings_in
@@ -68,7 +69,10 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     elif kind == "jumprelu":
         parts.threshold = tensors.take("jumprelu.log_threshold", "d_sae").exp()
     parts.dtype = tensors.finish()
-    parts.hookpoint, source = origin(settings.get("model_name"), settings.get("hook_point"))
+    model, hook = settings.get("model_name"), settings.get("hook_point")
+    if "threshold" not in tensors.names:  # the successor loads models without processing
+        warn_of_processing(parts, model, hook, file)
+    parts.hookpoint, source = origin(model, hook)
     parts.info = {"source": source, "original": settings}
     return parts
 

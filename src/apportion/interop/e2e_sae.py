@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from apportion.interop.centring import warn_of_processing
 from apportion.interop.hook_names import origin
 from apportion.interop.parts import Parts
 from apportion.interop.peek import beside, first_file, names_in, yaml_in
@@ -42,7 +43,9 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
         subtract_b_dec=False,
     )
     parts.dtype = tensors.finish()
-    parts.hookpoint, source = origin(yaml_in(beside(file, "final_config.yaml")).get("tlens_model_name"), position)
+    model = yaml_in(beside(file, "final_config.yaml")).get("tlens_model_name")
+    parts.hookpoint, source = origin(model, position)
+    warn_of_processing(parts, model, position, file)
     parts.info = {"source": source, "original": {"position": position}}
     return parts
 

@@ -15,11 +15,7 @@ folded, which is done here. Without that file `config={"norm_scaling_factor": ..
 
 Before version 6 the configuration was flat, with other names and no word for some defaults.
 
-Metadata can say that the model was loaded with `center_writing_weights`: LayerNorms do not see the mean of a token, and
-TransformerLens then takes it from the residual stream and from what is written to it. On the model of transformers,
-where it is still there, the encoder has to remove it, which is linear (`fold_centring`). Reconstructions stay centred.
-A later LayerNorm does not notice, so that splicing and cross-entropy are right as they are; errors and FVU are larger
-by the means, which a warning says at every load. Models with RMSNorm are never centred.
+Metadata can say that the model was loaded with `center_writing_weights`: see centring.py.
 """
 
 from __future__ import annotations
@@ -31,9 +27,10 @@ from typing import Any
 
 from apportion.architectures.inputs import InputNorm
 from apportion.disk import write_json, write_tensors
+from apportion.interop.centring import centre
 from apportion.interop.contexts import said_of_contexts
-from apportion.interop.folding import fold_centring, fold_norms, fold_scale, fold_whitening
-from apportion.interop.hook_names import is_centred, is_processed, origin
+from apportion.interop.folding import fold_norms, fold_scale, fold_whitening
+from apportion.interop.hook_names import is_processed, origin
 from apportion.interop.lens_metadata import RENAMED, lens_metadata
 from apportion.interop.parts import Kind, Parts
 from apportion.interop.peek import beside, first_file
@@ -93,7 +90,9 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     if settings["normalize_activations"] == "covariance_whitening":
         _whiten(parts, folder)
     _describe(parts, settings, original)
-    _centre(parts, settings, file)
+    if dict_of(settings.get("model_from_pretrained_kwargs")).get("center_writing_weights"):
+        places = (settings.get("hook_name"), settings.get("hook_name_out"))
+        centre(parts, settings.get("model_name"), *places, file)
     return parts
 
 
@@ -201,28 +200,6 @@ def _whiten(parts: Parts, folder: Path) -> None:
     tensors = Tensors(read_safetensors(file), file, d_in=parts.W_enc.shape[1])
     mean, matrix = tensors.take("mean", "d_in"), tensors.take("matrix", "d_in", "d_in")
     fold_whitening(parts, mean, matrix, tensors.take("inverse_matrix", "d_in", "d_in"))
-
-
-def _centre(parts: Parts, settings: dict[str, Any], file: Path) -> None:
-    """Fold in what TransformerLens did to the model that the SAE was trained on, as far as it is linear."""
-    if not dict_of(settings.get("model_from_pretrained_kwargs")).get("center_writing_weights"):
-        return
-    places = (settings.get("hook_name"), settings.get("hook_name_out"))
-    into, out = (is_centred(place, settings.get("model_name")) for place in places)
-    if parts.input_norm == "token_standardise" or not (into is not False or out):
-        return
-    if into and parts.input_norm == "none":
-        fold_centring(parts)
-    known = into is not None and parts.input_norm == "none"
-    logger.warning(
-        "%s: this SAE was trained on a model with centred writing weights (TransformerLens), where activations have a "
-        "mean of 0 over the width. %s Reconstructions are centred as well: behind a LayerNorm that makes no "
-        "difference, in errors and FVU each token's mean counts as not reconstructed.",
-        file,
-        "Centring is folded into the encoder, so that codes are right on the model of transformers."
-        if known
-        else "It could not be folded into the encoder: give it centred activations (x - x.mean(-1, keepdim=True)).",
-    )
 
 
 def _describe(parts: Parts, settings: dict[str, Any], original: dict[str, Any]) -> None:
