@@ -93,3 +93,18 @@ def test_convert_chooses_who_runs_the_model(foreign, tmp_path, capsys):
     assert main(["convert", str(foreign), str(tmp_path / "other"), *options, "HookedMamba"]) == 2
     assert "known are HookedTransformer, AutoModelForCausalLM" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_an_sae_that_says_no_l0(foreign, text, tmp_path, capsys):
+    """No k is invented, and nothing stumbles over there being none."""
+    settings = json.loads((foreign / "cfg.json").read_text()) | {"architecture": "standard"}
+    settings.pop("k")
+    (foreign / "cfg.json").write_text(json.dumps(settings))
+    assert main(["info", str(foreign)]) == 0
+    assert "k None" in capsys.readouterr().out
+    figures, out = tmp_path / "figures.json", tmp_path / "report"
+    assert main(["eval", str(foreign), "--text", str(text), "--tokens", "512", "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text())["k"] is None and json.loads(figures.read_text())["l0"] > 0
+    options = ["--text", str(text), "--tokens", "1k", "--ce-tokens", "256", "--out", str(out)]
+    assert main(["report", str(foreign), *options]) == 0
+    assert (out / "report.html").is_file()
