@@ -369,9 +369,11 @@ class TestAddresses:
     )
     def test_of_the_hub(self, address, said, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(ValueError) as raised:
-            ap.load(address)
-        assert f"{address} does not exist" in str(raised.value) and said in str(raised.value)
+        for given in (address, Path(address)):
+            with pytest.raises(ValueError) as raised:
+                ap.load(given)
+            assert f"{address.rstrip('/') if given != address else address} does not exist" in str(raised.value)
+            assert said in str(raised.value)
 
     @pytest.mark.parametrize("address", ["s3://bucket", "a//b/c"])
     def test_of_nothing(self, address, tmp_path, monkeypatch):

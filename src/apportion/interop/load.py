@@ -21,6 +21,8 @@ from apportion.interop.reading import inside, read_pt
 OURS = "apportion"
 REMOTE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 """org/name, or the alias of a release."""
+SCHEME = re.compile(r"^(\w{2,}):/(?!/)")
+"""Of an address that was made a path, which takes two slashes for one."""
 ADDRESS = re.compile(r"\w+://(?:huggingface\.co/)?([^/]+/[^/]+)(?:/(?:tree|blob|resolve)/[^/]+)?(?:/(.+?))?/?$")
 """Of a repository or a place in it, as browsers show it."""
 
@@ -73,7 +75,7 @@ def _local(path_or_repo: str | Path, subfolder: str | None) -> tuple[Path, dict[
     path = Path(path_or_repo).expanduser()
     if path.exists():
         return inside(path, subfolder) if subfolder else path, {}
-    name = str(path_or_repo)
+    name = SCHEME.sub(r"\1://", str(path_or_repo))
     if not REMOTE.fullmatch(name):
         raise ValueError(
             f"{name} does not exist. Give a folder, a file, or a repository of the Hub (org/name){_as(name)}."
