@@ -243,6 +243,9 @@ def test_another_place_is_named_anew(tmp_path):
     sae.info["source"]["model"] = {"name_or_path": "EleutherAI/pythia-70m"}
     metadata = told(sae, tmp_path / "b")
     assert metadata["model_name"] == "EleutherAI/pythia-70m" and metadata["neuronpedia_id"] == "gpt2-small/3-res-mine"
+    sae = ap.load(tmp_path / "a")
+    sae.config = replace(sae.config, hookpoint="transformer.h.7")
+    assert told(sae, tmp_path / "c")["hook_name"] == "blocks.7.hook_resid_post"
 
 
 @pytest.mark.parametrize("format", ["dictionary_learning", "sparsify", "gemma_scope"])

@@ -391,6 +391,14 @@ class TestAddresses:
         assert (tmp_path / "out" / "cfg.json").is_file()
 
 
+def write_topk(folder: Path) -> Path:
+    """dictionary_learning's AutoEncoderTopK, with a configuration that leaves out k."""
+    names = {"bias": "b_dec"}
+    torch.save({names.get(name, name): tensor for name, tensor in STATE.items()}, folder / "ae.pt")
+    (folder / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoderTopK"}}))
+    return folder
+
+
 class TestK:
     """What L0 is to be, of SAEs that have no budget."""
 
@@ -402,6 +410,24 @@ class TestK:
         assert ap.load(tmp_path / "ours").k == 5
         ap.load(write_pt(tmp_path)).save(tmp_path / "none")
         assert ap.load(tmp_path / "none").k is None
+
+    def test_can_be_said_of_any_format(self, tmp_path):
+        arrays = {
+            "W_enc": (D_IN, D_SAE),
+            "W_dec": (D_SAE, D_IN),
+            "b_enc": (D_SAE,),
+            "b_dec": (D_IN,),
+            "threshold": (D_SAE,),
+        }
+        np.savez(tmp_path / "params.npz", **{name: np.ones(shape, np.float32) for name, shape in arrays.items()})
+        assert ap.load(tmp_path).k is None and ap.load(tmp_path, config={"k": 7}).k == 7
+        assert ap.load(tmp_path, config={"k": np.float32(2.5)}).k == 2.5
+        for k in ("many", 0, -1, True, float("nan")):
+            with pytest.raises(ValueError, match="no number of active latents"):
+                ap.load(tmp_path, config={"k": k})
+
+    def test_numbers_of_numpy(self, tmp_path):
+        assert ap.load(write_topk(tmp_path), config={"k": np.int64(3)}).k == 3
 
     @pytest.mark.parametrize("name", ["relu", "gated", "jumprelu"])
     def test_training_on_holds_the_l0_that_it_has(self, name, tmp_path):

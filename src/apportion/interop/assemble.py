@@ -18,6 +18,7 @@ from __future__ import annotations
 from copy import deepcopy
 from functools import reduce
 from math import inf
+from numbers import Real
 from typing import Any, TypeGuard
 
 import torch
@@ -106,7 +107,7 @@ def _rule(parts: Parts) -> dict[str, Any]:
     elif parts.transcoder:
         rule = {}
     else:  # a target for training on; nothing now depends on it
-        rule = {"k": min(parts.k, len(parts.W_enc)) if _is_count(parts.k) else None}
+        rule = {"k": min(_k(parts), len(parts.W_enc)) if is_count(parts.k) else None}
     if parts.kind == "switch":
         rule["num_experts"] = len(parts.router["W_router"])
     if parts.transcoder:
@@ -128,15 +129,16 @@ ALLOCATIONS = {"relu": "threshold", "jumprelu": "threshold", "topk": "topk", "ba
 
 
 def _k(parts: Parts) -> float:
-    if not _is_count(parts.k):
+    if not is_count(parts.k):
         raise ValueError(
             f"How many latents a token has is not known (k = {parts.k!r}). Say it: load(..., config={{'k': 32}})."
         )
-    return parts.k
+    return int(parts.k) if parts.k == int(parts.k) else float(parts.k)
 
 
-def _is_count(k: object) -> TypeGuard[int | float]:
-    return isinstance(k, int | float) and not isinstance(k, bool) and 0 < k < inf
+def is_count(k: object) -> TypeGuard[float]:
+    """Could it be a number of active latents? Numbers of numpy are numbers."""
+    return isinstance(k, Real) and not isinstance(k, bool) and 0 < float(k) < inf
 
 
 def _whole(k: float) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from apportion.architectures import SAE, files
-from apportion.interop.assemble import assemble
+from apportion.interop.assemble import assemble, is_count
 from apportion.interop.formats import FORMATS
 from apportion.interop.peek import beside, settings_in
 from apportion.interop.reading import inside, read_pt
@@ -55,8 +55,9 @@ def load(
     given = listed | dict(config or {})
     try:
         parts = FORMATS[name].read(path, given, trust)
-        given.pop("k", None)
-        parts.k = (config or {}).get("k") if parts.k is None else parts.k
+        if parts.k is None and config and "k" in config:
+            parts.k = _count(config["k"])
+            given.pop("k", None)
         sae = assemble(parts, dtype)
     except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, struct.error) as error:
         raise ValueError(f"{path} does not fit the format {name}: {type(error).__name__}: {error}") from error
@@ -68,6 +69,12 @@ def load(
         raise ValueError(f"config: {', '.join(unread)} mean nothing to {path}, read as {name}.")
     sae.info["format"] = name
     return sae
+
+
+def _count(k: Any) -> Any:
+    if not is_count(k):
+        raise ValueError(f"k = {k!r} is no number of active latents: give a positive number.")
+    return k
 
 
 def _local(path_or_repo: str | Path, subfolder: str | None) -> tuple[Path, dict[str, Any]]:
