@@ -238,6 +238,14 @@ def test_training_on_makes_it_another_sae(tmp_path):
     assert metadata["prepend_bos"] is True and "of_our_own" not in metadata
 
 
+def test_another_class_is_named_anew(tmp_path):
+    sae = ap.load(write(tmp_path / "a", settings_of("standard", metadata=THEIRS), tensors_of("standard")))
+    ap.export(sae, tmp_path / "b", "sae_lens", model_class_name="AutoModelForCausalLM")
+    metadata = json.loads((tmp_path / "b" / "cfg.json").read_text())["metadata"]
+    assert (metadata["hook_name"], metadata["model_class_name"]) == ("transformer.h.2", "AutoModelForCausalLM")
+    assert metadata["neuronpedia_id"] == "gpt2-small/3-res-mine"
+
+
 def test_another_place_is_named_anew(tmp_path):
     sae = ap.load(write(tmp_path / "a", settings_of("standard", metadata=THEIRS), tensors_of("standard")))
     sae.info["source"]["model"] = {"name_or_path": "EleutherAI/pythia-70m"}

@@ -372,4 +372,5 @@ class TestModelClass:
         sae = trained("mutual_choice", hookpoint="encoder.4:in")
         ap.export(sae, tmp_path / "a", "sae_lens")
         assert "has a hook for encoder.4:in" in caplog.text
+        assert json.loads((tmp_path / "a" / "cfg.json").read_text())["metadata"]["hook_name"] == "encoder.4:in"
         assert ap.load(tmp_path / "a").hookpoint == "encoder.4:in"
