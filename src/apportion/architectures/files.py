@@ -48,8 +48,8 @@ def save(sae: SAE, folder: Path) -> None:
         write_tensors(folder / WEIGHTS, tensors, {CONFIG_DIGEST: _digest(text)})
 
 
-def load(path: str | Path, subfolder: str | None = None, dtype: torch.dtype | None = None) -> SAE:
-    """Read an SAE saved with `sae.save`; it comes in eval mode, in the dtype of its weights or in `dtype`.
+def load(path: str | Path, subfolder: str | None = None) -> SAE:
+    """Read an SAE saved with `sae.save`; it comes in eval mode.
 
     Raises ValueError, naming the file and the reason, for anything that is not a complete, consistent SAE.
     """
@@ -95,7 +95,7 @@ def load(path: str | Path, subfolder: str | None = None, dtype: torch.dtype | No
         if not all_finite(tensors[name]):
             raise ValueError(f"{tensor_file}: {name} holds NaN or infinity.")
     stored = reduce(torch.promote_types, (tensors[name].dtype for name, _ in sae.named_parameters()))
-    sae.to(dtype or stored)
+    sae.to(stored)
     sae.load_state_dict(tensors)
     sae.info = info
     return sae.eval()

@@ -51,7 +51,8 @@ def load(
     if name == OURS:
         if config:
             raise ValueError(f"{path} stores all of its settings; leave out config.")
-        return files.load(path if path.is_dir() else path.parent, dtype=dtype)
+        sae = files.load(path if path.is_dir() else path.parent)
+        return sae if dtype is None else sae.to(dtype)
     given = listed | dict(config or {})
     try:
         parts = FORMATS[name].read(path, given, trust)
