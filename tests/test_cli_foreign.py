@@ -69,3 +69,42 @@ def test_what_is_no_sae(tmp_path, text, capsys):
         assert main(command) == 2
         error = capsys.readouterr().err
         assert "in no format that is known" in error and "sae_lens" in error and error.count("\n") == 1
+
+
+def test_eval_begins_contexts_as_the_file_says(foreign, text, tmp_path):
+    """The tokenizer of this model adds BOS by itself; the SAE may have been trained without."""
+    settings = json.loads((foreign / "cfg.json").read_text())
+    entropies = {}
+    for said in (None, True, False):
+        metadata = settings["metadata"] | ({} if said is None else {"prepend_bos": said})
+        (foreign / "cfg.json").write_text(json.dumps(settings | {"metadata": metadata}))
+        figures = tmp_path / f"{said}.json"
+        assert main(["eval", str(foreign), "--text", str(text), "--tokens", "512", "--json", str(figures)]) == 0
+        entropies[said] = json.loads(figures.read_text())["ce_clean"]
+    assert entropies[None] == entropies[True] != entropies[False]
+
+
+def test_convert_chooses_who_runs_the_model(foreign, tmp_path, capsys):
+    out, options = tmp_path / "out", ["--to", "sae_lens", "--model-class-name"]
+    assert main(["convert", str(foreign), str(out), *options, "AutoModelForCausalLM"]) == 0
+    metadata = json.loads((out / "cfg.json").read_text())["metadata"]
+    assert (metadata["hook_name"], metadata["model_class_name"]) == ("model.layers.1", "AutoModelForCausalLM")
+    capsys.readouterr()
+    assert main(["convert", str(foreign), str(tmp_path / "other"), *options, "HookedMamba"]) == 2
+    assert "known are HookedTransformer, AutoModelForCausalLM" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_sae_that_says_no_l0(foreign, text, tmp_path, capsys):
+    """No k is invented, and nothing stumbles over there being none."""
+    settings = json.loads((foreign / "cfg.json").read_text()) | {"architecture": "standard"}
+    settings.pop("k")
+    (foreign / "cfg.json").write_text(json.dumps(settings))
+    assert main(["info", str(foreign)]) == 0
+    assert "k None" in capsys.readouterr().out
+    figures, out = tmp_path / "figures.json", tmp_path / "report"
+    assert main(["eval", str(foreign), "--text", str(text), "--tokens", "512", "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text())["k"] is None and json.loads(figures.read_text())["l0"] > 0
+    options = ["--text", str(text), "--tokens", "1k", "--ce-tokens", "256", "--out", str(out)]
+    assert main(["report", str(foreign), *options]) == 0
+    assert (out / "report.html").is_file()

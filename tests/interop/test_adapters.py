@@ -17,7 +17,9 @@ from trained import DATA, SAES, trained
 import apportion as ap
 from apportion.activations import ActivationStore, TokenFilter
 from apportion.activations.writer import StoreWriter
+from apportion.interop.adapters import PassesOutliers
 from apportion.interop.export import unit
+from apportion.interop.outliers import Outliers
 
 RECONSTRUCTING = [(name, settings) for name, settings in SAES if "transcoder" not in name]
 X = DATA[:24]
@@ -166,7 +168,7 @@ def test_delphi_finds_the_codes(n_splits: int, tmp_path: Path) -> None:
     assert len(list(folder.glob("*.safetensors"))) == n_splits
     dense, found = read_back(folder)
     assert torch.equal(found, tokens)
-    assert differs(dense, sae.encode(x).dense()) < 1e-3
+    assert differs(dense, sae.encode(x).dense() * unit(sae)) < 1e-3
     config = json.loads((folder / "config.json").read_text())
     assert (config["cache_ctx_len"], config["n_splits"], config["model_name"]) == (LENGTH, n_splits, "a/model")
 
@@ -177,7 +179,7 @@ def test_delphi_gets_a_store_without_its_filtered_tokens(tmp_path: Path) -> None
     assert not store.mask.all() and store.mask.any()
     dense, found = read_back(ap.write_delphi_cache(sae, store, tmp_path / "latents", 2))
     assert torch.equal(found, tokens)
-    wanted = sae.encode(x).dense() * store.mask.reshape(CONTEXTS, LENGTH, 1)
+    wanted = sae.encode(x).dense() * unit(sae) * store.mask.reshape(CONTEXTS, LENGTH, 1)
     assert differs(dense, wanted) < 1e-3
 
 
@@ -201,3 +203,99 @@ def test_mistakes_with_delphi(tmp_path: Path) -> None:
     ap.write_delphi_cache(sae, [(tokens, x)], tmp_path)
     with pytest.raises(ValueError, match="not empty"):
         ap.write_delphi_cache(sae, [(tokens, x)], tmp_path)
+
+
+class TestOutliers:
+    """Rows that training left out for their norm: no codes, and returned as they were."""
+
+    LIMIT = 12.0
+
+    def sae(self, name: str = "topk", **settings: Any) -> ap.SAE:
+        sae = trained(name, **settings)
+        sae.info["source"] = {"filter": TokenFilter(median_norm=self.LIMIT / 10, norm_outlier=10.0).to_dict()}
+        return sae
+
+    @pytest.mark.parametrize("lead", [(24,), (4, 6)])
+    @pytest.mark.parametrize("name", ["topk", "feature_choice", "mlsae", "switch"])
+    def test_sae_bench(self, name: str, lead: tuple[int, ...]) -> None:
+        sae = self.sae(name, **({"num_experts": 4} if name == "switch" else {}))
+        bench, plain = ap.to_sae_bench(sae), ap.to_sae_bench(sae, pass_outliers=False)
+        x = X.reshape(*lead, D_IN)
+        out = x.norm(dim=-1) > self.LIMIT
+        assert out.any() and not out.all()
+        with torch.no_grad():
+            codes, usual = bench.encode(x), plain.encode(x)
+            assert not codes[out].any() and usual[out].any()
+            assert torch.equal(codes[~out], usual[~out])
+            for x_hat in (bench.decode(codes), bench(x)):
+                assert torch.equal(x_hat[out], x[out]) and torch.equal(x_hat[~out], plain(x)[~out])
+            assert not torch.equal(plain(x)[out], x[out])
+
+    def test_codes_that_were_changed_are_decoded(self) -> None:
+        """And so are codes of other rows: only a row that was above the limit and has no codes is put back."""
+        bench = ap.to_sae_bench(self.sae())
+        with torch.no_grad():
+            codes = bench.encode(X)
+            out = (X.norm(dim=-1) > self.LIMIT).nonzero().squeeze(1)
+            codes[out[0], 3] = 2.0
+            x_hat = bench.decode(codes)
+            assert torch.allclose(x_hat[out[0]], 2 * bench.W_dec[3] + bench.b_dec)
+            assert torch.equal(x_hat[out[1]], X[out[1]])
+            assert torch.allclose(bench.decode(torch.zeros(3, D_SAE)), bench.b_dec.expand(3, -1))
+
+    @pytest.mark.parametrize("changed", [{"norm_outlier": None}, {"norm_outlier": 0.0}, {"median_norm": None}])
+    def test_without_a_limit_nothing_passes(self, changed: dict[str, Any]) -> None:
+        sae = trained("relu")
+        sae.info["source"] = {"filter": {**TokenFilter(median_norm=0.1).to_dict(), **changed}}
+        with torch.no_grad():
+            assert differs(ap.to_sae_bench(sae)(X), sae(X)) < CLOSE
+
+    @torch.no_grad()
+    def test_a_class_of_another_library(self) -> None:
+        """What to_sae_lens puts before SAELens's class; rows may come by heads."""
+
+        class Theirs(nn.Module):
+            def encode(self, x: torch.Tensor) -> torch.Tensor:
+                return x.flatten(-2).relu() + 1
+
+            def decode(self, codes: torch.Tensor) -> torch.Tensor:
+                return (codes * 3).unflatten(-1, (2, 3))
+
+        theirs = Theirs()
+        theirs.outliers, theirs.__class__ = Outliers(self.LIMIT), type("Theirs", (PassesOutliers, Theirs), {})
+        x = X.reshape(4, 6, 2, 3)
+        out = x.flatten(-2).norm(dim=-1) > self.LIMIT
+        codes = theirs.encode(x)
+        assert codes.shape == (4, 6, D_IN) and not codes[out].any() and bool(codes[~out].all())
+        x_hat = theirs.decode(codes)
+        assert torch.equal(x_hat[out], x[out]) and torch.equal(x_hat[~out], Theirs.decode(theirs, codes)[~out])
+
+
+class TestHeads:
+    """SAEBench turns the reshaping of a hook_z off and on again, and reads whether it was on."""
+
+    def bench(self) -> Any:
+        sae = trained("topk", hookpoint="transformer.h.1.attn.c_proj:in")
+        sae.info["source"] = {"model": {"name_or_path": "gpt2"}}
+        return ap.to_sae_bench(sae)
+
+    @torch.no_grad()
+    def test_rows_by_heads_and_flat(self) -> None:
+        bench = self.bench()
+        assert bench.cfg.hook_name == "blocks.1.attn.hook_z" and bench.hook_z_reshaping_mode
+        x = X.reshape(4, 6, 2, 3)
+        by_heads, flat = bench(x), bench(x.flatten(-2))
+        assert by_heads.shape == x.shape and torch.equal(by_heads.flatten(-2), flat)
+        codes = bench.encode(x)
+        assert codes.shape == (4, 6, D_SAE) and bench.decode(codes).shape == x.shape
+        bench.turn_off_forward_pass_hook_z_reshaping()
+        assert not bench.hook_z_reshaping_mode
+        assert bench.decode(bench.encode(x.flatten(-2))).shape == (4, 6, D_IN)
+        bench.turn_on_forward_pass_hook_z_reshaping()
+        assert bench.hook_z_reshaping_mode and bench(x).shape == x.shape
+
+    def test_elsewhere_it_is_off(self) -> None:
+        bench = ap.to_sae_bench(trained("topk"))
+        assert not bench.hook_z_reshaping_mode
+        bench.turn_off_forward_pass_hook_z_reshaping()
+        assert bench(X).shape == X.shape

@@ -98,3 +98,34 @@ def test_damaged_and_hostile_files_are_refused(tmp_path: Path, sae_type: str) ->
     config = settings(sae_type=sae_type)
     refused_if_damaged(lambda stored: write(tmp_path, stored, config), tensors(sae_type), "batchtopk_repo")
     refused_if_it_would_execute(tensors(sae_type), tmp_path / "sae.pt", "batchtopk_repo")
+
+
+@pytest.mark.parametrize("theta", [0.0, 1.5])
+@pytest.mark.parametrize("sae_type", ["batch-topk", "global-matryoshka-topk", "BatchTopK", "global_matryoshka_topk"])
+def test_with_a_threshold_of_their_own(sae_type: str, theta: float, tmp_path: Path) -> None:
+    """As the successor of the repository saves it: what codes exceed in eval mode; 0 until there was a batch."""
+    stored = tensors("batchtopk") | {"threshold": torch.tensor(theta)}
+    groups = {"group_sizes": "[5, 15]", "dict_size": D_SAE if "matryoshka" not in sae_type else 4 * D_SAE}
+    write(tmp_path, stored, settings(sae_type=sae_type, **groups))
+    sae = ap.load(tmp_path)
+    assert (sae.name, sae.k) == ("mutual_choice", K)
+    if not theta:
+        with pytest.raises(ValueError, match="calibrate"):
+            sae.encode(rows())
+        return
+    x, mean, std = standardised(rows().double())
+    a = (x - stored["b_dec"].double()) @ stored["W_enc"].double()
+    z = a.relu() * (a > theta)
+    y = (z @ stored["W_dec"].double() + stored["b_dec"]) * std + mean
+    check(sae, rows(), z, y, tmp_path)
+
+
+@pytest.mark.parametrize("sae_type", ["batchtopkjumprelu", "BatchTopKJumpReLU"])
+def test_a_batchtopk_with_thresholds_that_were_found_later(sae_type: str, tmp_path: Path) -> None:
+    """It subtracts b_dec, as it was trained, where a jumprelu does not."""
+    stored = tensors("jumprelu")
+    write(tmp_path, stored, settings(sae_type=sae_type, input_unit_norm=False))
+    w, x = {name: t.double() for name, t in stored.items()}, rows().double()
+    a = ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
+    z = a * (a > w["jumprelu.log_threshold"].exp())
+    check(ap.load(tmp_path), rows(), z, z @ w["W_dec"] + w["b_dec"], tmp_path)

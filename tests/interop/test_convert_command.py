@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from naive import D_IN, D_SAE
+from test_hostile import MADE
 from trained import SAES, trained
 
 import apportion as ap
@@ -44,6 +45,21 @@ def test_of_another_library_into_that_of_a_third(tmp_path: Path, capsys: pytest.
     assert convert(tmp_path / "a", tmp_path / "b", "--to", "sae_lens", "--format", "sparsify") == 0
     assert "topk, d_in 6, d_sae 20" in (said := capsys.readouterr().out)
     assert max(differences(said)) < 1e-5
+
+
+@pytest.mark.parametrize(("to", "dtype"), [("sae_lens", torch.float32), ("apportion", torch.bfloat16)])
+def test_halves_are_rounded_no_further(
+    to: str, dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scales of the format are folded in float32, and files of other libraries are written in it."""
+    made = MADE["llama_scope"]
+    made.write(tmp_path / "a", {name: t.bfloat16() for name, t in made.tensors.items()})
+    assert convert(tmp_path / "a", tmp_path / "b", "--to", to) == 0
+    assert max(differences(capsys.readouterr().out)) < 1e-5
+    found, exact = ap.load(tmp_path / "b"), ap.load(tmp_path / "a", dtype=torch.float32)
+    assert found.dtype == dtype
+    x = probe(exact)
+    assert ((found(x) - exact(x)).norm() / exact(x).norm() < 1e-6) == (to != "apportion")
 
 
 def test_what_the_files_do_not_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -264,3 +264,113 @@ def test_a_decoder_bias_far_from_zero_folds_without_loss(tmp_path: Path) -> None
     with np.load(tmp_path / "a" / "params.npz") as arrays:
         exact = parts.b_enc.double() - parts.W_enc.double() @ parts.b_dec.double()
         assert torch.equal(torch.from_numpy(arrays["b_enc"]), exact.float())
+
+
+class TestFolding:
+    """SAEDashboard and Neuronpedia fold decoder norms into what they load; a TopK has to say that they may."""
+
+    @staticmethod
+    def rescaled(folder: Path, sae: ap.SAE) -> bool:
+        ap.export(sae, folder, "sae_lens")
+        return json.loads((folder / "cfg.json").read_text())["rescale_acts_by_decoder_norm"]
+
+    def test_rows_of_unit_norm(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        sae = trained("topk")
+        sae.constrain()
+        assert self.rescaled(tmp_path / "a", sae) is True and not caplog.records
+
+    def test_competing_by_code_times_norm(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Norms are folded into the encoder, so that rows have unit norm; a latent without a row never fires."""
+        sae = trained("topk", affinity="code_times_decoder_norm")
+        with torch.no_grad():
+            sae.W_dec[7] = 0
+        assert self.rescaled(tmp_path / "a", sae) is True and not caplog.records
+        stored = load_file(tmp_path / "a" / "sae_weights.safetensors")
+        assert torch.allclose(stored["W_dec"].norm(dim=1), torch.ones(D_SAE)), "its norm is divided by"
+        again = ap.load(tmp_path / "a")
+        assert not again.encode(DATA).dense()[:, 7].any()
+        assert differs(again(DATA), sae(DATA)) < CLOSE
+
+    def test_rows_of_other_norms_would_choose_others(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        sae = trained("topk")
+        assert self.rescaled(tmp_path / "a", sae) is False
+        assert "cannot fold" in caplog.text and "sae.constrain()" in caplog.text
+        assert torch.equal(ap.load(tmp_path / "a").encode(DATA).dense() != 0, sae.encode(DATA).dense() != 0)
+
+    def test_a_row_without_norm_that_fires_is_no_unit_row(self, tmp_path: Path) -> None:
+        sae = trained("topk")
+        sae.constrain()
+        with torch.no_grad():
+            sae.W_dec[7] = 0
+        assert self.rescaled(tmp_path / "a", sae) is False
+
+
+NAMES = {
+    "an MLP": ("model.layers.3.mlp:in", "model.layers.3.mlp", "blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"),
+    "no name": ("model.layers.3.mlp.gate_proj", "model.layers.3.mlp",
+                "model.layers.3.mlp.gate_proj", "model.layers.3.mlp"),
+    "one name": ("model.layers.3", "model.layers.3.mlp.gate_proj", "model.layers.3", "model.layers.3.mlp.gate_proj"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("into", "out", "hook", "hook_out"), NAMES.values(), ids=list(NAMES))
+def test_hooks_of_a_transcoder_are_of_one_kind(into: str, out: str, hook: str, hook_out: str, tmp_path: Path) -> None:
+    sae = trained("transcoder", allocation="mutual_choice", hookpoint=into, target_hookpoint=out)
+    sae.info["source"] = {"model": {"name_or_path": "HuggingFaceTB/SmolLM2-135M"}, "bos_prepended": False}
+    ap.export(sae, tmp_path / "a", "sae_lens")
+    told = json.loads((tmp_path / "a" / "cfg.json").read_text())["metadata"]
+    assert (told["hook_name"], told["hook_name_out"]) == (hook, hook_out)
+    assert told["model_class_name"] == ("HookedTransformer" if hook.startswith("blocks.") else "AutoModelForCausalLM")
+    again = ap.load(tmp_path / "a")
+    assert (again.hookpoint, again.target_hookpoint) == (into, out)
+
+
+class TestModelClass:
+    """Who is to run the model decides what hooks are called."""
+
+    @pytest.fixture
+    def sae(self) -> ap.SAE:
+        sae = trained("mutual_choice", hookpoint="model.layers.5:in")
+        sae.info["source"] = {"model": {"name_or_path": "HuggingFaceTB/SmolLM2-135M"}, "bos_prepended": False}
+        return sae
+
+    @pytest.mark.parametrize(
+        ("wanted", "hook"),
+        [
+            (None, "blocks.5.hook_resid_pre"),
+            ("HookedTransformer", "blocks.5.hook_resid_pre"),
+            ("AutoModelForCausalLM", "model.layers.4"),
+        ],
+    )
+    def test_a_choice(self, sae: ap.SAE, wanted: str | None, hook: str, tmp_path: Path) -> None:
+        ap.export(sae, tmp_path / "a", "sae_lens", model_class_name=wanted)
+        told = json.loads((tmp_path / "a" / "cfg.json").read_text())["metadata"]
+        assert (told["hook_name"], told["hf_hook_name"]) == (hook, "model.layers.4")
+        assert told["model_class_name"] == (wanted or "HookedTransformer")
+        assert ap.load(tmp_path / "a").hookpoint == "model.layers.5:in"
+
+    def test_mistakes(self, sae: ap.SAE, tmp_path: Path) -> None:
+        for name, format, message in (
+            ("HookedMamba", "sae_lens", "known are HookedTransformer, AutoModelForCausalLM"),
+            ("HookedTransformer", "gemma_scope", "for sae_lens only|to sae_lens only"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                ap.export(sae, tmp_path / "a", format, model_class_name=name)
+        heads = trained("mutual_choice", hookpoint="model.layers.5.self_attn.o_proj:in")
+        heads.info = dict(sae.info)
+        with pytest.raises(
+            ValueError, match=r"AutoModelForCausalLM has no hook for model\.layers\.5\.self_attn\.o_proj"
+        ):
+            ap.export(heads, tmp_path / "a", "sae_lens", model_class_name="AutoModelForCausalLM")
+        other = trained("mutual_choice", hookpoint="model.layers.5.mlp.gate_proj")
+        other.info = dict(sae.info)
+        with pytest.raises(ValueError, match="HookedTransformer has no hook for"):
+            ap.export(other, tmp_path / "a", "sae_lens", model_class_name="HookedTransformer")
+        assert not list(tmp_path.iterdir())
+
+    def test_a_place_that_no_tool_can_hook_is_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        sae = trained("mutual_choice", hookpoint="encoder.4:in")
+        ap.export(sae, tmp_path / "a", "sae_lens")
+        assert "has a hook for encoder.4:in" in caplog.text
+        assert json.loads((tmp_path / "a" / "cfg.json").read_text())["metadata"]["hook_name"] == "encoder.4:in"
+        assert ap.load(tmp_path / "a").hookpoint == "encoder.4:in"

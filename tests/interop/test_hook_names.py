@@ -15,6 +15,7 @@ from apportion.interop.hook_names import (
     family_of,
     from_hookpoint,
     hub_name,
+    module_of,
     origin,
     to_hookpoint,
 )
@@ -119,3 +120,45 @@ def test_where_a_checkpoint_says_it_comes_from() -> None:
     assert origin("gemma-2-2b", "unembed") == (None, source | {"hook_name": "unembed"})
     assert origin(None, "blocks.12.hook_resid_post") == (None, {"hook_name": "blocks.12.hook_resid_post"})
     assert origin(["gpt2"], 3) == (None, {})
+
+
+def test_modules_put_out_what_hookpoints_mean(family: str, model: Any) -> None:
+    """SAELens's AutoModelForCausalLM hooks outputs of modules only."""
+    found = 0
+    for name in [*STREAM, *WITHIN[family]]:
+        hookpoint = to_hookpoint(f"blocks.1.{name}", family)
+        module = module_of(hookpoint, family)
+        if module is not None:
+            with torch.no_grad():
+                seen = capture(model, [hookpoint, module], IDS)
+            assert torch.equal(seen[hookpoint], seen[module]), name
+            found += 1
+    assert found >= 5
+    assert module_of(f"{LAYERS[family]}.0:in", family) is None, "embeddings are scaled, or summed, by no module"
+
+
+def test_places_that_no_module_puts_out() -> None:
+    assert module_of("transformer.h.1.attn.c_proj:in", "gpt2") is None
+    assert module_of("encoder.4:in", None) is None and module_of("encoder.4", None) == "encoder.4"
+    assert module_of("model.layers.2.mlp:in", "gpt2") is None, "of another family"
+
+
+def test_what_goes_into_an_mlp_has_one_name(family: str, model: Any) -> None:
+    """Of circuit-tracer, SAELens and TransformerBridge; HookedTransformer has another for what comes out."""
+    into = to_hookpoint("blocks.1.mlp.hook_in", family)
+    assert into == f"{LAYERS[family]}.1.mlp:in" and from_hookpoint(into, family) == "blocks.1.mlp.hook_in"
+    out = to_hookpoint("blocks.1.mlp.hook_out", family)
+    with torch.no_grad():
+        seen = capture(model, [into, out], IDS)
+        mlp = model.get_submodule(out)
+        assert torch.allclose(mlp(seen[into]), seen[out], atol=1e-6)
+
+
+def test_the_stream_before_an_mlp(family: str) -> None:
+    wanted = "hook_resid_mid" if "hook_resid_mid" in WITHIN[family] else "hook_resid_pre"
+    assert to_hookpoint("blocks.1.hook_mlp_in", family) == to_hookpoint(f"blocks.1.{wanted}", family)
+
+
+@pytest.mark.parametrize("name", ["model.layers.3", "transformer.h.3.mlp", "gpt_neox.layers.11.attention.dense"])
+def test_names_of_modules_are_hookpoints_already(name: str) -> None:
+    assert origin("a/model", name) == (name, {"model": {"name_or_path": "a/model"}, "hook_name": name})

@@ -117,6 +117,7 @@ MADE = {
                       "decoder.bias": B_DEC}.items()})),
         ("", Made("batchtopk_repo", "sae.pt", COLUMNS, "config.json",
                   {"sae_type": "topk", "act_size": D, "dict_size": F, "top_k": 3}, ("act_size", "dict_size"), "top_k")),
+        ("", Made("circuit_tracer", "layer_3.safetensors", COLUMNS | {"W_enc": ENC})),
         ("", Made("apportion", "model.safetensors", OURS, "config.json",
                   {"format": "apportion", "version": 1, "sae": "topk", "info": {},
                    "settings": {"d_in": D, "d_sae": F, "k": 3}},

@@ -97,10 +97,11 @@ def test_codes_and_reconstructions_are_theirs(tmp_path: Path, others: dict[str, 
         check(sae, x, z, y_hat, tmp_path)
 
 
-def test_numbers_in_bfloat16_become_float32(tmp_path: Path) -> None:
+def test_scales_fold_into_bfloat16_exactly_in_float32(tmp_path: Path) -> None:
     stored = {name: t.bfloat16() for name, t in tensors().items()}
     write(tmp_path, stored, settings())
-    sae = ap.load(tmp_path)
+    assert ap.load(tmp_path).dtype == torch.bfloat16
+    sae = ap.load(tmp_path, dtype=torch.float32)
     assert sae.dtype == torch.float32
     check(sae, 2 * rows(), *forward(settings(), stored, 2 * rows()), tmp_path)
 

@@ -353,3 +353,88 @@ class TestNames:
         for known in FORMATS.values():
             for path in (tmp_path, *tmp_path.iterdir(), tmp_path / "nowhere"):
                 assert known.recognises(path) in (True, False)
+
+
+class TestAddresses:
+    """Whole, as they were given: a path would make one slash of two."""
+
+    @pytest.mark.parametrize(
+        ("address", "said"),
+        [
+            ("https://huggingface.co/org/name", 'here load("org/name")'),
+            ("https://huggingface.co/org/name/", 'here load("org/name")'),
+            ("https://huggingface.co/org/name/tree/main/a/b", 'here load("org/name", subfolder="a/b")'),
+            ("hf://org/name/layer_3.safetensors", 'here load("org/name", subfolder="layer_3.safetensors")'),
+        ],
+    )
+    def test_of_the_hub(self, address, said, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for given in (address, Path(address)):
+            with pytest.raises(ValueError) as raised:
+                ap.load(given)
+            assert f"{address.rstrip('/') if given != address else address} does not exist" in str(raised.value)
+            assert said in str(raised.value)
+
+    @pytest.mark.parametrize("address", ["s3://bucket", "a//b/c"])
+    def test_of_nothing(self, address, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError) as raised:
+            ap.load(address)
+        assert str(raised.value).startswith(f"{address} does not exist") and "here load" not in str(raised.value)
+
+    def test_a_home(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        write_pt(tmp_path / "sae")
+        sae = ap.load("~/sae")
+        assert_is_the_sae(sae)
+        ap.export(sae, "~/out", "sae_lens")
+        assert (tmp_path / "out" / "cfg.json").is_file()
+
+
+def write_topk(folder: Path) -> Path:
+    """dictionary_learning's AutoEncoderTopK, with a configuration that leaves out k."""
+    names = {"bias": "b_dec"}
+    torch.save({names.get(name, name): tensor for name, tensor in STATE.items()}, folder / "ae.pt")
+    (folder / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoderTopK"}}))
+    return folder
+
+
+class TestK:
+    """What L0 is to be, of SAEs that have no budget."""
+
+    def test_is_not_invented(self, tmp_path):
+        assert ap.load(write_pt(tmp_path)).k is None
+        sae = ap.load(write_pt(tmp_path), config={"k": 5})
+        assert sae.k == 5
+        sae.save(tmp_path / "ours")
+        assert ap.load(tmp_path / "ours").k == 5
+        ap.load(write_pt(tmp_path)).save(tmp_path / "none")
+        assert ap.load(tmp_path / "none").k is None
+
+    def test_can_be_said_of_any_format(self, tmp_path):
+        arrays = {
+            "W_enc": (D_IN, D_SAE),
+            "W_dec": (D_SAE, D_IN),
+            "b_enc": (D_SAE,),
+            "b_dec": (D_IN,),
+            "threshold": (D_SAE,),
+        }
+        np.savez(tmp_path / "params.npz", **{name: np.ones(shape, np.float32) for name, shape in arrays.items()})
+        assert ap.load(tmp_path).k is None and ap.load(tmp_path, config={"k": 7}).k == 7
+        assert ap.load(tmp_path, config={"k": np.float32(2.5)}).k == 2.5
+        for k in ("many", 0, -1, True, float("nan")):
+            with pytest.raises(ValueError, match="no number of active latents"):
+                ap.load(tmp_path, config={"k": k})
+
+    def test_numbers_of_numpy(self, tmp_path):
+        assert ap.load(write_topk(tmp_path), config={"k": np.int64(3)}).k == 3
+
+    @pytest.mark.parametrize("name", ["relu", "gated", "jumprelu"])
+    def test_training_on_holds_the_l0_that_it_has(self, name, tmp_path):
+        x = inputs().repeat(60, 1) + 0.3 * rand(660, D_IN, seed=5)
+        sae = ap.create(name, d_in=D_IN, d_sae=D_SAE, seed=0, input_norm="none", k=None)
+        trainer = ap.Trainer(sae, ap.TrainConfig(lr=1e-3, batch_tokens=len(x)))
+        found = [trainer.step(x) for _ in range(60)]
+        assert all(step["loss"].isfinite() for step in found)
+        first, last = (float(found[i]["l0"]) for i in (0, -1))
+        assert abs(last - first) < 0.35 * first, (first, last)

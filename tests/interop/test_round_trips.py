@@ -13,6 +13,7 @@ from torch import Tensor
 from trained import DATA, SAES, trained
 
 import apportion as ap
+from apportion.activations import TokenFilter
 from apportion.interop.export import unit
 
 X = DATA[:40]
@@ -85,10 +86,38 @@ def test_to_sae_lens_is_what_dashboards_expect(name: str) -> None:
     assert_same(sae, lens.encode(X), lens(X))
     about = lens.cfg.metadata
     assert (about.model_name, about.hook_name) == ("HuggingFaceTB/SmolLM2-135M", "blocks.3.hook_resid_post")
-    assert (about.context_size, about.prepend_bos, about.dataset_path) == (32, True, None)
+    assert (about.context_size, about.prepend_bos, about.dataset_path) == (32, False, None)
     assert lens.cfg.architecture() == {"mutual_choice": "jumprelu", "mlsae": "topk"}.get(name, name)
     assert lens.cfg.to_dict()["d_sae"] == lens.cfg.d_sae == D_SAE
     if name in ("mutual_choice", "gated"):
         before = lens(X)
         lens.fold_W_dec_norm()
         assert differs(lens(X), before) < CLOSE
+
+
+@torch.no_grad()
+def test_to_sae_lens_leaves_outliers_alone() -> None:
+    pytest.importorskip("sae_lens")
+    sae = trained("mutual_choice")
+    sae.info["source"] = {"filter": TokenFilter(median_norm=1.2).to_dict()}
+    out = X.norm(dim=-1) > 12
+    assert out.any() and not out.all()
+    lens, plain = ap.to_sae_lens(sae), ap.to_sae_lens(sae, pass_outliers=False)
+    assert not lens.encode(X)[out].any() and plain.encode(X)[out].any()
+    assert torch.equal(lens(X)[out], X[out]) and torch.equal(lens(X)[~out], plain(X)[~out])
+    assert lens.cfg.architecture() == "jumprelu" and lens.cfg.metadata.seqpos_slice == [1, None]
+    lens.fold_W_dec_norm()
+    assert torch.equal(lens(X)[out], X[out])
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("affinity", ["code", "code_times_decoder_norm"])
+def test_sae_lens_folds_our_topk(affinity: str, tmp_path: Path) -> None:
+    sae_lens = pytest.importorskip("sae_lens")
+    sae = trained("topk", affinity=affinity)
+    if affinity == "code":
+        sae.constrain()
+    ap.export(sae, tmp_path / "a", "sae_lens")
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "a", fold_W_dec_norm=True)
+    assert_same(sae, theirs.encode(X), theirs(X))

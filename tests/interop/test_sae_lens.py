@@ -126,14 +126,20 @@ def test_topk_that_rescales_by_decoder_norms(norm, tmp_path):
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(D_SAE), atol=1e-6)
 
 
-def test_float64_is_kept_and_halves_become_float32(tmp_path):
+def test_float64_is_kept_and_halves_are_exact_in_float32(tmp_path):
     stored = tensors_of("jumprelu")
     double = {name: tensor.double() for name, tensor in stored.items()}
     settings = settings_of("jumprelu")
     sae = check(tmp_path, settings, double, inputs().double())
     assert {p.dtype for p in sae.parameters()} == {torch.float64}
     half = {name: tensor.bfloat16() for name, tensor in stored.items()}
-    assert check(tmp_path, settings, half).dtype == torch.float32
+    assert_loads_as(
+        write(tmp_path / "half", settings, half),
+        inputs(),
+        *forward(half, settings, inputs()),
+        tmp_path,
+        dtype=torch.float32,
+    )
 
 
 def test_a_width_of_output_of_its_own(tmp_path):

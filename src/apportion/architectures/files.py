@@ -11,6 +11,7 @@ belongs to them beside it. (A config edited by hand has no such twin, and is tak
 from __future__ import annotations
 
 import hashlib
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
     for name in [*dict(sae.named_parameters()), *(name for name in tensors if name.startswith("input."))]:
         if not all_finite(tensors[name]):
             raise ValueError(f"{tensor_file}: {name} holds NaN or infinity.")
-    sae.to(tensors["W_dec"].dtype)
+    stored = reduce(torch.promote_types, (tensors[name].dtype for name, _ in sae.named_parameters()))
+    sae.to(stored)
     sae.load_state_dict(tensors)
     sae.info = info
     return sae.eval()

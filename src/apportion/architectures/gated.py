@@ -51,11 +51,11 @@ class Gated(Affine):
         super().__init__(config, allocation)
         self.r_mag = nn.Parameter(torch.zeros(config.d_sae))
         self.b_mag = nn.Parameter(torch.zeros(config.d_sae))
-        initial = 0.1 * (config.d_in * config.k) ** -0.5
+        initial = 0.1 * (config.d_in * config.initial_k) ** -0.5
         self.coefficient = SparsityCoefficient(config.k, config.coefficient, initial=initial)
 
     @property
-    def k(self) -> float:
+    def k(self) -> float | None:
         return self.config.k
 
     def begin_step(self, context: StepContext) -> None:

@@ -104,7 +104,7 @@ class JumpReLUConfig(SparsityConfig, AuxiliaryConfig):
         """`threshold` with its default filled in."""
         if self.threshold is not None:
             return self.threshold
-        share = torch.tensor(INITIAL_L0 * self.k / self.d_sae, dtype=torch.float64)
+        share = torch.tensor(INITIAL_L0 * self.initial_k / self.d_sae, dtype=torch.float64)
         return max(-torch.special.ndtri(share.clamp(max=0.5)).item(), 0.001 * self.d_in**0.5)
 
 
@@ -119,10 +119,11 @@ class JumpReLU(AffineWithAuxiliary):
         super().__init__(config, allocation)
         nn.init.constant_(self.log_threshold, torch.tensor(config.initial_threshold).log().item())
         self.register_buffer("bandwidth", torch.tensor(config.bandwidth))
-        self.coefficient = SparsityCoefficient(config.k, config.coefficient, initial=INITIAL_COEFFICIENT / config.k)
+        initial = INITIAL_COEFFICIENT / config.initial_k
+        self.coefficient = SparsityCoefficient(config.k, config.coefficient, initial=initial)
 
     @property
-    def k(self) -> float:
+    def k(self) -> float | None:
         return self.config.k
 
     @property
@@ -132,7 +133,7 @@ class JumpReLU(AffineWithAuxiliary):
 
     def begin_step(self, context: StepContext) -> None:
         super().begin_step(context)
-        if self.config.objective != "l0_target":
+        if self.config.objective != "l0_target" or self.k is None:
             self.coefficient.begin_step(context)
 
     def forward_scaled(self, x: Float[Tensor, "tokens d_in"], context: StepContext) -> Pass:
@@ -146,14 +147,15 @@ class JumpReLU(AffineWithAuxiliary):
         config, latents, near = self.config, made.latents, made.notes["near"]
         terms = self.auxiliary_terms(x, y - made.y_hat, context)
         l0 = self._l0(latents, near)
+        k = self.coefficient.target(l0.detach())
         if config.objective == "l0":
             terms["sparsity"] = self.coefficient.value * l0
         elif config.objective == "tanh":
             terms["sparsity"] = self.coefficient.value * self._tanh(latents, near)
-            unit = self.coefficient.value * config.k / self.d_sae
+            unit = self.coefficient.value * k / self.d_sae
             terms["pre_act"] = config.pre_act_weight * unit * self._pre_act(self.centred(x), latents)
         if config.coefficient is None:
-            terms["set_point"] = config.set_point_weight * (l0 / config.k - 1).square()
+            terms["set_point"] = config.set_point_weight * (l0 / k - 1).square()
         return terms
 
     def _l0(self, latents: Latents, near: Latents) -> Float[Tensor, ""]:

@@ -79,14 +79,14 @@ class ReLU(Affine):
         with torch.no_grad():
             self.W_dec.mul_(INITIAL_NORM)
             self.W_enc.mul_(INITIAL_NORM)
-        initial = 0.1 * (config.d_in * config.k) ** -0.5
+        initial = 0.1 * (config.d_in * config.initial_k) ** -0.5
         self.coefficient = SparsityCoefficient(config.k, config.coefficient, initial=initial)
         self.register_buffer("p", torch.tensor(1.0))
         self.register_buffer("compensation", torch.tensor(1.0))
         self._next_p = 1.0
 
     @property
-    def k(self) -> float:
+    def k(self) -> float | None:
         return self.config.k
 
     def unit_rows(self) -> list[nn.Parameter]:

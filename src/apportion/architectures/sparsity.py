@@ -50,17 +50,23 @@ RAMP = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityConfig(AffineConfig):
-    k: float = 32
-    """Mean number of active latents per token, reached by steering the sparsity coefficient while training."""
+    k: float | None = 32
+    """Mean number of active latents per token, reached by steering the sparsity coefficient while training. None: of an
+    SAE that was loaded and does not say it; training holds the L0 that it has."""
     coefficient: float | None = None
     """A fixed sparsity coefficient instead, of a penalty on scaled data; L0 then comes out as it may."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.k <= self.d_sae:
+        if self.k is not None and not 0 < self.k <= self.d_sae:
             raise ValueError(f"k must lie between 0 and d_sae = {self.d_sae}, got {self.k}. Lower k or raise d_sae.")
         if self.coefficient is not None and not self.coefficient >= 0:
             raise ValueError(f"coefficient must be at least 0, got {self.coefficient}. Leave it out to reach k.")
+
+    @property
+    def initial_k(self) -> float:
+        """What initial values are made for."""
+        return 32 if self.k is None else self.k
 
 
 @final
@@ -75,9 +81,9 @@ class SparsityCoefficient(nn.Module):
     error: Tensor
     """e of the previous step."""
     log_first: Tensor
-    """log (L0 / k) of the first step, at least 0; infinite before."""
+    """log (L0 / k) of the first step, at least 0; infinite before. Where k is None it is taken as 1."""
 
-    def __init__(self, k: float, coefficient: float | None, *, initial: float) -> None:
+    def __init__(self, k: float | None, coefficient: float | None, *, initial: float) -> None:
         super().__init__()
         self.k, self.fixed, self.least = k, coefficient, LEAST * initial
         self.register_buffer("value", torch.tensor(float(initial if coefficient is None else coefficient)))
@@ -87,17 +93,22 @@ class SparsityCoefficient(nn.Module):
     @torch.no_grad()
     def begin_step(self, context: StepContext) -> None:
         """Reads `progress`, `l0` (mean of the previous step; nothing happens before there is one) and `lr_share`."""
+        k = 1.0 if self.k is None else self.k
         if self.fixed is not None:
             self.value.fill_(self.fixed * min(1.0, context.progress / RAMP))
         elif context.l0 is not None:
-            self._steer(max(context.l0, 1e-3 * self.k), context.progress, context.lr_share)
+            self._steer(log(max(context.l0, 1e-3 * k) / k), context.progress, context.lr_share)
 
-    def _steer(self, l0: float, progress: float, lr_share: float) -> None:
-        above, first = log(l0 / self.k), self.log_first.isinf()
+    def _steer(self, above: float, progress: float, lr_share: float) -> None:
+        first = self.log_first.isinf()
         self.log_first.masked_fill_(first, max(above, 0.0))
-        error = above - self.log_first * max(0.0, 1 - progress / DESCENT)
+        error = above - self.log_first * (1.0 if self.k is None else max(0.0, 1 - progress / DESCENT))
         moved = (error - self.error).masked_fill(first, 0.0)
         gain = 1.0 if progress < DESCENT else 1 / max(lr_share, LEAST_LR_SHARE)
         change = gain * (PROPORTIONAL * moved + INTEGRAL * error.clamp(-CLIP, CLIP))
         self.value.mul_(change.exp()).clamp_(min=self.least)
         self.error.copy_(error)
+
+    def target(self, l0: Tensor) -> float | Tensor:
+        """k; where it is None the L0 of the first step, or `l0` before there was one."""
+        return torch.where(self.log_first.isinf(), l0, self.log_first.exp()) if self.k is None else self.k

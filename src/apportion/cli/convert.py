@@ -28,17 +28,25 @@ class Convert:
     """The format of the source, where its files do not tell."""
     config: str | None = None
     """What the source's files do not store, as JSON: '{"k": 32}'."""
+    model_class_name: str | None = None
+    """For sae_lens: HookedTransformer or AutoModelForCausalLM, whichever is to run the model."""
 
     def run(self) -> None:
-        from apportion.interop.export import check_format, export
+        import torch
+
+        from apportion.interop.export import OURS, PRECISE, check_format, check_model_class, export
         from apportion.interop.load import load
         from apportion.interop.probe import difference
         from apportion.interop.writing import empty_folder
 
         check_format(self.to)
+        check_model_class(self.model_class_name, self.to)
         empty_folder(self.folder)
-        sae = load(self.source, self.subfolder, self.format, self._config())
-        export(sae, self.folder, self.to)
+        where = (self.source, self.subfolder, self.format, self._config())
+        sae = load(*where)
+        if self.to != OURS and sae.dtype not in PRECISE:  # written in float32: nothing is rounded on the way
+            sae = load(*where, dtype=torch.float32)
+        export(sae, self.folder, self.to, model_class_name=self.model_class_name)
         found = difference(sae, load(self.folder, format=self.to), self.to)
         about = f"{sae.name}, d_in {sae.d_in}, d_sae {sae.d_sae}"
         say(f"{self.source} ({about}) is now {self.folder} ({self.to})")

@@ -3,7 +3,8 @@
     to_sae_bench    SAEBench's contract for SAEs of one's own (sae_bench/custom_saes)
     to_sae_lens     a real sae_lens.SAE, which SAEDashboard and Neuronpedia take as well; needs the package sae-lens
 
-In the former codes are ||W_dec_j|| as large as in files that `ap.export` writes; reconstructions are equal.
+In the former codes are ||W_dec_j|| as large as in files that `ap.export` writes; reconstructions are equal. Both leave
+rows alone that were outliers in training (outliers.py); positions and special tokens they cannot know from rows.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from torch import Tensor, nn
 from apportion.architectures import SAE
 from apportion.architectures.inputs import PER_TOKEN, InputDescription
 from apportion.interop.assemble import take_apart
+from apportion.interop.contexts import outlier_limit
 from apportion.interop.export import PRECISE, export
 from apportion.interop.folding import SMALLEST_NORM
+from apportion.interop.lens_metadata import lens_metadata, lens_name
+from apportion.interop.outliers import Outliers
 from apportion.interop.parts import Parts
-from apportion.interop.writing import dtype_name, layer_of, lens_metadata
+from apportion.interop.writing import dtype_name, layer_of
 
 
 @dataclass
@@ -64,7 +68,8 @@ class SaeBenchConfig:
 class SaeBenchSAE(nn.Module):
     """An SAE in eval mode with dense codes, W_enc [d_in, d_sae] and W_dec [d_sae, d_in] with rows of norm 1 (or 0).
 
-    Where tokens are normalised singly, `decode` goes by the rows that were last encoded, which have to be its own.
+    Where tokens are normalised singly, `decode` goes by the rows that were last encoded, which have to be its own. Of a
+    hook_z, rows may come by heads [..., heads, d_head] while `hook_z_reshaping_mode` is on, and are returned so.
     """
 
     threshold: Tensor
@@ -79,9 +84,10 @@ class SaeBenchSAE(nn.Module):
     norms: Tensor
     """Of topk and switch, whose choice is made by codes before decoder norms are folded in."""
 
-    def __init__(self, parts: Parts, cfg: SaeBenchConfig) -> None:
+    def __init__(self, parts: Parts, cfg: SaeBenchConfig, outlier_limit: float | None = None) -> None:
         super().__init__()
-        self.cfg, self.kind = cfg, parts.kind
+        self.cfg, self.kind, self.outliers = cfg, parts.kind, Outliers(outlier_limit)
+        self.hook_z_reshaping_mode, self.d_head = str(cfg.hook_name).endswith("hook_z"), None
         norms = parts.W_dec.norm(dim=1).clamp_min(SMALLEST_NORM)
         self.W_enc = nn.Parameter((parts.W_enc * norms[:, None]).T.contiguous())
         self.W_dec = nn.Parameter(parts.W_dec / norms[:, None])
@@ -114,13 +120,23 @@ class SaeBenchSAE(nn.Module):
         self.cfg.dtype, self.cfg.device = str(self.dtype).removeprefix("torch."), str(self.device)
         return moved
 
+    def turn_on_forward_pass_hook_z_reshaping(self) -> None:
+        self.hook_z_reshaping_mode = True
+
+    def turn_off_forward_pass_hook_z_reshaping(self) -> None:
+        self.hook_z_reshaping_mode, self.d_head = False, None
+
     def encode(self, x: Float[Tensor, "*lead d_in"]) -> Float[Tensor, "*lead d_sae"]:
+        if self.hook_z_reshaping_mode:
+            self.d_head = None if x.shape[-1] == self.cfg.d_in else x.shape[-1]
+            x = x if self.d_head is None else x.flatten(-2)
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
         if self.input.kind in PER_TOKEN:
             self.encoded = rows
         rows = self.input.apply_to(rows)
         centred = rows - self.b_dec if self.cfg.apply_b_dec_to_input else rows
-        return self._codes(rows, centred @ self.W_enc).reshape(*x.shape[:-1], self.cfg.d_sae)
+        codes = self._codes(rows, centred @ self.W_enc).reshape(*x.shape[:-1], self.cfg.d_sae)
+        return self.outliers.silence(x, codes)
 
     def _codes(self, rows: Float[Tensor, "n d_in"], u: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_sae"]:
         """The codes of each kind (parts.py) from prepared rows and their product with W_enc."""
@@ -144,23 +160,28 @@ class SaeBenchSAE(nn.Module):
         x_hat = feature_acts.reshape(-1, feature_acts.shape[-1]) @ self.W_dec + self.b_dec
         if self.input.kind in PER_TOKEN and (self.encoded is None or len(self.encoded) != len(x_hat)):
             raise ValueError(f"This SAE normalises each token ({self.input.kind}): encode the same rows before decode.")
-        return self.input.undo(x_hat, self.encoded).reshape(*feature_acts.shape[:-1], -1)
+        x_hat = self.outliers.put_back(feature_acts, self.input.undo(x_hat, self.encoded))
+        x_hat = x_hat.reshape(*feature_acts.shape[:-1], -1)
+        return x_hat if self.d_head is None else x_hat.unflatten(-1, (-1, self.d_head))
 
     def forward(self, x: Float[Tensor, "*lead d_in"]) -> Float[Tensor, "*lead d_in"]:
         return self.decode(self.encode(x))
 
 
-def to_sae_bench(sae: SAE, model_name: str | None = None, hook_name: str | None = None) -> SaeBenchSAE:
+def to_sae_bench(
+    sae: SAE, model_name: str | None = None, hook_name: str | None = None, *, pass_outliers: bool = True
+) -> SaeBenchSAE:
     """`sae` for SAEBench: `run_eval(config, [(name, ap.to_sae_bench(sae))], device, output_path)`.
 
     The names of its model and of its place in it are those of TransformerLens; give them where `sae` does not know.
+    Rows that its training left out for their norm pass through unchanged, unless `pass_outliers` is False.
     Raises ValueError for transcoders, which do not reconstruct their input, and for SAEs that need to be calibrated.
     """
     if sae.needs_target:
         raise ValueError(f"SAEBench evaluates SAEs that reconstruct their input, and {sae.name} does not.")
     parts = take_apart(sae if sae.dtype in PRECISE else deepcopy(sae).float())
     metadata = lens_metadata(parts)
-    hook_name = hook_name or metadata["hook_name"]
+    hook_name = hook_name or lens_name(parts, parts.hookpoint)
     numbered = re.match(r"blocks\.(\d+)\.", hook_name or "")
     d_sae, d_in = parts.W_enc.shape
     cfg = SaeBenchConfig(
@@ -176,21 +197,48 @@ def to_sae_bench(sae: SAE, model_name: str | None = None, hook_name: str | None 
         activation_fn_kwargs={"k": parts.k} if parts.kind in ("topk", "switch") else {},
         prepend_bos=metadata["prepend_bos"],
         dtype=dtype_name(parts),
+        model_from_pretrained_kwargs=metadata["model_from_pretrained_kwargs"] or {},
         dataset_path=metadata["dataset_path"] or "",
+        seqpos_slice=tuple(metadata["seqpos_slice"] or (None,)),
         training_tokens=metadata["training_tokens"] or -1,
+        neuronpedia_id=metadata["neuronpedia_id"],
     )
-    return SaeBenchSAE(parts, cfg).to(sae.mean.device, sae.dtype).eval()
+    limit = _limit(sae, pass_outliers)
+    return SaeBenchSAE(parts, cfg, limit).to(sae.mean.device, sae.dtype).eval()
 
 
-def to_sae_lens(sae: SAE, device: str = "cpu") -> Any:
+def _limit(sae: SAE, pass_outliers: bool) -> float | None:
+    return outlier_limit(sae.info.get("source", {}), sae.hookpoint) if pass_outliers else None
+
+
+def to_sae_lens(
+    sae: SAE, device: str = "cpu", *, model_class_name: str | None = None, pass_outliers: bool = True
+) -> Any:
     """`sae` as a sae_lens.SAE (standard, topk, jumprelu, gated or a transcoder), with its codes in raw units.
 
-    Raises ImportError without the package sae-lens, and ValueError as `ap.export` does.
+    Rows that its training left out for their norm pass through unchanged, unless `pass_outliers` is False (transcoders
+    never do so: what goes in is not what comes out). `model_class_name` is as for `ap.export`. Raises
+    ImportError without the package sae-lens, and ValueError as `ap.export` does.
     """
     try:
         from sae_lens import SAE as Lens  # type: ignore[import-not-found]
     except ImportError as error:
         raise ImportError("to_sae_lens needs the package sae-lens: pip install sae-lens") from error
     with TemporaryDirectory() as folder:
-        export(sae, Path(folder) / "sae", "sae_lens")
-        return Lens.load_from_disk(Path(folder) / "sae", device=device)
+        export(sae, Path(folder) / "sae", "sae_lens", model_class_name=model_class_name)
+        lens = Lens.load_from_disk(Path(folder) / "sae", device=device)
+    if not sae.needs_target and (limit := _limit(sae, pass_outliers)) is not None:
+        lens.outliers, lens.__class__ = Outliers(limit), type(type(lens).__name__, (PassesOutliers, type(lens)), {})
+    return lens
+
+
+class PassesOutliers:
+    """Before one of SAELens's classes: what its `encode` and `decode` do besides."""
+
+    outliers: Outliers
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.outliers.silence(x, super().encode(x))  # type: ignore[misc]
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return self.outliers.put_back(feature_acts, super().decode(feature_acts))  # type: ignore[misc]

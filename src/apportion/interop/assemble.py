@@ -18,6 +18,7 @@ from __future__ import annotations
 from copy import deepcopy
 from functools import reduce
 from math import inf
+from numbers import Real
 from typing import Any, TypeGuard
 
 import torch
@@ -39,6 +40,7 @@ from apportion.architectures.plain import Plain
 from apportion.architectures.relu import ReLU
 from apportion.architectures.switch import Switch
 from apportion.architectures.transcoder import Transcoder
+from apportion.disk import all_finite
 from apportion.interop.parts import Parts
 
 ALIKE = (Plain, MLSAE, MultiTopK, Matryoshka, Frozen, FixedBasis, ReLU, JumpReLU, Transcoder)
@@ -47,8 +49,11 @@ TINY = 1e-30
 """Thresholds that are not positive cut nothing; their logarithm is that of this number."""
 
 
-def assemble(parts: Parts) -> SAE:
-    """The SAE of ours that computes what `parts` say, in eval mode; it takes over their tensors."""
+def assemble(parts: Parts, dtype: torch.dtype | None = None) -> SAE:
+    """The SAE of ours that computes what `parts` say, in eval mode; it takes over their tensors.
+
+    Its weights are of `dtype`, or else of that of the file.
+    """
     settings = {
         "d_in": parts.W_enc.shape[1],
         "d_sae": parts.W_enc.shape[0],
@@ -68,9 +73,9 @@ def assemble(parts: Parts) -> SAE:
     if parts.kind == "gated":
         weights |= {"b_enc": parts.gate["b_gate"], "r_mag": parts.gate["r_mag"], "b_mag": parts.gate["b_mag"]}
     weights |= parts.router
-    dtype = reduce(torch.promote_types, (w.dtype for w in weights.values()))
+    dtype = dtype or parts.dtype or reduce(torch.promote_types, (w.dtype for w in weights.values()))
     for name, tensor in weights.items():
-        _put(sae, name, tensor.to(dtype))
+        _put(sae, name, _within(name, tensor, dtype))
     sae.to(dtype)
     _set_threshold(sae.allocation, parts)
     sae.info = deepcopy(parts.info)
@@ -102,7 +107,7 @@ def _rule(parts: Parts) -> dict[str, Any]:
     elif parts.transcoder:
         rule = {}
     else:  # a target for training on; nothing now depends on it
-        rule = {"k": min(parts.k if _is_count(parts.k) else 32, len(parts.W_enc))}
+        rule = {"k": min(_k(parts), len(parts.W_enc)) if is_count(parts.k) else None}
     if parts.kind == "switch":
         rule["num_experts"] = len(parts.router["W_router"])
     if parts.transcoder:
@@ -124,15 +129,16 @@ ALLOCATIONS = {"relu": "threshold", "jumprelu": "threshold", "topk": "topk", "ba
 
 
 def _k(parts: Parts) -> float:
-    if not _is_count(parts.k):
+    if not is_count(parts.k):
         raise ValueError(
             f"How many latents a token has is not known (k = {parts.k!r}). Say it: load(..., config={{'k': 32}})."
         )
-    return parts.k
+    return int(parts.k) if parts.k == int(parts.k) else float(parts.k)
 
 
-def _is_count(k: object) -> TypeGuard[int | float]:
-    return isinstance(k, int | float) and not isinstance(k, bool) and 0 < k < inf
+def is_count(k: object) -> TypeGuard[float]:
+    """Could it be a number of active latents? Numbers of numpy are numbers."""
+    return isinstance(k, Real) and not isinstance(k, bool) and 0 < float(k) < inf
 
 
 def _whole(k: float) -> int:
@@ -147,6 +153,14 @@ def _put(sae: SAE, name: str, tensor: Tensor) -> None:
     if parameter.shape != tensor.shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, {list(parameter.shape)} is needed.")
     parameter.data = tensor.contiguous()
+
+
+def _within(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in that dtype; ValueError for numbers that are too large for it."""
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and not all_finite(cast):
+        raise ValueError(f"{name} has numbers that float16 does not hold: load(..., dtype=torch.float32).")
+    return cast
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@
         tokens       int64 [contexts, positions]
     <folder>/<hookpoint>/config.json                    how text was cut, and the name of the model
 
-Matches up to 1e-5 are left out, as delphi does. Codes are those of `sae.encode`.
+Matches up to 1e-5 are left out, as delphi does. Codes are in raw units, as in the files that `ap.export` writes: those
+of `sae.encode` times `unit`, so that activations mean the same in all tools.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from apportion.activations.store import ActivationStore
 from apportion.architectures import SAE
 from apportion.disk import whole_folder, write_json, write_tensors
+from apportion.interop.export import unit
 from apportion.interop.writing import empty_folder
 
 SMALLEST = 1e-5
@@ -106,12 +108,14 @@ def _matches(
     """All tokens, where latents are active, and how strongly."""
     texts, places, values = [], [], []
     contexts = 0
+    size = unit(sae)
     with sae.in_eval_mode():
         for tokens, x, mask in blocks:
             if texts and tokens.shape[1] != texts[0].shape[1]:
                 raise ValueError(f"Contexts of {tokens.shape[1]} tokens follow some of {texts[0].shape[1]}.")
             kept = torch.arange(len(x)) if mask is None else mask.nonzero().squeeze(1)
             latents = sae.encode(x[kept.to(x.device)].to(sae.mean.device))
+            latents = latents.with_values(latents.values * size[latents.indices])
             latents = latents.where(latents.values.abs() > SMALLEST).to("cpu")
             row, length = kept[latents.rows()], tokens.shape[1]
             places.append(torch.stack([contexts + row // length, row % length, latents.indices], dim=1).int())

@@ -31,7 +31,7 @@ from apportion.interop.hook_names import LAYERS, family_of, hub_name
 from apportion.interop.parts import Parts
 from apportion.interop.peek import first_file, names_in, settings_in
 from apportion.interop.reading import Tensors, read_pt, tensor_dict
-from apportion.interop.writing import SAVE, check_fits, layer_of, model_of, stored
+from apportion.interop.writing import SAVE, carried, check_fits, layer_of, model_of, over, stored
 
 FILES = ["ae.pt", "ae_*.pt"]
 CLASSES = {
@@ -131,7 +131,7 @@ def _parts(name: str, stored: dict[str, Any], trainer: dict[str, Any], file: Pat
         parts.kind, parts.threshold = "jumprelu", tensors.take("threshold", "d_sae")
     elif "TopK" in name:
         _budget(parts, name, tensors, trainer)
-    tensors.finish()
+    parts.dtype = tensors.finish()
     return parts
 
 
@@ -190,7 +190,8 @@ def write(parts: Parts, folder: Path) -> None:
         tensors = encoder | {"encoder.bias": parts.b_enc, bias: parts.b_dec}
     with replacing(folder / "ae.pt") as partial:
         torch.save(stored(tensors), partial)
-    write_json(folder / "config.json", {"trainer": _settings(parts, name), "buffer": {}})
+    trainer = over(carried(parts, "dictionary_learning"), _settings(parts, name))
+    write_json(folder / "config.json", {"trainer": trainer, "buffer": {}})
 
 
 def _class_for(parts: Parts) -> str:

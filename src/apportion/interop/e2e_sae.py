@@ -9,16 +9,15 @@ on; decoder.weight is [d_in, d_sae]. Of several SAEs config={"position": "blocks
 
 from __future__ import annotations
 
-import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
 
+from apportion.interop.centring import warn_of_processing
 from apportion.interop.hook_names import origin
 from apportion.interop.parts import Parts
-from apportion.interop.peek import beside, first_file, names_in
+from apportion.interop.peek import beside, first_file, names_in, yaml_in
 from apportion.interop.reading import Tensors, only_file, read_pt, tensor_dict
 
 ENCODER = ".encoder.0.weight"
@@ -43,8 +42,10 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
         b_dec=tensors.take("decoder.bias", "d_in"),
         subtract_b_dec=False,
     )
-    tensors.finish()
-    parts.hookpoint, source = origin(_model(file), position)
+    parts.dtype = tensors.finish()
+    model = yaml_in(beside(file, "final_config.yaml")).get("tlens_model_name")
+    parts.hookpoint, source = origin(model, position)
+    warn_of_processing(parts, model, position, file)
     parts.info = {"source": source, "original": {"position": position}}
     return parts
 
@@ -62,11 +63,3 @@ def _position(stored: dict[str, Any], config: dict[str, Any], file: Path) -> str
             f'load(..., config={{"position": "{positions[0]}"}}).'
         )
     return str(chosen).replace("-", ".")
-
-
-def _model(file: Path) -> str | None:
-    with suppress(OSError, UnicodeDecodeError):
-        text = beside(file, "final_config.yaml").read_text(encoding="utf-8")
-        found = re.search(r"^tlens_model_name:\s*['\"]?([\w./-]+)", text, re.MULTILINE)
-        return None if found is None or found[1] == "null" else found[1]
-    return None

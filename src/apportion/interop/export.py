@@ -13,7 +13,9 @@ Mutual Choice, Feature Choice and whatever else has thresholds in eval mode is j
 
 from __future__ import annotations
 
+import logging
 from copy import deepcopy
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,15 +23,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apportion.activations.filter import trained_filter
 from apportion.allocation import TokenChoice
 from apportion.architectures import SAE
 from apportion.architectures.affine import Affine
 from apportion.disk import all_finite, whole_folder
+from apportion.interop import sae_lens
 from apportion.interop.assemble import take_apart
+from apportion.interop.contexts import outlier_limit
 from apportion.interop.formats import FORMATS
+from apportion.interop.lens_metadata import MODEL_CLASSES
 from apportion.interop.parts import Parts
 from apportion.interop.writing import empty_folder
 
+logger = logging.getLogger(__name__)
 OURS = "apportion"
 PRECISE = (torch.float32, torch.float64)
 """What files are written in; coarser weights become float32."""
@@ -40,17 +47,21 @@ def writable() -> list[str]:
     return [OURS, *(name for name, known in FORMATS.items() if known.write is not None)]
 
 
-def export(sae: SAE, folder: str | Path, format: str) -> None:
+def export(sae: SAE, folder: str | Path, format: str, *, model_class_name: str | None = None) -> None:
     """Write `sae` as another library saves its own: sae_lens, dictionary_learning, sparsify or gemma_scope.
 
-    `folder` must be new or empty; it appears whole or not at all. Raises ValueError if the format cannot hold this SAE,
-    saying what to do instead, and for SAEs that need thresholds and were never calibrated.
+    `folder` must be new or empty; it appears whole or not at all. `model_class_name` says what sae_lens is to run the
+    model with: HookedTransformer (hooks in TransformerLens's names) or AutoModelForCausalLM (modules of transformers);
+    None: the former for models that it loads by name. What of the token filter of training the format has no words for
+    is said in a warning. Raises ValueError if the format cannot hold this SAE, saying what to do instead, and for SAEs
+    that need thresholds and were never calibrated.
     """
     check_format(format)
+    check_model_class(model_class_name, format)
     target = empty_folder(folder)
     if format == OURS:
-        with whole_folder(target) as partial:
-            sae.save(partial)
+        with whole_folder(target) as unfinished:
+            sae.save(unfinished)
         return
     parts = take_apart(sae if sae.dtype in PRECISE else deepcopy(sae).float())
     _check_finite(parts)
@@ -58,8 +69,11 @@ def export(sae: SAE, folder: str | Path, format: str) -> None:
     parts.info["exported"] = {"sae": sae.name, "settings": settings, "version": version("apportion")}
     write = FORMATS[format].write
     assert write is not None
-    with whole_folder(target) as partial:
-        write(parts, partial)
+    if model_class_name is not None:
+        write = partial(sae_lens.write, model_class_name=model_class_name)
+    with whole_folder(target) as unfinished:
+        write(parts, unfinished)
+    _warn_of_filter(parts, format)
 
 
 def check_format(format: str) -> None:
@@ -68,6 +82,42 @@ def check_format(format: str) -> None:
         raise ValueError(f"{format} is read, and not written; written are: {', '.join(writable())}.")
     if format not in writable():
         raise ValueError(f"There is no format {format!r} to write; there are: {', '.join(writable())}.")
+
+
+def check_model_class(name: str | None, format: str) -> None:
+    """ValueError for a class that SAELens does not run, or beside another format."""
+    if name is None:
+        return
+    if format != "sae_lens":
+        raise ValueError(
+            f"model_class_name = {name!r} means something to sae_lens only, not to {format}; leave it out."
+        )
+    if name not in MODEL_CLASSES:
+        raise ValueError(f"model_class_name = {name!r} is unknown; known are {', '.join(MODEL_CLASSES)}.")
+
+
+def _warn_of_filter(parts: Parts, format: str) -> None:
+    """Whoever evaluates the file shows it rows that it was not trained on: say which."""
+    source = parts.info.get("source", {})
+    left_out, limit = trained_filter(source, parts.hookpoint), outlier_limit(source, parts.hookpoint)
+    if left_out is None:
+        return
+    rows = [] if limit is None else [f"rows with a norm above {limit:.4g}"]
+    if format != "sae_lens":
+        rows += ["position 0 of each context"] * left_out.first_position
+        rows += ["special tokens"] * (left_out.special_tokens and bool(left_out.special_ids))
+    if rows:
+        logger.warning(
+            "%s were left out while training, and %s files have no word for that: tools that show them to the SAE get "
+            "poor figures. Leave them out there as well.",
+            _listed(rows),
+            format,
+        )
+
+
+def _listed(items: list[str]) -> str:
+    text = f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else items[0]
+    return text[0].upper() + text[1:]
 
 
 def _check_finite(parts: Parts) -> None:

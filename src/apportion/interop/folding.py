@@ -6,6 +6,8 @@ What other libraries multiply activations by before an SAE sees them, or codes b
     fold_norms      codes times n = ||W_dec_j||    W_enc, biases and thresholds n, W_dec / n: rows of unit norm
     fold_whitening  the SAE takes (x - m) M        W_enc M', W_dec M^-1, b_dec M^-1 + m; codes stay
     fold_b_dec      b_dec subtracted or not        biases plus or minus W_enc b_dec; codes stay
+    fold_centring   the SAE takes x - mean(x)      W_enc C, W_skip C with C = I - 11'/d_in; codes stay, the mean of
+                                                   each token is not put back
 """
 
 from __future__ import annotations
@@ -69,10 +71,31 @@ def fold_b_dec(parts: Parts, subtract: bool) -> None:
         return
     blocks = parts.W_enc.split(BLOCK)
     shift = torch.cat([block.double() @ parts.b_dec.double() for block in blocks]) * (1 if subtract else -1)
+    _shift_biases(parts, shift)
+    parts.subtract_b_dec = subtract
+
+
+def fold_centring(parts: Parts) -> None:
+    """From parts that take each token less its mean over the width to parts that take it as it is, with equal codes.
+
+    They reconstruct the centred token still: mean(x) 1 would be a skip of rank one. Computed in float64.
+    """
+    if parts.subtract_b_dec:
+        _shift_biases(parts, -parts.W_enc.double().sum(dim=1) * parts.b_dec.double().mean())
+    parts.W_enc = _without_row_means(parts.W_enc)
+    if parts.W_skip is not None:
+        parts.W_skip = _without_row_means(parts.W_skip)
+
+
+def _without_row_means(weights: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+    return (weights.double() - weights.double().mean(dim=1, keepdim=True)).to(weights.dtype)
+
+
+def _shift_biases(parts: Parts, shift: Float[Tensor, " d_sae"]) -> None:
+    """Add to what the encoder's product is compared with; in float64."""
     changes = [(parts.b_enc, shift)]
     if parts.kind == "gated":
         gain = parts.gate["r_mag"].double().exp()
         changes = [(parts.gate["b_gate"], shift), (parts.gate["b_mag"], gain * shift)]
     for bias, change in changes:
         bias.copy_(bias.double() + change)
-    parts.subtract_b_dec = subtract

@@ -19,6 +19,7 @@ from typing import Any
 
 from apportion.interop import (
     batchtopk_repo,
+    circuit_tracer,
     dictionary_learning,
     e2e_sae,
     gemma_scope,
@@ -71,6 +72,7 @@ FORMATS: dict[str, Format] = {
         Format("switch_sae", switch_sae.recognises, switch_sae.read, files="ae.pt with router.weight"),
         Format("e2e_sae", e2e_sae.recognises, e2e_sae.read, files="samples_*.pt"),
         Format("batchtopk_repo", batchtopk_repo.recognises, batchtopk_repo.read, files="sae.pt and config.json"),
+        Format("circuit_tracer", circuit_tracer.recognises, circuit_tracer.read, files="layer_N.safetensors"),
     )
 }
 """In the order in which they are asked."""

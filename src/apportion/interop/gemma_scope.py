@@ -24,7 +24,7 @@ from apportion.interop.hook_names import origin
 from apportion.interop.parts import Parts
 from apportion.interop.peek import beside, first_file, names_in
 from apportion.interop.reading import Tensors, read_npz, read_safetensors, read_settings
-from apportion.interop.writing import check_fits, model_of, stored
+from apportion.interop.writing import carried, check_fits, model_of, over, stored
 
 FILES = ("params.npz", "params.safetensors", "*.npz", "*.safetensors")
 ARRAYS = {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"}
@@ -90,7 +90,7 @@ def _parts(tensors: Tensors, transcoder: bool) -> Parts:
         transcoder=transcoder or skip,
         W_skip=tensors.take("affine_skip_connection", "d_in", d_out).T.contiguous() if skip else None,
     )
-    tensors.finish()
+    parts.dtype = tensors.finish()
     return parts
 
 
@@ -159,7 +159,7 @@ def write(parts: Parts, folder: Path) -> None:
         "hf_hook_point_out": _hook(parts.target_hookpoint),
     }
     write_tensors(folder / "params.safetensors", stored(tensors))
-    write_json(folder / "config.json", settings)
+    write_json(folder / "config.json", over(carried(parts, "gemma_scope"), settings))
 
 
 def _hook(hookpoint: str | None) -> str | None:

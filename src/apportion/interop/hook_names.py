@@ -2,8 +2,13 @@
 
 Checkpoints of other libraries say "blocks.8.hook_resid_pre"; our hookpoints are module paths with a side. What is what
 depends on the family of the model (`config.model_type`). Where TransformerLens names something that no module of the
-transformers model takes or returns, there is no entry. Its LayerNorms are usually folded into the weights that follow;
-`ln*.hook_normalized` is then not what the module here returns, so it has no entry either.
+transformers model takes or returns, there is no entry. `ln*.hook_normalized` lies before the weights of the norm, which
+no module here returns, so it has no entry either. `mlp.hook_in` is what SAELens and circuit-tracer add to
+HookedTransformer, and what TransformerBridge has.
+
+TransformerLens's names also serve for its TransformerBridge, which runs any model of transformers. Where SAELens runs
+one by AutoModelForCausalLM, it names hooks by modules whose *output* is meant: `module_of` gives that name, also where
+our hookpoint is the input of the module after it.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ _LLAMA = {
     "attn.hook_z": "self_attn.o_proj:in",
     "hook_resid_mid": "post_attention_layernorm:in",
     "hook_mlp_out": "mlp",
+    "mlp.hook_in": "mlp:in",
     "mlp.hook_post": "mlp.down_proj:in",
 }
 _GEMMA2 = {
@@ -37,6 +43,7 @@ _GEMMA2 = {
     "attn.hook_z": "self_attn.o_proj:in",
     "hook_resid_mid": "pre_feedforward_layernorm:in",
     "hook_mlp_out": "post_feedforward_layernorm",
+    "mlp.hook_in": "mlp:in",
     "mlp.hook_post": "mlp.down_proj:in",
 }
 WITHIN = {
@@ -45,6 +52,7 @@ WITHIN = {
         "attn.hook_z": "attn.c_proj:in",
         "hook_resid_mid": "ln_2:in",
         "hook_mlp_out": "mlp",
+        "mlp.hook_in": "mlp:in",
         "mlp.hook_pre": "mlp.c_fc",
         "mlp.hook_post": "mlp.act",
     },
@@ -52,6 +60,7 @@ WITHIN = {
         "hook_attn_out": "attention",
         "attn.hook_z": "attention.dense:in",
         "hook_mlp_out": "mlp",
+        "mlp.hook_in": "mlp:in",
         "mlp.hook_pre": "mlp.dense_h_to_4h",
         "mlp.hook_post": "mlp.act",
     },
@@ -67,7 +76,25 @@ WITHIN = {
 
 STREAM = {"hook_resid_pre": ":in", "hook_resid_post": ""}
 """The block itself: what it is given, and what it returns."""
-
+ONLY_READ = {"mlp.hook_out": "mlp"}
+"""Names of circuit-tracer and TransformerBridge, for what HookedTransformer has another name for, or none."""
+BEFORE = {
+    "gpt2": {"mlp": "ln_2", "attn": "ln_1"},
+    "gpt_neox": {"mlp": "post_attention_layernorm", "attention": "input_layernorm"},
+    "gemma2": {"mlp": "pre_feedforward_layernorm", "self_attn": "input_layernorm"},
+    "gemma3_text": {"mlp": "pre_feedforward_layernorm", "self_attn": "input_layernorm"},
+}
+_BEFORE = {"mlp": "post_attention_layernorm", "self_attn": "input_layernorm"}
+"""Within a block, by family or else as in Llama: the module whose output another one is given."""
+WRITE = (
+    *("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_in"),
+    *("hook_attn_out", "hook_mlp_out", "mlp.hook_out"),
+)
+"""Names of what is written to the residual stream, and of the stream."""
+PROCESSED = {"fold_ln": ("mlp.hook_in", "attn.hook_in"), "fold_value_biases": ("attn.hook_z",)}
+"""What else TransformerLens can fold into weights, and the places where activations are then others."""
+LAYER_NORM = ("gpt2", "gpt_neox")
+"""Families that read the stream by LayerNorms, which see nothing of a token's mean over the width."""
 
 FAMILIES = {
     r"gpt2": "gpt2",
@@ -124,8 +151,13 @@ def origin(model_name: object, hook_name: object) -> tuple[str | None, dict[str,
     if isinstance(hook_name, str) and hook_name:
         source["hook_name"] = hook_name
         with suppress(ValueError):
-            hookpoint = to_hookpoint(hook_name, family or "")
+            hookpoint = hook_name if _is_module(hook_name) else to_hookpoint(hook_name, family or "")
     return hookpoint, source
+
+
+def _is_module(name: str) -> bool:
+    """True for the path of a module in a block, as SAELens names the hooks of models of transformers."""
+    return re.match(rf"({'|'.join(map(re.escape, sorted(set(LAYERS.values()))))})\.\d+(\.|$)", name) is not None
 
 
 def to_hookpoint(name: str, model_type: str) -> str:
@@ -137,10 +169,13 @@ def to_hookpoint(name: str, model_type: str) -> str:
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     if found:
         layer, within = f"{LAYERS[model_type]}.{found[1]}", found[2]
+        places = ONLY_READ | WITHIN[model_type]
+        if within == "hook_mlp_in":  # a copy of the stream
+            within = "hook_resid_mid" if "hook_resid_mid" in places else "hook_resid_pre"
         if within in STREAM:
             return layer + STREAM[within]
-        if within in WITHIN[model_type]:
-            return f"{layer}.{WITHIN[model_type][within]}"
+        if within in places:
+            return f"{layer}.{places[within]}"
     known = ", ".join([*STREAM, *WITHIN[model_type]])
     raise ValueError(f"{name!r} has no module in a {model_type} model; known are blocks.N. followed by: {known}.")
 
@@ -156,6 +191,42 @@ def from_hookpoint(hookpoint: str, model_type: str) -> str:
             if place == (module or "") + side:
                 return f"blocks.{layer}.{name}"
     raise ValueError(f"TransformerLens has no name for {hookpoint!r} in a {model_type} model.")
+
+
+def module_of(hookpoint: str, model_type: str | None) -> str | None:
+    """The module whose output is what a hookpoint means; None if there is none, or if it is not known."""
+    path, _, side = hookpoint.partition(":")
+    if side != "in":
+        return path
+    if model_type not in LAYERS:
+        return None
+    found = re.fullmatch(re.escape(LAYERS[model_type]) + r"\.(\d+)(?:\.(\w+))?", path)
+    if found is None:
+        return None
+    layer, module = int(found[1]), found[2]
+    if module is None:
+        return f"{LAYERS[model_type]}.{layer - 1}" if layer else None
+    before = BEFORE.get(model_type, _BEFORE).get(module)
+    return before and f"{LAYERS[model_type]}.{layer}.{before}"
+
+
+def is_centred(hook_name: object, model_name: object) -> bool | None:
+    """Does centring what is written to the residual stream centre what is there? None: the model is not known.
+
+    TransformerLens takes the mean over the width from every weight that writes to the stream, which LayerNorms do not
+    notice; models with RMSNorm it leaves as they are.
+    """
+    within = re.fullmatch(r"blocks\.\d+\.(.+)", str(hook_name))
+    if within is None or within[1] not in WRITE:
+        return False
+    family = family_of(str(model_name))
+    return None if family is None else family in LAYER_NORM
+
+
+def is_processed(hook_name: object, settings: dict[str, Any]) -> bool:
+    """Does TransformerLens, with these settings of its from_pretrained, have other activations there than the model?"""
+    within = re.fullmatch(r"blocks\.\d+\.(.+)", str(hook_name))
+    return within is not None and any(settings.get(name) and within[1] in places for name, places in PROCESSED.items())
 
 
 def _check(model_type: str) -> None:

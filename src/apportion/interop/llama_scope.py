@@ -64,7 +64,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
         subtract_b_dec=bool(settings.get("apply_decoder_bias_to_pre_encoder")),
         k=config.pop("k", settings.get("top_k")) if "topk" in act_fn else None,
     )
-    tensors.finish()
+    parts.dtype = tensors.finish()
     mean_norms = settings.get("dataset_average_activation_norm") or {}
     parts.input_norm, f_in, f_out = llamascopium.scales(parts, settings, mean_norms, file, config)
     parts.b_enc.div_(f_in)

@@ -73,7 +73,7 @@ def parts_of(settings: dict[str, Any], stored: dict[str, Tensor], file: Path, co
         k=config.pop("k", settings.get("top_k")) if "topk" in act_fn else None,
         threshold=tensors.take(LOG_THRESHOLD, "d_sae").exp() if kind == "jumprelu" else None,
     )
-    tensors.finish()
+    parts.dtype = tensors.finish()
     if settings.get("sparsity_include_decoder_norm", True):
         if parts.threshold is not None:
             parts.threshold = parts.threshold / W_dec.norm(dim=1).clamp_min(SMALLEST_NORM)

@@ -10,8 +10,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from apportion.architectures import SAE, files
-from apportion.interop.assemble import assemble
+from apportion.interop.assemble import assemble, is_count
 from apportion.interop.formats import FORMATS
 from apportion.interop.peek import beside, settings_in
 from apportion.interop.reading import inside, read_pt
@@ -19,6 +21,10 @@ from apportion.interop.reading import inside, read_pt
 OURS = "apportion"
 REMOTE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 """org/name, or the alias of a release."""
+SCHEME = re.compile(r"^(\w{2,}):/(?!/)")
+"""Of an address that was made a path, which takes two slashes for one."""
+ADDRESS = re.compile(r"\w+://(?:huggingface\.co/)?([^/]+/[^/]+)(?:/(?:tree|blob|resolve)/[^/]+)?(?:/(.+?))?/?$")
+"""Of a repository or a place in it, as browsers show it."""
 
 
 def load(
@@ -27,47 +33,74 @@ def load(
     format: str | None = None,
     config: dict[str, Any] | None = None,
     trust: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> SAE:
     """Read an SAE that apportion or another library saved; it comes in eval mode, in the dtype of the file.
 
     `path_or_repo` is a folder, a file, a repository of the Hugging Face Hub (org/name) or the alias of a release.
     `format` is the name of a format, where the files do not tell. `config` holds what they do not store, for example
     {"k": 32}. Files that only unpickling can read are refused unless `trust`: that executes what their author wants.
+    `dtype` is another one than that of the file (the finest there, if there are several); where a format has scales to
+    be folded into the weights, half precision rounds once more, and `dtype=torch.float32` keeps all of them exact.
     Raises ValueError, naming the file and the reason, for anything that is not a complete, consistent SAE.
     """
     if format is not None and format != OURS and format not in FORMATS:
         raise ValueError(f"There is no format {format!r}; known are: {', '.join([OURS, *FORMATS])}.")
-    path = _local(path_or_repo, subfolder)
+    path, listed = _local(path_or_repo, subfolder)
     name = format or _recognise(path)
     if name == OURS:
         if config:
             raise ValueError(f"{path} stores all of its settings; leave out config.")
-        return files.load(path if path.is_dir() else path.parent)
-    given = dict(config or {})
+        sae = files.load(path if path.is_dir() else path.parent)
+        return sae if dtype is None else sae.to(dtype)
+    given = listed | dict(config or {})
     try:
-        sae = assemble(FORMATS[name].read(path, given, trust))
+        parts = FORMATS[name].read(path, given, trust)
+        if parts.k is None and config and "k" in config:
+            parts.k = _count(config["k"])
+            given.pop("k", None)
+        sae = assemble(parts, dtype)
     except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, struct.error) as error:
         raise ValueError(f"{path} does not fit the format {name}: {type(error).__name__}: {error}") from error
     except ValueError as error:
         if str(path) in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
-    if given:
-        raise ValueError(f"config: {', '.join(given)} mean nothing to {path}, read as {name}.")
+    if unread := [setting for setting in given if setting in (config or {})]:
+        raise ValueError(f"config: {', '.join(unread)} mean nothing to {path}, read as {name}.")
     sae.info["format"] = name
     return sae
 
 
-def _local(path_or_repo: str | Path, subfolder: str | None) -> Path:
-    """Where the files lie, or are put by a download."""
-    path = Path(path_or_repo)
-    if path.exists():
-        return inside(path, subfolder) if subfolder else path
-    if not REMOTE.fullmatch(str(path_or_repo)):
-        raise ValueError(f"{path} does not exist. Give a folder, a file, or a repository of the Hub (org/name).")
-    from apportion.interop.hub import download
+def _count(k: Any) -> Any:
+    if not is_count(k):
+        raise ValueError(f"k = {k!r} is no number of active latents: give a positive number.")
+    return k
 
-    return download(str(path_or_repo), subfolder)
+
+def _local(path_or_repo: str | Path, subfolder: str | None) -> tuple[Path, dict[str, Any]]:
+    """Where the files lie, or are put by a download; and what a list of releases says beyond them."""
+    path = Path(path_or_repo).expanduser()
+    if path.exists():
+        return inside(path, subfolder) if subfolder else path, {}
+    name = SCHEME.sub(r"\1://", str(path_or_repo))
+    if not REMOTE.fullmatch(name):
+        raise ValueError(
+            f"{name} does not exist. Give a folder, a file, or a repository of the Hub (org/name){_as(name)}."
+        )
+    from apportion.interop.hub import download
+    from apportion.interop.releases import listed_settings
+
+    return download(name, subfolder), listed_settings(name)
+
+
+def _as(address: str) -> str:
+    """How to say an address of the Hub here; nothing for what is none."""
+    found = ADDRESS.match(address)
+    if found is None:
+        return ""
+    place = f', subfolder="{found[2]}"' if found[2] else ""
+    return f', here load("{found[1]}"{place})'
 
 
 def _recognise(path: Path) -> str:

@@ -52,5 +52,5 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
         every_layer=True,
         info={"source": {}, "original": settings},
     )
-    tensors.finish()
+    parts.dtype = tensors.finish()
     return parts

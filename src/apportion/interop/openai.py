@@ -56,7 +56,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
         b_dec=tensors.take("pre_bias", "d_in"),
         subtract_b_dec=True,
     )
-    tensors.finish()
+    parts.dtype = tensors.finish()
     _set_activation(parts, content, config, file)
     hook = _hook(file)
     parts.hookpoint, source = origin("gpt2-small" if hook else None, hook)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -61,5 +62,7 @@ class Parts:
     """Where x comes from, as a module path of a transformers model where that is known."""
     target_hookpoint: str | None = None
     """Where y comes from, if it is something else than x."""
+    dtype: torch.dtype | None = None
+    """What the weights were stored in, where that is coarser than they are here; None: as they are."""
     info: dict[str, Any] = field(default_factory=dict)
     """What else the file says: model, hook names, data, how it was trained (JSON-able)."""

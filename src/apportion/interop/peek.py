@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from typing import IO, Any
 
 LONGEST = 100_000_000
 """Bytes of a header or a pickle that are worth a look."""
+PLAIN = re.compile(r"^([\w-]+):[ \t]+('[^'\n]*'|\"[^\"\n]*\"|[^\s#][^\n#]*?)[ \t]*(?:#.*)?$", re.MULTILINE)
 PICKLES = 5
 """torch.save of before 1.6 wrote this many one after the other; the fourth holds the names, and so may the last."""
 
@@ -42,6 +44,15 @@ def settings_in(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def yaml_in(file: Path) -> dict[str, str]:
+    """The plain values at the top of a YAML file (`name: value`), as strings; empty if there is none."""
+    try:
+        text = file.read_text(encoding="utf-8") if file.stat().st_size <= LONGEST else ""
+    except (OSError, ValueError):
+        return {}
+    return {found[1]: found[2].strip("'\"") for found in PLAIN.finditer(text) if found[2] not in ("null", "~")}
 
 
 def first_file(path: Path, patterns: Iterable[str]) -> Path | None:

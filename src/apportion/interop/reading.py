@@ -21,6 +21,8 @@ from torch import Tensor
 
 from apportion.disk import all_finite, read_json
 
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What an SAE can be kept in; what is coarser becomes float32."""
 MOST_UNPACKED = 100
 """How many times as large as its file the contents of an archive may be; those of weights are hardly larger."""
 
@@ -144,11 +146,14 @@ class Tensors:
     """Tensors of a file, each taken once, with its shape checked.
 
     `take("W_enc", "d_in", "d_sae")` names dimensions: the first use of a name fixes its size, later ones must agree.
+    Tensors come in float32 at least, so that scales can be folded into them; `dtype` says what they were stored in.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], file: Path, **sizes: int | None) -> None:
         self.left, self.file, self.names = dict(tensors), file, sorted(tensors)
         self.sizes = {name: size for name, size in sizes.items() if size is not None}
+        self.dtype: torch.dtype | None = None
+        """The finest of those taken."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.left
@@ -165,6 +170,8 @@ class Tensors:
         for size, n in zip(shape, tensor.shape, strict=True):
             if isinstance(size, str):
                 self.sizes[size] = n
+        stored = tensor.dtype if tensor.dtype in WEIGHT_DTYPES else torch.float32
+        self.dtype = stored if self.dtype is None else torch.promote_types(self.dtype, stored)
         tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
         if not all_finite(tensor):
             raise ValueError(f"{self.file}: {name} holds NaN or infinity.")
@@ -194,7 +201,8 @@ class Tensors:
         for name in names:
             self.left.pop(name, None)
 
-    def finish(self) -> None:
-        """ValueError if there are tensors that nobody took: the file means something that we would ignore."""
+    def finish(self) -> torch.dtype | None:
+        """The dtype of the file. ValueError for tensors that nobody took: they mean something that we would ignore."""
         if self.left:
             raise ValueError(f"{self.file}: unexpected {', '.join(sorted(self.left))}.")
+        return self.dtype

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 CANONICAL_L0 = 100
 FIELDS = {"layer": r"\d+", "l0": r"\w+", "width": r"\w+", "trainer": r"\d+"}
@@ -25,6 +26,14 @@ class Release:
     repo: str
     places: dict[str, str]
     """Rules: name of an SAE -> path in the repository."""
+
+
+CENTRED = {
+    "jbloom/GPT2-Small-SAEs-Reformatted",
+    "jbloom/GPT2-Small-Feature-Splitting-Experiment-Layer-8",
+    "tommmcgrath/gpt2-small-mlp-out-saes",
+}
+"""Repositories of SAEs of a model with centred writing weights: SAELens's list says so, and the files do not."""
 
 
 def _same(*rules: str) -> dict[str, str]:
@@ -155,6 +164,12 @@ def place_in(release: str, sae: str | None) -> tuple[str, str]:
             return known.repo, path.format(**found.groupdict())
     wrong = "is a release of several SAEs" if sae is None else f"has no SAE that is called {sae!r}"
     raise ValueError(f"{release} {wrong}. Say which with subfolder=...: {' or '.join(known.places)}.")
+
+
+def listed_settings(release_or_repo: str) -> dict[str, Any]:
+    """What SAELens's list says of its SAEs and their files do not, as `config` of their format."""
+    repo = RELEASES[release_or_repo].repo if release_or_repo in RELEASES else release_or_repo
+    return {"model_from_pretrained_kwargs": {"center_writing_weights": True}} if repo in CENTRED else {}
 
 
 def _pattern(rule: str) -> str:

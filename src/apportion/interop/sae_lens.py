@@ -14,26 +14,36 @@ covariance_whitening are not: their statistics lie beside a training checkpoint 
 folded, which is done here. Without that file `config={"norm_scaling_factor": ...}` gives the factor, else it is 1.
 
 Before version 6 the configuration was flat, with other names and no word for some defaults.
+
+Metadata can say that the model was loaded with `center_writing_weights`: see centring.py.
 """
 
 from __future__ import annotations
 
+import logging
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from apportion.architectures.inputs import InputNorm
 from apportion.disk import write_json, write_tensors
+from apportion.interop.centring import centre
+from apportion.interop.contexts import said_of_contexts
 from apportion.interop.folding import fold_norms, fold_scale, fold_whitening
-from apportion.interop.hook_names import origin
+from apportion.interop.hook_names import is_processed, origin
+from apportion.interop.lens_metadata import RENAMED, lens_metadata
 from apportion.interop.parts import Kind, Parts
 from apportion.interop.peek import beside, first_file
 from apportion.interop.reading import Tensors, file_in, read_safetensors, read_settings
-from apportion.interop.writing import check_fits, dtype_name, lens_metadata, stored
+from apportion.interop.writing import check_fits, dict_of, dtype_name, stored
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 VERSION = "6.54.12"
 """Whose files we write; without one, they would count as older than 6."""
+UNIT = 1e-5
+"""How far norms of decoder rows may lie from 1: as far as rounding moves the cut between matches."""
 KINDS: dict[str, Kind] = {
     "standard": "relu",
     "topk": "topk",
@@ -55,11 +65,6 @@ INPUT_NORMS: dict[str, InputNorm] = {
 }
 NORMALISED = {"none": "none", "token_standardise": "layer_norm", "token_norm": "constant_norm_rescale"}
 """How it calls our preparations of x when it is written."""
-RENAMED = {
-    "hook_point": "hook_name",
-    "hook_point_head_index": "hook_head_index",
-    "activation_fn_str": "activation_fn",
-}
 
 
 def recognises(path: Path) -> bool:
@@ -72,7 +77,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     folder = path if path.is_dir() else path.parent
     file = file_in(folder, WEIGHTS)
     original = read_settings(file_in(folder, CONFIG))
-    settings = current_settings(original) | _taken(config, "k")
+    settings = current_settings(original) | _taken(config, "k", "model_from_pretrained_kwargs")
     kind = _kind(settings, file)
     parts = _weights(settings, kind, file)
     scale = _scale(folder, config)
@@ -85,6 +90,9 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     if settings["normalize_activations"] == "covariance_whitening":
         _whiten(parts, folder)
     _describe(parts, settings, original)
+    if dict_of(settings.get("model_from_pretrained_kwargs")).get("center_writing_weights"):
+        places = (settings.get("hook_name"), settings.get("hook_name_out"))
+        centre(parts, settings.get("model_name"), *places, file)
     return parts
 
 
@@ -108,6 +116,8 @@ def current_settings(original: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{CONFIG}: the activation function {activation!r} has no counterpart here; relu and topk have."
         )
+    if metadata is None:
+        settings.setdefault("prepend_bos", True)
     norm = settings.get("normalize_activations") or "none"
     settings["normalize_activations"] = "expected_average_only_in" if norm is True else norm
     if "hook_z" in str(settings.get("hook_name")):
@@ -162,7 +172,7 @@ def _weights(settings: dict[str, Any], kind: Kind, file: Path) -> Parts:
             raise ValueError(f"{file}: a skip beside tokens that are normalised singly has no counterpart here.")
     if "scaling_factor" in tensors:
         _finetuning(parts, settings, tensors)
-    tensors.finish()
+    parts.dtype = tensors.finish()
     return parts
 
 
@@ -197,24 +207,37 @@ def _describe(parts: Parts, settings: dict[str, Any], original: dict[str, Any]) 
     details = settings.get("training_architecture_details")
     if parts.k is None and isinstance(details, dict) and isinstance(details.get("k"), int | float):
         parts.k = details["k"]
-    parts.hookpoint, source = origin(settings.get("model_name"), settings.get("hook_name"))
-    parts.target_hookpoint, _ = origin(settings.get("model_name"), settings.get("hook_name_out"))
-    if isinstance(settings.get("context_size"), int):
-        source["context_tokens"] = settings["context_size"]
-    parts.info = {"source": source, "original": original}
+    model, processing = settings.get("model_name"), dict_of(settings.get("model_from_pretrained_kwargs"))
+    places, source = {}, {}
+    for ours, theirs in (("target_hookpoint", "hook_name_out"), ("hookpoint", "hook_name")):
+        found, source = origin(model, settings.get(theirs))
+        said = settings.get(ours)  # in files that we wrote
+        known = said if isinstance(said, str) else found
+        places[ours] = None if is_processed(settings.get(theirs), processing) else known
+    parts.hookpoint, parts.target_hookpoint = places["hookpoint"], places["target_hookpoint"]
+    parts.info = {"source": source | said_of_contexts(settings), "original": _complete(original, settings)}
 
 
-def write(parts: Parts, folder: Path) -> None:
-    """cfg.json and sae_weights.safetensors as of version 6; TopK without the rescaling by decoder norms."""
+def _complete(original: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """What the file says, and what the caller or a release says of how the model was loaded."""
+    if not (processing := settings.get("model_from_pretrained_kwargs")):
+        return original
+    metadata = dict_of(original.get("metadata")) | {"model_from_pretrained_kwargs": processing}
+    return original | ({"metadata": metadata} if "metadata" in original else metadata)
+
+
+def write(parts: Parts, folder: Path, model_class_name: str | None = None) -> None:
+    """cfg.json and sae_weights.safetensors as of version 6."""
     kinds: tuple[Kind, ...] = ("relu", "jumprelu") if parts.transcoder else ("relu", "topk", "jumprelu", "gated")
     check_fits(parts, "sae_lens", kinds, per_token=True)
+    foldable = parts.kind == "topk" and _has_unit_rows(parts)
     tensors = {"W_enc": parts.W_enc.T, "W_dec": parts.W_dec, "b_dec": parts.b_dec}
     tensors |= parts.gate if parts.kind == "gated" else {"b_enc": parts.b_enc}
     if parts.threshold is not None:
         tensors["threshold"] = parts.threshold
     if parts.W_skip is not None:
         tensors["W_skip"] = parts.W_skip
-    metadata = {"sae_lens_version": VERSION, "sae_lens_training_version": None} | lens_metadata(parts)
+    metadata = {"sae_lens_version": VERSION, "sae_lens_training_version": None} | lens_metadata(parts, model_class_name)
     settings: dict[str, Any] = {
         "architecture": _architecture(parts),
         "d_in": parts.W_enc.shape[1],
@@ -229,9 +252,30 @@ def write(parts: Parts, folder: Path) -> None:
     if parts.transcoder:
         settings["d_out"] = parts.W_dec.shape[1]
     if parts.kind == "topk":
-        settings |= {"k": parts.k, "rescale_acts_by_decoder_norm": False}
+        settings |= {"k": parts.k, "rescale_acts_by_decoder_norm": foldable}
     write_tensors(folder / WEIGHTS, stored(tensors))
     write_json(folder / CONFIG, settings)
+
+
+def _has_unit_rows(parts: Parts) -> bool:
+    """Can SAELens take a TopK's codes times decoder norms? Where these are 1 it makes no difference, and it lets others
+    fold them in, which SAEDashboard and Neuronpedia always do.
+
+    Latents that never fire and have no decoder row get one, for SAELens divides by its norm.
+    """
+    norms = parts.W_dec.norm(dim=1)
+    idle = (norms == 0) & ~parts.W_enc.any(dim=1) & (parts.b_enc <= 0)
+    if bool(((norms - 1).abs()[~idle] < UNIT).all()):
+        parts.W_dec[idle, 0] = 1
+        return True
+    logger.warning(
+        "Decoder rows of this TopK SAE have norms from %.4g to %.4g, and its choice of latents does not go by them: "
+        "SAELens cannot fold them in, and SAEDashboard and Neuronpedia refuse it. With rows of norm 1 "
+        "(sae.constrain()) it is another SAE, that they take.",
+        norms.min(),
+        norms.max(),
+    )
+    return False
 
 
 def _architecture(parts: Parts) -> str:

@@ -21,7 +21,7 @@ from apportion.interop.hook_names import LAYERS, family_of
 from apportion.interop.parts import Parts
 from apportion.interop.peek import beside, first_file, settings_in
 from apportion.interop.reading import Tensors, file_in, read_safetensors, read_settings
-from apportion.interop.writing import SAVE, check_fits, stored
+from apportion.interop.writing import SAVE, carried, check_fits, over, stored
 
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 
@@ -54,7 +54,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
         transcoder=transcode or skip,
         info={"source": {}, "original": settings},
     )
-    tensors.finish()
+    parts.dtype = tensors.finish()
     if skip and parts.subtract_b_dec:
         parts.b_enc.sub_(parts.W_enc @ parts.b_dec)
         parts.subtract_b_dec = False
@@ -98,4 +98,4 @@ def write(parts: Parts, folder: Path) -> None:
         "d_in": d_in,
     }
     write_tensors(folder / WEIGHTS, stored(tensors))
-    write_json(folder / CONFIG, settings)
+    write_json(folder / CONFIG, over(carried(parts, "sparsify"), settings))

@@ -60,7 +60,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
         },
         info={"source": {}, "original": settings},
     )
-    tensors.finish()
+    parts.dtype = tensors.finish()
     if isinstance(parts.k, int):
         parts.k = min(parts.k, len(W_enc) // len(router))  # an expert has no more latents to choose among
     if isinstance(model := settings.get("lm_name"), str):

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from apportion.interop.hook_names import LAYERS, family_of_model, from_hookpoint
+from apportion.interop.hook_names import LAYERS, family_of_model
 from apportion.interop.parts import Kind, Parts
 
 SAVE = "save it in ours with sae.save"
@@ -47,7 +45,7 @@ def dtype_name(parts: Parts) -> str:
 
 def model_of(parts: Parts) -> tuple[str | None, str | None]:
     """Name and family of the model that x comes from, as far as they are known."""
-    model = _dict(_dict(parts.info.get("source")).get("model"))
+    model = dict_of(dict_of(parts.info.get("source")).get("model"))
     return model.get("name_or_path"), family_of_model(model)
 
 
@@ -59,54 +57,23 @@ def layer_of(parts: Parts) -> int | None:
     return int(found[1]) if found else None
 
 
-def hook_name(parts: Parts, hookpoint: str | None) -> str | None:
-    """What TransformerLens calls it; where it has no name, the hookpoint itself."""
-    _, family = model_of(parts)
-    if hookpoint is not None and family is not None:
-        with suppress(ValueError):
-            return from_hookpoint(hookpoint, family)
-    if hookpoint is None:  # of another library's file, whose name no module here stands for
-        return _dict(parts.info.get("source")).get("hook_name")
-    return hookpoint
+def carried(parts: Parts, format: str) -> dict[str, Any]:
+    """What a file of the same format said of an SAE that was read from one and not trained since: its settings."""
+    return {} if "training" in parts.info or parts.info.get("format") != format else dict_of(parts.info.get("original"))
 
 
-def lens_metadata(parts: Parts) -> dict[str, Any]:
-    """What tools of SAELens' family want to know: the model, the place in it, and how text was cut into contexts."""
-    source = _dict(parts.info.get("source"))
-    model, _ = model_of(parts)
-    name = hook_name(parts, parts.hookpoint)
-    text, bos = _dict(source.get("text")), source.get("bos", "auto")
-    exported = _dict(parts.info.get("exported"))
-    known = name is None or name.startswith("blocks.")
-    return {
-        "model_name": None if model is None else model.removeprefix("openai-community/"),
-        "model_class_name": "HookedTransformer" if known else "AutoModelForCausalLM",
-        "model_from_pretrained_kwargs": {},
-        "hook_name": name,
-        "hook_name_out": hook_name(parts, parts.target_hookpoint) if parts.target_hookpoint else None,
-        "hook_head_index": None,
-        "context_size": source.get("context_tokens"),
-        "prepend_bos": bos not in ("never", False),
-        "seqpos_slice": [None],
-        "dataset_path": text.get("where"),
-        "training_tokens": _dict(parts.info.get("training")).get("tokens"),
-        "training_architecture": exported.get("sae"),
-        "training_architecture_details": {} if parts.k is None else {"k": parts.k},
-        "neuronpedia_id": None,
-        "hookpoint": parts.hookpoint,
-        "target_hookpoint": parts.target_hookpoint,
-        "apportion_version": version("apportion"),
-        "apportion": exported,
-    }
+def over(original: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings over those of the file that an SAE was read from; what is not known leaves what was said there."""
+    return {**original, **{name: v for name, v in settings.items() if v is not None or name not in original}}
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def dict_of(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
 def empty_folder(folder: str | Path) -> Path:
     """The folder, which does not exist or is empty; ValueError if it is not so."""
-    path = Path(folder).resolve()
+    path = Path(folder).expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise ValueError(f"{folder} is a file. Give a new folder.")
     if path.exists() and any(path.iterdir()):
