@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import FAMILIES, VOCAB, WIDTH, make
 from torch import Tensor, nn
 
 import apportion as ap
 from apportion.activations import TokenFilter
 from apportion.latents import Latents
-from tests.models import FAMILIES, VOCAB, WIDTH, make
 
 PROMPTS = [[5, 7, 9, 11, 4, 8, 33], [17, 3, 60], [41, 12, 8, 90, 2]]
 """Token 3 is special here, and left out by the filter."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import make
 from torch import Tensor, nn
 
 import apportion as ap
@@ -14,7 +15,6 @@ from apportion.activations.hookpoints import capture
 from apportion.activations.model import load_model
 from apportion.intervene import ablate, latent_column, splice, steer
 from apportion.latents import Latents
-from tests.models import make
 
 IDS = torch.tensor([[1, 5, 9, 7, 3], [1, 4, 4, 8, 6]])
 POINT = "model.layers.1"

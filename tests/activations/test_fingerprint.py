@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import make
 
 from apportion.activations import load_model
 from apportion.activations.fingerprint import model_difference, model_fingerprint
-from tests.models import make
 
 EMBEDDED_DIGEST = "0e92027a42a49f7b"
 EMBEDDED_PROBE = [-0.453401, 0.054643, -0.247265]

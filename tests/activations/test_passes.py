@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import make
 from torch import Tensor, nn
 
 from apportion.activations.hookpoints import capture, expand, hooked
 from apportion.activations.passes import Tokens, askable, tokens_given, watched
-from tests.models import make
 
 IDS = torch.arange(10, 15)[None].repeat(2, 1)
 

@@ -27,6 +27,7 @@ from apportion.activations.progress import progress_bar
 from apportion.activations.stream import StreamSource
 from apportion.architectures import SAE
 from apportion.architectures.inputs import as_tensor, first_tensor, is_array
+from apportion.disk import all_finite
 from apportion.torch_state import usual
 from apportion.training.config import TrainConfig
 from apportion.training.interrupt import finish_step_on_interrupt
@@ -190,6 +191,9 @@ class Trainer:
             )
         if not len(rows.x):
             raise ValueError("A training step needs at least one row; all rows of this batch are masked out.")
+        for name, part in (("x", rows.x), ("target", rows.target)):  # on a GPU looking means waiting
+            if part is not None and not part.is_cuda and not all_finite(part):
+                raise ValueError(f"{name} holds NaN or infinity in step {self.steps + 1}: filter such rows out first.")
         self._fit_input(rows)
         return batch
 
