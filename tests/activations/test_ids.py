@@ -15,7 +15,8 @@ import torch
 from apportion.activations import LiveSource
 from apportion.activations.collect import collect
 from apportion.activations.documents import FIRST_ROWS
-from apportion.activations.model import load_model, tokenizer_fingerprint
+from apportion.activations.fingerprint import tokenizer_fingerprint
+from apportion.activations.model import load_model
 from apportion.activations.store import ActivationStore
 from apportion.activations.tokens import PackedContexts, begin_with_bos, read_contexts, special_ids, vocabulary_size
 

@@ -149,7 +149,7 @@ def test_what_is_no_source_is_refused_in_words(given: Any) -> None:
 @pytest.mark.parametrize("given", ["text", object(), [object()]], ids=repr)
 def test_what_is_no_array_is_refused_in_words(given: Any) -> None:
     for call in (new().encode, trainer().step, new().fit_input):
-        with pytest.raises(ValueError, match="expected activations as a tensor or array|Expected activations"):
+        with pytest.raises(ValueError, match=r"expected activations as a tensor or array|Expected activations"):
             call(given)
 
 
