@@ -12,6 +12,7 @@ from apportion.activations import collect as collect_module
 from apportion.activations import writer as writer_module
 from apportion.activations.collect import collect
 from apportion.activations.filter import TokenFilter, row_norms
+from apportion.activations.fingerprint import PROBE_TOKENS
 from apportion.activations.hookpoints import capture, hooked
 from apportion.activations.model import load_model
 from apportion.activations.store import ActivationStore
@@ -63,10 +64,11 @@ def test_rows_are_the_models_activations_in_the_chosen_dtype(
 
 
 def test_the_head_and_upper_layers_are_never_computed(lm: tuple[Any, Any], tmp_path: Path) -> None:
-    calls: list[int] = []
-    with hooked(lm[0], dict.fromkeys(("model.layers.2:in", "lm_head:in"), lambda _: calls.append(1))):
+    """But for the one pass over a few made-up tokens that the fingerprint of the model is made of."""
+    calls: list[tuple[int, ...]] = []
+    with hooked(lm[0], dict.fromkeys(("model.layers.2:in", "lm_head:in"), lambda x: calls.append(tuple(x.shape[:2])))):
         tiny_collect(lm, tmp_path / "acts")
-    assert not calls
+    assert calls == [(1, PROBE_TOKENS)] * 2
 
 
 def test_a_changed_file_is_found(lm: tuple[Any, Any], tmp_path: Path) -> None:
@@ -128,6 +130,17 @@ def test_overflow_of_the_stored_dtype_is_found(lm: tuple[Any, Any], tmp_path: Pa
         pytest.raises(ValueError, match="store in bfloat16 or float32"),
     ):
         tiny_collect(lm, tmp_path / "acts", dtype="float16")
+
+
+def test_rows_of_the_text_that_were_left_out_are_said(
+    lm: tuple[Any, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, text, said in (("good", TEXT, 0), ("broken", [None, *TEXT], 1)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            manifest = collect(*lm, OUT, text, out=tmp_path / name, tokens=40, context_tokens=8)
+        assert sum(manifest["text_skipped"].values()) == len(caplog.records) == said
+    assert "1 null (first: document 1)" in caplog.text
 
 
 def test_a_text_that_ends_early_is_collected_and_reported(

@@ -25,6 +25,7 @@ from apportion.activations import (
     read_contexts,
 )
 from apportion.activations.collect import collect
+from apportion.activations.order import held_out_groups
 from apportion.evals import held_out_rows
 
 TEXT = ["the cat sat on the mat and looked at the dog by the old house and the sea was calm " * 40]
@@ -229,6 +230,89 @@ def test_a_live_source_has_the_rows_of_the_cache(lm: tuple[Any, Any], folder: Pa
     held_out = [torch.cat([b.x for b in source.held_out(10**6)]) for source in (live, cached)]
     assert held_out[0].shape == held_out[1].shape
     assert cached.num_rows <= live.num_rows < cached.num_rows + store.describe()["filtered"]["norm_outlier"] + 1
+
+
+def live(lm: tuple[Any, Any], contexts: Tensor, **settings: Any) -> LiveSource:
+    return LiveSource(*lm, "model.layers.1", contexts, **{"held_out_share": 0.0, **settings})
+
+
+def epochs(source: LiveSource, num_rows: int, count: int) -> list[list[int]]:
+    """The positions in the context of the rows of so many epochs (or blocks), in order."""
+    batches = source.batches(num_rows)
+    return [next(batches).positions.tolist() for _ in range(count)]
+
+
+def test_a_live_source_shuffles_every_block_anew(lm: tuple[Any, Any]) -> None:
+    """Blocks of one context each, so that only the order within the block can differ."""
+    contexts = read_contexts(lm[1], TEXT, tokens=96, context_tokens=32)
+    alone, seeds = (live(lm, contexts[:1], buffer_tokens=32, seed=seed) for seed in (3, 4)), []
+    for source in alone:
+        seeds += epochs(source, source.num_rows, 2)
+    blocks = epochs(live(lm, contexts, buffer_tokens=32, seed=3), 31, 3)
+    orders = {tuple(order) for order in seeds + blocks[1:]}
+    assert len(orders) == 6, "other in each epoch, block and run"
+    assert all(sorted(order) == list(range(1, 32)) for order in orders)
+
+
+def test_a_resumed_live_source_hands_out_no_special_token_either(lm: tuple[Any, Any]) -> None:
+    """Special tokens in the middle of contexts, where leaving out position 0 does not help."""
+    tokenizer = lm[1]
+    contexts = read_contexts(tokenizer, TEXT, tokens=480, context_tokens=CONTEXT).clone()
+    contexts[:, 3], contexts[::2, 5] = tokenizer.eos_token_id, tokenizer.bos_token_id
+
+    def tokens_of(source: LiveSource, num_batches: int) -> Tensor:
+        return torch.cat([batch.tokens for batch in islice(source.batches(10), num_batches)])
+
+    first, second = live(lm, contexts, seed=3), live(lm, contexts, seed=3)
+    begun = tokens_of(first, 4)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    resumed = tokens_of(second, 20)
+    assert torch.equal(resumed, tokens_of(first, 20)) and len(resumed) == 200
+    special = torch.tensor([tokenizer.eos_token_id, tokenizer.bos_token_id])
+    assert bool(torch.isin(contexts[:, 1:], special).any())
+    assert not torch.isin(torch.cat([begun, resumed]), special).any()
+
+
+def assert_mixed(places: Tensor, of: int) -> None:
+    """Places in a list of so many, each at most once, neither ascending nor descending, from all over it."""
+    assert len(places) >= 12 and len(places.unique()) == len(places)
+    assert 0.2 < (places.diff() < 0).double().mean() < 0.8
+    assert int(places.min()) < 0.3 * of and int(places.max()) >= 0.7 * of
+
+
+def test_held_out_rows_come_in_random_order_from_all_over(folder: Path) -> None:
+    """Thresholds are calibrated on the first so many of them."""
+    array, cache = array_source(), CacheSource(ActivationStore(folder), seed=3)
+    for max_rows in (50, 25):
+        numbers = torch.cat([batch.x for batch in array.held_out(max_rows, chunk=7)])[:, 0]
+        assert bool((numbers % 10 == 9).all()) and len(numbers) == min(max_rows, len(array._held_out))
+        assert_mixed(numbers, 500)
+    chosen: list[Tensor] = []
+    cache.store.batch = lambda indices: chosen.append(indices) or Batch(torch.zeros(len(indices), 1))  # type: ignore
+    list(cache.held_out(15, chunk=4))
+    assert_mixed(torch.cat(chosen), len(cache.store.mask))
+
+
+def test_held_out_rows_of_a_live_source_come_in_random_order_from_all_over(lm: tuple[Any, Any]) -> None:
+    contexts = torch.randint(3, len(lm[1]), (40, CONTEXT), generator=torch.Generator().manual_seed(0))
+    source = live(lm, contexts, held_out_share=0.5, buffer_tokens=4 * CONTEXT, seed=3)
+    in_order = source._filtered_rows(source._held_out).x.float()
+    for max_rows in (10**6, 30):
+        drawn = torch.cat([batch.x for batch in source.held_out(max_rows)])
+        distances = torch.cdist(drawn.double(), in_order.double())
+        assert bool((distances.min(1).values < 1e-4).all()) and len(drawn) == min(max_rows, len(in_order))
+        assert_mixed(distances.argmin(1), len(in_order))
+    sample = torch.cdist(source.sample(30).x.double(), source._filtered_rows(source._train).x.double()).argmin(1)
+    assert_mixed(sample, 20 * (CONTEXT - 1))
+
+
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_so_many_percent_of_a_hundred_groups_are_held_out(percent: int) -> None:
+    """Shares such as 0.29 are no binary fractions, and 100 of them a little less than 29."""
+    held_out = held_out_groups(100, percent / 100)
+    assert int(held_out.sum()) == percent and bool(held_out[-1])
+    gaps = held_out.nonzero().squeeze(1).diff()
+    assert not len(gaps) or int(gaps.max() - gaps.min()) <= 1, "evenly spaced"
 
 
 def test_rows_of_a_batch_apply_the_mask_to_every_column() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apportion.allocation import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice, WarmStart, reference
-from apportion.allocation.base import largest
+from apportion.allocation.base import largest, total_matches
 from apportion.allocation.feature_choice import FeatureChoiceConfig
 from apportion.allocation.mutual_choice import MutualChoiceConfig
 from apportion.allocation.threshold import ThresholdConfig
@@ -469,6 +469,12 @@ def test_mutual_choice_spends_the_whole_part_of_a_fractional_budget():
     p = PROBLEMS["all positive"]
     for k, matches in [(2.5, 42), (0.3, 5), (0.05, 0), (13, 221)]:
         assert check(p, mutual(k, 13)).rows.numel() == matches
+
+
+@pytest.mark.parametrize("percent", range(1, 101))
+def test_a_budget_of_so_many_percent_of_a_hundred_tokens(percent):
+    """Budgets such as 0.29 are no binary fractions, and 100 of them a little less than 29."""
+    assert total_matches(percent / 100, 100) == percent
 
 
 def test_eval_rule_in_force():

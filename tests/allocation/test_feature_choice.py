@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from apportion.allocation import FeatureChoice, StepContext, WarmStart
+from apportion.allocation import FeatureChoice, Pool, StepContext, WarmStart
 from apportion.allocation.feature_choice import FeatureChoiceConfig
+from apportion.allocation.zipf import fit_zipf, zipf_densities
 from apportion.kernels import choose
 
 
@@ -61,6 +62,42 @@ def test_a_batch_that_is_accepted_leaves_no_latent_without_budget_under_zipf_fro
     assert zipf.budget(13).equal(before), "ranks stay as they are"
 
 
+def test_budgets_made_before_the_first_step_do_not_outlive_it():
+    """Whoever encodes as many rows beforehand does not take the floor of one token per batch away."""
+    zipf = rule(budgets="zipf", zipf_alpha=2.0)
+    assert int(zipf.budget(13).min()) == 0
+    zipf.begin_step(context(0.0, torch.zeros(50), batch_tokens=13))
+    assert int(zipf.budget(13).min()) >= 1 and int(zipf.budget(13).sum()) == 52
+
+
+def test_budgets_follow_densities_that_are_loaded():
+    before, other = rule(), rule(budgets="zipf")
+    assert before.budget(100).tolist() == [8] * 50
+    before.load_state_dict(other.state_dict())
+    assert torch.equal(before.budget(100), other.budget(100))
+
+
+def test_no_latent_gets_more_than_all_tokens():
+    """Whatever the densities; what one cannot take goes to the others."""
+    skewed = rule(d_sae=4, k=3)
+    skewed.density.copy_(torch.tensor([0.9, 0.2, 0.1, 0.1]))
+    for budget in (skewed.budget(10), skewed.wanted(10)):
+        assert isinstance(budget, torch.Tensor) and budget.tolist() == [10, 10, 5, 5]
+
+
+def test_thresholds_let_no_latent_through_on_more_than_all_rows():
+    """Latent 1 was seen down to its floor only, so it may have more matches; latents 2 and 3 have none to take."""
+    skewed = rule(d_sae=4, k=1.5)
+    latents = torch.tensor([0] * 10 + [1] * 7)
+    affinity = torch.cat([torch.arange(10.0, 0, -1), torch.arange(17.0, 10, -1)])
+    pool = Pool(latents, affinity, 10, torch.tensor([0.0, 10.5, 0.0, 0.0]))
+    assert not skewed.set_threshold(pool), "what latent 1 would have to give lies below its floor"
+    reaching = Pool(latents, affinity, 10, torch.zeros(4))
+    assert skewed.set_threshold(reaching)
+    counts = [int((affinity[latents == j] > skewed.threshold[j]).sum()) for j in range(4)]
+    assert counts == [8, 7, 0, 0]
+
+
 def test_check_batch():
     rule().check_batch(13)
     with pytest.raises(ValueError, match=r"batch_tokens >= 13"):
@@ -109,6 +146,20 @@ def test_one_fitted_constant():
     fitted = rule(budgets="zipf", zipf_alpha=None, zipf_beta=3.0, switch_at=0.3)
     fitted.begin_step(context(0.3, measured * 4 / measured.sum(), batch_tokens=1_000_000))
     assert torch.allclose(fitted.density.double(), measured * 4 / measured.sum(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("given", [{"zipf_alpha": 0.5, "zipf_beta": None}, {"zipf_alpha": None, "zipf_beta": 40.0}])
+def test_a_given_constant_is_kept_even_where_another_would_fit_better(given):
+    r = torch.arange(1, 51).double()
+    measured = (r + 3) ** -1.5
+    measured *= 4 / measured.sum()
+    fitted = rule(budgets="zipf", switch_at=0.3, **given)
+    fitted.begin_step(context(0.3, measured, batch_tokens=1_000_000))
+    alpha, beta = given["zipf_alpha"], given["zipf_beta"]
+    fit = fit_zipf(measured, alpha=alpha, beta=beta)
+    wanted = zipf_densities(50, 4, fit.alpha if alpha is None else alpha, fit.beta if beta is None else beta, 1e-6)
+    assert torch.allclose(fitted.density.double(), wanted, rtol=1e-3)
+    assert not torch.allclose(fitted.density.double(), measured, rtol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 import apportion as ap
 from apportion.allocation import StepContext, reference
-from apportion.allocation.zipf import zipf_densities
+from apportion.allocation.zipf import fit_zipf, zipf_densities
 from apportion.architectures import rebuild
 from apportion.architectures.base import Pass
 from apportion.losses import underutilised
@@ -178,6 +178,29 @@ def test_feature_choice_expects_its_own_budgets():
     density[7] = 0.04
     silent = sae._silent(StepContext(dead=torch.zeros(40, dtype=torch.bool), density=density))
     assert silent.tolist() == [7]
+
+
+@pytest.mark.parametrize("budgets", ["uniform", "zipf"])
+def test_feature_choice_expects_exactly_the_densities_it_hands_out(budgets):
+    """And not a curve of its own; in a Mutual Choice phase there are none yet."""
+    made = {"d_in": 12, "d_sae": 40, "k": 4, "aux": "aux_zipf", "budgets": budgets, **CURVE}
+    measured = zipf_densities(40, 4, 0.3, 1.0)
+    decided = ap.create("feature_choice", **made, zipf_alpha=2.0, zipf_beta=1.0)
+    expected = decided._expected_densities(measured)
+    assert torch.equal(expected, decided.allocation.density.sort(descending=True).values)
+    mutual = ap.create("feature_choice", **made, switch_at=0.5)
+    assert torch.allclose(mutual._expected_densities(measured), zipf_densities(40, 4, 1.0, 7.0))
+
+
+@pytest.mark.parametrize("given", [{"alpha": 0.5}, {"beta": 40.0}])
+def test_a_given_constant_is_kept_while_the_other_is_fitted(given):
+    sae = ap.create("mutual_choice", d_in=12, d_sae=200, k=2, **{f"aux_zipf_{name}": v for name, v in given.items()})
+    measured = zipf_densities(200, 2, 1.5, 3.0)
+    free = fit_zipf(measured)
+    assert (free.alpha, free.beta) == pytest.approx((1.5, 3.0), rel=0.05), "neither is what would be fitted"
+    fit = fit_zipf(measured, **given)
+    wanted = zipf_densities(200, 2, **({"alpha": fit.alpha, "beta": fit.beta} | given))
+    assert torch.allclose(sae._expected_densities(measured), wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("curve", [CURVE, {}])

@@ -173,6 +173,13 @@ def test_decode_prefix():
             sae.decode_prefix(latents, wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("d_sae", "prefixes"), [(40, (2, 5, 10, 20, 40)), (47, (3, 6, 12, 24, 47)), (2000, (125, 250, 500, 1000, 2000))]
+)
+def test_prefixes_are_rounded_to_the_nearest_number_of_latents(d_sae, prefixes):
+    assert ap.create("matryoshka", d_in=D_IN, d_sae=d_sae, k=4).prefixes == prefixes
+
+
 def test_decode_prefix_with_normalised_tokens():
     sae = ap.create("matryoshka", d_in=D_IN, d_sae=40, k=4, seed=0, input_norm="token_standardise")
     assert isinstance(sae, Matryoshka)

@@ -9,7 +9,16 @@ import torch
 
 import apportion as ap
 from apportion.allocation import StepContext
-from apportion.architectures.sparsity import LEAST, RAMP, SparsityCoefficient
+from apportion.architectures.sparsity import (
+    CLIP,
+    DESCENT,
+    INTEGRAL,
+    LEAST,
+    LEAST_LR_SHARE,
+    PROPORTIONAL,
+    RAMP,
+    SparsityCoefficient,
+)
 
 K = 32
 
@@ -43,6 +52,28 @@ def test_a_run_without_an_end_is_steered_to_k_too() -> None:
     path = simulate(3000, 0.02, 1.0, end=False)
     assert path[-1] == pytest.approx(1, abs=0.02)
     assert min(path) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("progress", "lr_share", "gain"),
+    [(1.0, 1.0, 1.0), (1.0, 0.5, 2.0), (0.5, 0.5, 2.0), (0.49, 0.5, 1.0), (1.0, 0.01, 1 / LEAST_LR_SHARE)],
+)
+def test_two_steps_in_closed_form(progress: float, lr_share: float, gain: float) -> None:
+    """As the learning rate falls, so much more is asked of lambda; not before the descent has ended."""
+    steering, first, then = SparsityCoefficient(K, None, initial=0.01), log(1.2), log(1.5)
+    for l0 in (1.2 * K, 1.5 * K):
+        steering.begin_step(StepContext(progress=progress, l0=l0, lr_share=lr_share))
+    wanted = first * max(0.0, 1 - progress / DESCENT)  # of log (L0 / k), on the way down to 0
+    errors = first - wanted, then - wanted
+    change = gain * (INTEGRAL * errors[0] + PROPORTIONAL * (errors[1] - errors[0]) + INTEGRAL * errors[1])
+    assert log(steering.value.item() / 0.01) == pytest.approx(change, rel=1e-4)
+
+
+def test_the_error_is_clipped_before_it_is_integrated() -> None:
+    steering = SparsityCoefficient(K, None, initial=0.01)
+    for _ in range(3):
+        steering.begin_step(StepContext(progress=1.0, l0=100.0 * K))
+    assert log(steering.value.item() / 0.01) == pytest.approx(3 * INTEGRAL * CLIP, rel=1e-4)
 
 
 def test_dead_silence_lowers_the_coefficient_down_to_its_least_and_no_further() -> None:

@@ -108,7 +108,15 @@ def assert_close(name: str, got: torch.Tensor, wanted: torch.Tensor, dtype: torc
     assert (got.double() - wanted).abs().max().item() <= TOLERANCE[dtype] * largest, name
 
 
-PATHS = {"as it chooses": (0.1, 2**22), "lists": (1.0, 2**22), "dense": (-1.0, 2**22), "small dense": (-1.0, 3000)}
+PATHS = {
+    "as it chooses": (0.1, 2**22),
+    "lists": (1.0, 2**22),
+    "dense": (-1.0, 2**22),
+    "small dense": (-1.0, 3000),
+    "dense, short last block": (-1.0, 5000),
+    "dense, short last block of few latents": (-1.0, 44),
+}
+"""DENSE_SHARE and BLOCK_ENTRIES. Blocks of 5 rows leave 3 of 63 for the last, blocks of 4 leave 3 of 7."""
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=list(PATHS))

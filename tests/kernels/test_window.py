@@ -71,6 +71,16 @@ def test_reach_finds_both_lists(case, block, monkeypatch):
         assert torch.allclose(got.values, a[rows, indices], rtol=1e-12, atol=1e-12)
 
 
+def test_both_lists_are_strict():
+    """Whole numbers: a match at its threshold is near it and not active, one half a window away is neither."""
+    a = torch.arange(-2.0, 5.0)[:, None].double()
+    active, near = reach(
+        a, torch.ones(1, 1).double(), torch.zeros(1).double(), torch.ones(1).double(), torch.tensor(2.0)
+    )
+    assert active.values.tolist() == [2, 3, 4]
+    assert near.values.tolist() == [1]
+
+
 def test_the_window_is_about_pre_activations():
     """Its lower half is there, and where it touches zero it holds negative pre-activations, but no heap of zeros."""
     x, W, b, t, _ = CASES["window touches zero"].tensors()

@@ -243,6 +243,19 @@ def test_screens_that_cannot_work(settings, message):
         ap.TrainConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    ("total_tokens", "dead", "density"),
+    [(None, 10_000_000, 1_000_000), (10**9, 10_000_000, 1_000_000), (10**8, 10_000_000, 1_000_000),
+     (5 * 10**6, 500_000, 500_000), (4096, 409, 409)],
+)  # fmt: skip
+def test_windows_are_those_of_long_runs_or_a_tenth_of_a_shorter_one(total_tokens, dead, density):
+    config = ap.TrainConfig(total_tokens=total_tokens)
+    assert (config.dead_window, config.density_window) == (dead, density)
+    given = ap.TrainConfig(total_tokens=total_tokens, dead_window_tokens=7, density_window_tokens=8)
+    assert (given.dead_window, given.density_window) == (7, 8)
+    assert ap.TrainConfig(batch_tokens=5, total_tokens=5).density_window == 1, "at least one token"
+
+
 def test_float64_training():
     t = trainer("feature_choice", dtype="float64")
     t.step(activations())
