@@ -165,6 +165,8 @@ def main() -> int:
         for fault in found:
             print(f"{fault['file']}:{fault['line']}  {fault.get('name', '')}  {fault['old']!r} -> {fault['new']!r}")
         return 0
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started it in the background
+        signal.signal(number, signal.default_int_handler)
     return int(try_all(found, given.out, given.seconds) > 0)
 
 

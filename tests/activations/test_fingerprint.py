@@ -12,7 +12,7 @@ import torch
 from tiny_models import make
 
 from apportion.activations import load_model
-from apportion.activations.fingerprint import model_difference, model_fingerprint
+from apportion.activations.fingerprint import model_difference, model_fingerprint, tokenizer_fingerprint
 
 EMBEDDED_DIGEST = "0e92027a42a49f7b"
 EMBEDDED_PROBE = [-0.453401, 0.054643, -0.247265]
@@ -129,6 +129,13 @@ def test_models_that_take_no_tokens_have_no_probe() -> None:
 
     found = model_fingerprint(Seeing())
     assert found["probe"] is None and found["name_or_path"] == "Seeing" and len(found["weights_sha256"]) == 64
+
+
+def test_what_has_no_parameters_or_no_name() -> None:
+    found = model_fingerprint(torch.nn.Identity())
+    assert (found["name_or_path"], found["dtype"], found["probe"]) == ("Identity", None, None)
+    for tokenizer in (None, object()):
+        assert tokenizer_fingerprint(tokenizer) == {"name_or_path": "", "vocab_size": None, "special_ids": []}
 
 
 def test_short_contexts(tmp_path: Path) -> None:

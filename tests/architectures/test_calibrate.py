@@ -131,6 +131,37 @@ def test_ties_at_the_cut_are_not_cut_by_order(name: str, held: int, monkeypatch:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("reserve", [1.0, 1.5])
+def test_a_raised_floor_keeps_so_many_and_no_more(reserve: float) -> None:
+    """`reserve` times the wanted matches and 16: in all, or of each latent that has so many; ties with the last stay."""
+    g = torch.Generator().manual_seed(0)
+    latents, affinity = torch.randint(0, 3, (400,), generator=g), torch.rand(400, generator=g) + 1
+    latents[:380] = latents[:380].clamp_max(1)  # latent 2 is rare
+    floor = calibrate.raised(torch.zeros(()), latents, affinity, 100, reserve)
+    kept = affinity > floor
+    assert int(kept.sum()) == int(100 * reserve) + 16 and affinity[kept].min() == torch.nextafter(floor, torch.tensor(9.0))
+    wanted = torch.tensor([40, 60, 60])
+    floors = calibrate.raised(torch.zeros(3), latents, affinity, wanted, reserve)
+    counts = torch.bincount(latents[affinity > floors[latents]], minlength=3)
+    assert counts[:2].tolist() == [int(40 * reserve) + 16, int(60 * reserve) + 16]
+    assert floors[2] == 0 and counts[2] == (latents == 2).sum()
+    assert calibrate.raised(torch.tensor(1.9), latents, affinity, 100, reserve) == torch.tensor(1.9), "never lower"
+    affinity[:] = 1.5
+    assert bool((affinity > calibrate.raised(torch.zeros(()), latents, affinity, 100, reserve)).all())
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_a_pool_does_not_grow_with_what_nobody_wants(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shrinks at twice what is needed, so that it holds no more than that and the matches of one part."""
+    monkeypatch.setattr(calibrate, "HELD", 0)
+    sae, xs = new(name, k=1), ways(rows())["shuffled"]
+    with torch.no_grad():
+        pool = calibrate._pool(sae, lambda: sae.input.apply_to(xs.double()).split(500), None, reserve=2.0)
+    needed = 2 * len(xs) + 16 * D_SAE
+    assert len(xs) < len(pool.affinity) <= 2 * needed + 500 * D_SAE
+    assert bool((pool.affinity > (pool.floor if pool.floor.ndim == 0 else pool.floor[pool.latents.long()])).all())
+
+
 def test_a_mutual_phase_of_feature_choice_has_one_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     for held in (calibrate.HELD, 0):
         monkeypatch.setattr(calibrate, "HELD", held)

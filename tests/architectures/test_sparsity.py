@@ -85,6 +85,13 @@ def test_dead_silence_lowers_the_coefficient_down_to_its_least_and_no_further() 
     assert steering.value.item() > LEAST * 0.01
 
 
+def test_steering_begins_at_a_tenth_of_what_fits_the_width_and_the_budget() -> None:
+    """An L1 norm is about sqrt(d_in k) at that L0, an L0 is k."""
+    for name, wanted in (("relu", 0.1 / (24 * 6) ** 0.5), ("gated", 0.1 / (24 * 6) ** 0.5), ("jumprelu", 0.1 / 6)):
+        sae = ap.create(name, d_in=24, d_sae=96, k=6)
+        assert sae.coefficient.value.item() == pytest.approx(wanted), name
+
+
 def test_nothing_happens_before_there_is_an_l0() -> None:
     steering = SparsityCoefficient(K, None, initial=0.01)
     steering.begin_step(StepContext(progress=0.0))

@@ -297,6 +297,15 @@ class TestFolding:
         assert "cannot fold" in caplog.text and "sae.constrain()" in caplog.text
         assert torch.equal(ap.load(tmp_path / "a").encode(DATA).dense() != 0, sae.encode(DATA).dense() != 0)
 
+    @pytest.mark.parametrize(("off", "unit"), [(3e-6, True), (3e-5, False)])
+    def test_rows_are_of_unit_norm_up_to_rounding_only(self, off: float, unit: bool, tmp_path: Path) -> None:
+        """Norms further from 1 move the cut between matches."""
+        sae = trained("topk")
+        sae.constrain()
+        with torch.no_grad():
+            sae.W_dec[7] *= 1 + off
+        assert self.rescaled(tmp_path / "a", sae) is unit
+
     def test_a_row_without_norm_that_fires_is_no_unit_row(self, tmp_path: Path) -> None:
         sae = trained("topk")
         sae.constrain()

@@ -130,6 +130,14 @@ def test_what_can_be_read_again_has_epochs_and_resumes(tmp_path: Path) -> None:
         assert torch.equal(p, weights(resumed)[name]), name
 
 
+@pytest.mark.parametrize("size", [1, 64, 2222])
+def test_a_generator_of_exactly_enough_rows_is_enough(size: int) -> None:
+    """2222 rows, of which 222 are held out, are ten batches of 200."""
+    assert trainer().fit((part for part in X[:2222].split(size)), progress=False).info["training"]["tokens"] == 2000
+    with pytest.raises(ValueError, match=r"ended after 1,999"):
+        trainer().fit((part for part in X[:2221].split(size)), progress=False)
+
+
 def test_a_generator_that_ends_or_is_resumed_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ended after 450 to train on.*generator"):
         trainer().fit((part for part in X[:500].split(64)), progress=False)
