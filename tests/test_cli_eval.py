@@ -131,6 +131,20 @@ def test_the_chat_model_of_a_base_model(
     assert "how well the SAE does there" in caplog.text
 
 
+@pytest.mark.parametrize("command", ["eval", "report"])
+def test_mistakes_about_the_text_show_before_the_model_is_loaded(
+    command: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("apportion.activations.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    empty, other = tmp_path / "empty.txt", tmp_path / "text.pdf"
+    empty.write_text(""), other.write_bytes(b"%PDF")
+    for text, said in ((tmp_path / "no.txt", "no text at"), (empty, "is empty"), (other, "is not a text file")):
+        more = ["--out", str(tmp_path / "report")] if command == "report" else []
+        assert main([command, str(home / "topk"), "--text", str(text), *more]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "report").exists()
+
+
 def test_a_model_of_another_width_is_refused_in_words(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Path
 ) -> None:

@@ -7,10 +7,9 @@ A list of faults is JSON: [{"file", "old", "new", "tests"?, "why"?}, ...]; `old`
 those of the place (TESTS) if there are none. --draw makes faults itself, on lines of src/ that differ from REV
 (draw_faults.py).
 
-Everything happens in a copy of the checkout in a temporary folder, so that the checkout is never touched. There the
-tests must pass without a fault first. A fault is *noticed* if they fail then or do not end within --seconds. Each
-result is one line in --out as soon as it is known; what is in there already is not run again. The exit code is 1 if one
-survived.
+Everything happens in a copy of the checkout in a temporary folder, so that the checkout is never touched. A fault is
+*noticed* if a test fails that passes without it, or if the tests do not end within --seconds. Each result is one line
+in --out as soon as it is known; what is in there already is not run again. The exit code is 1 if one survived.
 """
 
 from __future__ import annotations
@@ -81,12 +80,12 @@ def listed(path: Path) -> list[dict[str, Any]]:
 class Copy:
     """A copy of the checkout in a temporary folder, in which tests run."""
 
-    def __init__(self, folder: Path, seconds: float) -> None:
-        self.root, self.seconds = folder / "checkout", seconds
+    def __init__(self, folder: Path) -> None:
+        self.root, self.passing = folder / "checkout", set[str]()
         ignore = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache")
         shutil.copytree(ROOT, self.root, ignore=ignore)
 
-    def run(self, tests: list[str]) -> tuple[str, str]:
+    def run(self, tests: list[str], seconds: float) -> tuple[str, str]:
         """passed, failed or timed out; and the first test that failed."""
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
         environment = os.environ | {"PYTHONPATH": str(self.root / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -95,22 +94,31 @@ class Copy:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
-            output, _ = process.communicate(timeout=self.seconds)
+            output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             return "timed out", ""
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-        return "failed" if process.returncode else "passed", failed[1] if failed else output[-300:]
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+        return "failed" if process.returncode else "passed", failed[1] if failed else ""
 
-    def with_fault(self, fault: dict[str, Any], tests: list[str]) -> tuple[str, str]:
+    def check_clean(self, by: str, tests: list[str], seconds: float) -> None:
+        """SystemExit if what noticed the fault would not pass without it."""
+        tests = [by] if by else tests
+        said = " ".join(tests)
+        outcome = "passed" if said in self.passing else self.run(tests, 10 * seconds)[0]
+        if outcome != "passed":
+            raise SystemExit(f"{said} does not pass without a fault either ({outcome}): mend that first")
+        self.passing.add(said)
+
+    def run_with(self, fault: dict[str, Any], tests: list[str], seconds: float) -> tuple[str, str]:
         file = self.root / fault["file"]
         right = file.read_text()
         file.write_text(fault["text"])
         try:
-            return self.run(tests)
+            return self.run(tests, seconds)
         finally:
             file.write_text(right)
 
@@ -119,18 +127,15 @@ def try_all(faults: list[dict[str, Any]], out: Path, seconds: float) -> int:
     """Run every fault that `out` does not know yet; returns how many of all survived."""
     known = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     results = {key_of(result): result for result in known}
-    passes: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
-        copy = Copy(Path(folder), seconds)
+        copy = Copy(Path(folder))
         for number, fault in enumerate(faults, 1):
             key, tests = key_of(fault), fault.get("tests") or tests_of(fault["file"])
             if key not in results:
-                for test in tests:
-                    if test not in passes and (found := copy.run([test]))[0] != "passed":
-                        raise SystemExit(f"{test} must pass without a fault first: {found[0]} {found[1]}")
-                    passes.add(test)
                 start = time.monotonic()
-                outcome, by = copy.with_fault(fault, tests)
+                outcome, by = copy.run_with(fault, tests, seconds)
+                if outcome != "passed":
+                    copy.check_clean(by, tests, seconds)
                 result = {name: value for name, value in fault.items() if name != "text"}
                 result |= {"outcome": "survived" if outcome == "passed" else "noticed", "by": by or outcome}
                 results[key] = result | {"seconds": round(time.monotonic() - start, 1)}

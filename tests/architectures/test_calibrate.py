@@ -133,13 +133,15 @@ def test_ties_at_the_cut_are_not_cut_by_order(name: str, held: int, monkeypatch:
 
 @pytest.mark.parametrize("reserve", [1.0, 1.5])
 def test_a_raised_floor_keeps_so_many_and_no_more(reserve: float) -> None:
-    """`reserve` times the wanted matches and 16: in all, or of each latent that has so many; ties with the last stay."""
+    """`reserve` times the wanted matches and 16: in all, or of each latent. Ties with the last stay."""
     g = torch.Generator().manual_seed(0)
     latents, affinity = torch.randint(0, 3, (400,), generator=g), torch.rand(400, generator=g) + 1
     latents[:380] = latents[:380].clamp_max(1)  # latent 2 is rare
     floor = calibrate.raised(torch.zeros(()), latents, affinity, 100, reserve)
     kept = affinity > floor
-    assert int(kept.sum()) == int(100 * reserve) + 16 and affinity[kept].min() == torch.nextafter(floor, torch.tensor(9.0))
+    assert int(kept.sum()) == int(100 * reserve) + 16 and affinity[kept].min() == torch.nextafter(
+        floor, torch.tensor(9.0)
+    )
     wanted = torch.tensor([40, 60, 60])
     floors = calibrate.raised(torch.zeros(3), latents, affinity, wanted, reserve)
     counts = torch.bincount(latents[affinity > floors[latents]], minlength=3)

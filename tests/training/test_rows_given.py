@@ -72,6 +72,20 @@ def test_fit_takes_what_lies_in_memory_like_a_tensor(kind: str) -> None:
     assert found.info["source"]["rows"] == len(X)
 
 
+@pytest.mark.parametrize("kind", ["tensor", "numpy", "nested lists", "list of tensors", "tuple of batches"])
+def test_the_seed_orders_what_lies_in_memory(kind: str) -> None:
+    given: dict[str, Any] = {
+        "tensor": X,
+        "numpy": X.numpy(),
+        "nested lists": X.tolist(),
+        "list of tensors": list(X.split(300)),
+        "tuple of batches": tuple(ap.Batch(part) for part in X.split(300)),
+    }
+    wanted = next(ap.activations.ArraySource(X, seed=3).batches(BATCH)).x
+    rows = [next(source_of(given[kind], seed=seed).batches(BATCH)).x for seed in (3, 4)]
+    assert torch.equal(rows[0], wanted) and not torch.equal(rows[1], wanted)
+
+
 class Again:
     """Can be read again and again, as a DataLoader."""
 
