@@ -66,6 +66,8 @@ class TestBOS:
         assert bos_prepended({"model": tokenizer}) is adds
         assert bos_prepended({"bos": "always", "tokenizer": tokenizer}) is True
         assert bos_prepended({"bos": "never", "tokenizer": tokenizer}) is False
+        for policy in (True, False):  # as another program may have put it down
+            assert bos_prepended({"bos": policy, "tokenizer": tokenizer}) is policy
         assert not said.records
 
     def test_a_tokenizer_that_is_not_known(self, said):
