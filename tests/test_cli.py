@@ -213,8 +213,7 @@ def test_a_transcoder_from_a_cache_of_two_hookpoints(
     assert inside["fvu"] < 1 and abs(inside["delta_ce"]) < abs(inside["ce_mean_ablation"] - inside["ce_clean"])
     assert evaluated(run, tmp_path, "--acts", str(layers), "--tokens", "500")["tokens"] < 500
     capsys.readouterr()
-    assert main(["report", str(run)]) == 2
-    assert "apportion eval" in capsys.readouterr().err
+    assert main(["report", str(run), "--ce-tokens", "64"]) == 0 and (run / "report.html").exists()
 
 
 @pytest.mark.parametrize(("given", "names"), [(None, [*LAYERS, *PAIR]), ("model.layers.2,model.layers.0", None)])

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from apportion.activations import tokens
 from apportion.activations.collect import batched_contexts
 from apportion.activations.model import load_model
 from apportion.activations.text import PIECE_CHARS, TextSource, split_pieces
@@ -48,6 +50,23 @@ def test_auto_follows_a_tokenizer_that_adds_no_bos(tokenizer: Any, monkeypatch: 
     assert packed(tokenizer, ["the cat sat on the mat"], 3, "auto") == packed(
         tokenizer, ["the cat sat on the mat"], 3, "never"
     )
+
+
+def test_contexts_are_read_on_until_there_are_enough_and_no_further(tokenizer: Any) -> None:
+    """From an endless text, several blocks of documents."""
+    taken = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield "the cat sat on the mat"
+
+    found = read_contexts(tokenizer, endless(), tokens=1000, context_tokens=10)
+    assert found.shape == (100, 10)
+    enough = 100 * 9 / 7  # six words and EOS of each document, BOS in each context
+    assert enough <= taken <= enough + 3 * tokens.PIECES_AT_ONCE
+    assert found.tolist() == packed(tokenizer, ["the cat sat on the mat"] * 200, 10, "auto")[:100]
 
 
 @pytest.mark.parametrize(
