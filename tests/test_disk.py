@@ -75,6 +75,13 @@ def test_nothing_is_left_of_a_folder_that_failed(tmp_path, exists):
     assert names(tmp_path) == (["out"] if exists else [])
 
 
+def test_folders_that_were_made_on_the_way_go_too(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ZeroDivisionError), disk.whole_folder(tmp_path / "a" / "b" / "c" / "out"):
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["a"] and not names(tmp_path / "a")
+
+
 def test_a_link_and_the_current_folder_are_written_in_place(tmp_path, monkeypatch):
     (tmp_path / "scratch").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "scratch")

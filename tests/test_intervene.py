@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import apportion as ap
 from apportion.activations import TokenFilter
+from apportion.activations.collect import collect
 from apportion.activations.hookpoints import capture
-from apportion.activations.model import load_model
+from apportion.activations.model import load_model, width_at
 from apportion.intervene import ablate, latent_column, splice, steer
 from apportion.latents import Latents
 
@@ -456,7 +457,7 @@ def test_the_trial_leaves_no_trace(model: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_shared_layer_is_refused() -> None:
+def test_a_shared_layer_is_refused(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModel
 
     sizes = {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -464,7 +465,11 @@ def test_a_shared_layer_is_refused() -> None:
     layer = "encoder.albert_layer_groups.0.albert_layers.0"
     with pytest.raises(ValueError, match="several times in one forward pass"), splice(albert, {layer: lambda x: 0 * x}):
         albert(input_ids=IDS)
-    assert num_hooks(albert) == 0
+    with pytest.raises(ValueError, match="several times in one forward pass"):
+        width_at(albert, layer)
+    with pytest.raises(ValueError, match="several times in one forward pass"):
+        collect(albert, None, layer, IDS.repeat(8, 1), tokens=20, context_tokens=5, out=tmp_path / "acts")
+    assert num_hooks(albert) == 0 and not (tmp_path / "acts").exists()
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -80,6 +80,7 @@ def whole_folder(target: str | Path, last: Iterable[str] = ()) -> Iterator[Path]
     name = f"{UNFINISHED}-{uuid4().hex[:8]}"
     in_place = target.is_dir()
     partial = target / name if in_place else target.with_name(f"{target.name}.{name}")
+    made = [folder for folder in partial.parents if not folder.exists()]
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -87,8 +88,13 @@ def whole_folder(target: str | Path, last: Iterable[str] = ()) -> Iterator[Path]
             move_up(partial, last)
         else:
             partial.rename(target)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:  # from the inside out
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def move_up(folder: Path, last: Iterable[str] = ()) -> None:
