@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from apportion.activations.fingerprint import model_difference
 from apportion.architectures.files import load
-from apportion.disk import read_json, whole_folder, write_json, write_tensors
+from apportion.disk import plain, read_json, whole_folder, write_json, write_tensors, write_text
 
 if TYPE_CHECKING:
     from apportion.activations.batch import Source
@@ -33,7 +33,7 @@ MAY_DIFFER = {
 
 class RunFolder:
     def __init__(self, folder: Path, description: dict[str, Any], resume: bool) -> None:
-        self.folder = folder
+        folder = self.folder = folder.expanduser()
         record = folder / "run.json"
         if record.exists():
             if not resume:
@@ -65,7 +65,7 @@ class RunFolder:
 
     def log(self, values: dict[str, float]) -> None:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(plain(values)) + "\n")
 
     def _checkpoints(self) -> list[Path]:
         found = [p for p in self.folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
@@ -107,7 +107,7 @@ class RunFolder:
         file = self.folder / "metrics.jsonl"
         if file.exists():
             lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            file.write_text("".join(line for line in lines if json.loads(line)["step"] <= steps), encoding="utf-8")
+            write_text(file, "".join(line for line in lines if json.loads(line)["step"] <= steps))
 
     def finish(self, trainer: Trainer) -> None:
         """The finished SAE replaces the checkpoints."""
