@@ -442,6 +442,24 @@ def test_a_place_that_nothing_reads_is_refused() -> None:
         pass
 
 
+def test_nothing_is_said_of_places_that_a_few_tokens_do_not_reach() -> None:
+    class TwoTowers(nn.Module):
+        """Reads images, if it is given some, besides tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.text, self.image = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(3, 4)
+
+        def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+            x = self.text(self.embed(input_ids))
+            return x if pixel_values is None else x + self.image(pixel_values)
+
+    model = TwoTowers()
+    with splice(model, {"image": lambda x: 0 * x, "embed:in": lambda ids: ids * 0}):
+        seen = model(torch.tensor([[1, 2]]), torch.ones(1, 1, 3))
+    assert torch.allclose(seen, model(torch.tensor([[0, 0]])), atol=1e-6)
+
+
 def test_the_trial_leaves_no_trace(model: Any) -> None:
     other = make("gpt2").train()
     state = torch.get_rng_state()

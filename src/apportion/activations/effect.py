@@ -8,7 +8,7 @@ is and with noise at the hookpoint: equal outputs mean that nobody reads it.
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,19 +29,29 @@ _read: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 def check_read(model: nn.Module, hookpoint: str) -> None:
     """ValueError if nothing in the model reads what stands at the hookpoint.
 
-    A model that cannot be run on token ids alone is not tried.
+    A model that cannot be run on token ids alone is not tried; nothing is said of a place that it does not reach on
+    these few tokens (an expert, a tower for images), or that carries no float numbers.
     """
     name = str(Hookpoint.parse(hookpoint))
     known = _read.setdefault(model, set())
     if name in known or not _takes_tokens(model):
         return
+    reached: list[bool] = []
+
+    def noisy(x: Tensor) -> Tensor | None:
+        if not x.is_floating_point() or not x.numel():
+            return None
+        reached.append(True)
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        return x + noise * (1 + x.float().abs().mean()).to(x.dtype)
+
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), in_eval_mode(model):
-            matters = not torch.equal(_output(model), _output(model, name))
+            matters = not torch.equal(_output(model, {}), _output(model, {name: noisy}))
     except Exception as error:  # a model may want anything; the first real pass says so better
         logger.debug("%s could not be tried on token ids: %s", type(model).__name__, error)
         return
-    if not matters:
+    if reached and not matters:
         raise ValueError(
             f"nothing in the model reads what stands at {name!r}, so that an intervention there changes nothing: "
             "choose the module whose output is used, such as the whole block"
@@ -53,7 +63,7 @@ def _takes_tokens(model: nn.Module) -> bool:
     return "input_ids" in parameters_of(model) and next(model.parameters(), None) is not None
 
 
-def _output(model: Any, noise_at: str | None = None) -> Tensor:
+def _output(model: Any, changes: dict[str, Callable[[Tensor], Tensor | None]]) -> Tensor:
     """What the model makes of a few tokens."""
     ids = torch.arange(TRIAL_TOKENS, device=next(model.parameters()).device)[None]
     inputs: dict[str, Any] = {"input_ids": ids}
@@ -61,17 +71,9 @@ def _output(model: Any, noise_at: str | None = None) -> Tensor:
         inputs["decoder_input_ids"] = ids
     if "use_cache" in parameters_of(model):
         inputs["use_cache"] = False
-    with ExitStack() as stack:
-        stack.enter_context(hooked(model, {} if noise_at is None else {noise_at: _noisy}))
+    with hooked(model, changes):
         result = model(**inputs)
     for name in ("logits", "last_hidden_state"):
         if isinstance(getattr(result, name, None), Tensor):
             return getattr(result, name)
     return result if isinstance(result, Tensor) else result[0]
-
-
-def _noisy(x: Tensor) -> Tensor | None:
-    if not x.is_floating_point():
-        return None
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    return x + noise * (1 + x.float().abs().mean()).to(x.dtype)
