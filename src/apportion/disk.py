@@ -39,7 +39,7 @@ def replacing(file: Path) -> Iterator[Path]:
     """A path beside `file` to write to; at the end of the block it becomes `file`, after an exception it is removed."""
     partial = file.with_name(file.name + ".partial")
     try:
-        with _named(file):
+        with naming(file):
             yield partial
             partial.replace(file)
     except BaseException:
@@ -48,7 +48,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _named(file: Path) -> Iterator[None]:
+def naming(file: Path) -> Iterator[None]:
     """Whatever a writer raises because the disk would not take it, as an error that names the file."""
     try:
         yield

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from apportion.activations.fingerprint import model_difference
 from apportion.architectures.files import load
-from apportion.disk import plain, read_json, whole_folder, write_json, write_tensors, write_text
+from apportion.disk import naming, plain, read_json, whole_folder, write_json, write_tensors, write_text
 
 if TYPE_CHECKING:
     from apportion.activations.batch import Source
@@ -64,7 +64,8 @@ class RunFolder:
                     )
 
     def log(self, values: dict[str, float]) -> None:
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        lines = self.folder / "metrics.jsonl"
+        with naming(lines), lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain(values)) + "\n")
 
     def _checkpoints(self) -> list[Path]:
