@@ -163,7 +163,8 @@ def fvu_chart(
             axes.plot([l0], [fvu], "o", color=colour, markersize=6, label=_plain(name))
         components = [n for n in range(1, len(pca)) if low <= n <= high]
         style = {"color": COLOURS[-1], "linestyle": (0, (4, 3)), "linewidth": 1.4}
-        axes.plot(components, [pca[n] for n in components], label="PCA, as many components", **style)
+        if components:
+            axes.plot(components, [pca[n] for n in components], label="PCA, as many components", **style)
         axes.set(xlabel="L0 (active latents per token)", ylabel="FVU", ylim=(0, None), xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
