@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from apportion import embedded
 from apportion.activations.filter import row_norms
 from apportion.activations.hookpoints import Hookpoint, capture
-from apportion.activations.passes import modules_of, parameters_of
+from apportion.activations.passes import by_context, modules_of, parameters_of
 from apportion.activations.store import torch_dtype
 from apportion.torch_state import usual
 
@@ -208,7 +208,7 @@ def run_contexts(
                 f"hookpoint {name!r} has shape {tuple(x.shape)} for {tuple(ids.shape)} tokens: choose a "
                 "module with one vector per token"
             )
-    return {name: x.reshape(-1, x.shape[-1]) for name, x in seen.items()}
+    return {name: by_context(x, ids.shape).flatten(0, 1) for name, x in seen.items()}
 
 
 def width_at(model: nn.Module, hookpoint: str) -> int:
