@@ -609,7 +609,7 @@ def test_ctrl_c_before_anything_is_collected(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def stopped(*args: Any) -> Any:
+    def stopped(*args: Any, **settings: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("apportion.activations.load_model", stopped)
@@ -646,3 +646,12 @@ def test_ctrl_c_saves_and_resume_gives_the_same_result(cache: Path, tmp_path: Pa
         [json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, stopped)
     ]
     assert logged[0] == logged[1]
+
+
+def test_the_embedded_model_brings_its_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    acts = tmp_path / "acts"
+    assert main(["collect", "embedded", "--hookpoint", "model.layers.2", "--tokens", "2k", "--out", str(acts)]) == 0
+    manifest = json.loads((acts / "manifest.json").read_text())
+    assert manifest["text"]["documents"] > 100 and manifest["rows"] == 2048
+    assert main(["collect", str(tmp_path), "--hookpoint", "model.layers.2", "--out", str(tmp_path / "b")]) == 2
+    assert "Give either --text" in capsys.readouterr().err

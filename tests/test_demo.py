@@ -64,12 +64,12 @@ def test_a_demo_that_was_stopped_while_it_collected_collects_again(
 ) -> None:
     run, calls = collect.run_contexts, 0
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **settings: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 5:
             raise KeyboardInterrupt
-        return run(*args)
+        return run(*args, **settings)
 
     other = dataclasses.replace(demo, out=tmp_path / "out")
     monkeypatch.setattr(collect, "run_contexts", interrupted)

@@ -75,6 +75,13 @@ def test_nothing_is_left_of_a_folder_that_failed(tmp_path, exists):
     assert names(tmp_path) == (["out"] if exists else [])
 
 
+def test_folders_that_were_made_on_the_way_go_too(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ZeroDivisionError), disk.whole_folder(tmp_path / "a" / "b" / "c" / "out"):
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["a"] and not names(tmp_path / "a")
+
+
 def test_a_link_and_the_current_folder_are_written_in_place(tmp_path, monkeypatch):
     (tmp_path / "scratch").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "scratch")
@@ -160,3 +167,16 @@ def test_a_config_edited_by_hand_is_taken_as_it_is(tmp_path):
     config["settings"]["hookpoint"] = "model.layers.3"
     (tmp_path / files.CONFIG).write_text(json.dumps(config))
     assert ap.load(tmp_path).hookpoint == "model.layers.3"
+
+
+def test_a_report_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    from apportion.evals.report import Report
+
+    html, figures = tmp_path / "report.html", tmp_path / "report.json"
+    Report({"k": 1}, "old").write(html, figures)
+    with pytest.raises(TypeError):
+        Report({"k": 2}, None).write(html, figures)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        Report({"k": object()}, "new").write(html, figures)
+    assert html.read_text() == "old" and disk.read_json(figures) == {"k": 1}
+    assert names(tmp_path) == ["report.html", "report.json"]

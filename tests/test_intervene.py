@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import apportion as ap
 from apportion.activations import TokenFilter
+from apportion.activations.collect import collect
 from apportion.activations.hookpoints import capture
-from apportion.activations.model import load_model
+from apportion.activations.model import load_model, width_at
 from apportion.intervene import ablate, latent_column, splice, steer
 from apportion.latents import Latents
 
@@ -441,6 +442,83 @@ def test_a_place_that_nothing_reads_is_refused() -> None:
         pass
 
 
+def test_nothing_is_said_of_places_that_a_few_tokens_do_not_reach() -> None:
+    class TwoTowers(nn.Module):
+        """Reads images, if it is given some, besides tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.text, self.image = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(3, 4)
+
+        def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+            x = self.text(self.embed(input_ids))
+            return x if pixel_values is None else x + self.image(pixel_values)
+
+    model = TwoTowers()
+    with splice(model, {"image": lambda x: 0 * x, "embed:in": lambda ids: ids * 0}):
+        seen = model(torch.tensor([[1, 2]]), torch.ones(1, 1, 3))
+    assert torch.allclose(seen, model(torch.tensor([[0, 0]])), atol=1e-6)
+
+
+def test_a_list_of_layers_and_a_layer_that_text_never_reaches(model: Any) -> None:
+    refusal = pytest.raises(ValueError, match=r"holds modules .* choose one of them, such as 'model.layers.0'")
+    with refusal, splice(model, {"model.layers": torch.zeros_like}):
+        pass
+    for takes, refused in (("pixel_values", False), ("nothing", True)):
+        both = _TextAndImages(takes)
+        if refused:
+            with (
+                pytest.raises(ValueError, match="nothing in the model reads"),
+                splice(both, {"eyes": torch.zeros_like}),
+            ):
+                pass
+            continue
+        with splice(both, {"eyes": torch.zeros_like}):
+            seen = both(IDS, pixel_values=torch.ones(2, 7, 4))
+        assert torch.equal(seen, both(IDS)) and not torch.equal(seen, both(IDS, pixel_values=torch.ones(2, 7, 4)))
+
+
+class _TextAndImages(nn.Module):
+    def __init__(self, takes: str) -> None:
+        super().__init__()
+        self.words, self.eyes = nn.Embedding(16, 4), nn.Linear(4, 4, bias=False)
+        if takes != "pixel_values":
+            self.forward = self.text
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        seen = 0 if pixel_values is None else self.eyes(pixel_values).mean(1, keepdim=True)
+        return self.words(input_ids) + seen
+
+    def text(self, input_ids: Tensor) -> Tensor:
+        return self.words(input_ids)
+
+
+@torch.no_grad()
+def test_a_transcoder_whose_module_takes_contexts_and_returns_rows() -> None:
+    """As some mixtures of experts do."""
+
+    class Flat(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).flatten(0, 1)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.mlp, self.head = nn.Embedding(16, 4), Flat(4, 4), nn.Linear(4, 4)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.words(input_ids)
+            return self.head(self.mlp(x).reshape(x.shape))
+
+    torch.manual_seed(0)
+    host = Model()
+    sae = ap.create("transcoder", d_in=4, d_out=4, d_sae=8, k=2, seed=0, input_norm="none", hookpoint="mlp:in").eval()
+    kept = torch.arange(10).reshape(2, 5) % 3 != 0
+    wanted = torch.where(kept[..., None], sae(host.words(IDS)), host.mlp(host.words(IDS)).reshape(2, 5, 4))
+    with splice(host, {"mlp": sae}, mask=lambda x: kept.reshape(x.shape[:-1])):
+        assert torch.allclose(host(IDS), host.head(wanted), atol=1e-6)
+
+
 def test_the_trial_leaves_no_trace(model: Any) -> None:
     other = make("gpt2").train()
     state = torch.get_rng_state()
@@ -456,7 +534,7 @@ def test_the_trial_leaves_no_trace(model: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_shared_layer_is_refused() -> None:
+def test_a_shared_layer_is_refused(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModel
 
     sizes = {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -464,7 +542,11 @@ def test_a_shared_layer_is_refused() -> None:
     layer = "encoder.albert_layer_groups.0.albert_layers.0"
     with pytest.raises(ValueError, match="several times in one forward pass"), splice(albert, {layer: lambda x: 0 * x}):
         albert(input_ids=IDS)
-    assert num_hooks(albert) == 0
+    with pytest.raises(ValueError, match="several times in one forward pass"):
+        width_at(albert, layer)
+    with pytest.raises(ValueError, match="several times in one forward pass"):
+        collect(albert, None, layer, IDS.repeat(8, 1), tokens=20, context_tokens=5, out=tmp_path / "acts")
+    assert num_hooks(albert) == 0 and not (tmp_path / "acts").exists()
 
 
 @torch.no_grad()

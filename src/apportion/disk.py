@@ -17,7 +17,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -39,7 +39,7 @@ def replacing(file: Path) -> Iterator[Path]:
     """A path beside `file` to write to; at the end of the block it becomes `file`, after an exception it is removed."""
     partial = file.with_name(file.name + ".partial")
     try:
-        with _named(file):
+        with naming(file):
             yield partial
             partial.replace(file)
     except BaseException:
@@ -48,7 +48,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _named(file: Path) -> Iterator[None]:
+def naming(file: Path) -> Iterator[None]:
     """Whatever a writer raises because the disk would not take it, as an error that names the file."""
     try:
         yield
@@ -80,6 +80,7 @@ def whole_folder(target: str | Path, last: Iterable[str] = ()) -> Iterator[Path]
     name = f"{UNFINISHED}-{uuid4().hex[:8]}"
     in_place = target.is_dir()
     partial = target / name if in_place else target.with_name(f"{target.name}.{name}")
+    made = [folder for folder in partial.parents if not folder.exists()]
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -87,8 +88,13 @@ def whole_folder(target: str | Path, last: Iterable[str] = ()) -> Iterator[Path]
             move_up(partial, last)
         else:
             partial.rename(target)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:  # from the inside out
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def move_up(folder: Path, last: Iterable[str] = ()) -> None:

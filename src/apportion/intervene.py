@@ -19,6 +19,7 @@ A place that nothing in the model reads is refused, and so is a module that runs
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -109,6 +110,9 @@ def _spliced(
         return on_rows(y, rows_of(y), lambda part: reconstruct(part, sae, edit, keep_error))
     x = source.take()
     here, there = rows_of(y), source.rows_of(x)
+    if x.shape[:-1] != y.shape[:-1] and x.shape[:-1].numel() == y.shape[:-1].numel():  # one of them flat
+        there = None if there is None else there.reshape(y.shape[:-1])
+        x = x.reshape(*y.shape[:-1], x.shape[-1])
     rows = here if there is None else there if here is None else here & there.to(here.device)
     return on_rows(y, rows, lambda part, read: reconstruct(part, sae, edit, keep_error, read), x)
 
@@ -118,18 +122,18 @@ class _Source:
 
     def __init__(self, hookpoint: str, target: str, rows_of: RowsOf) -> None:
         self.hookpoint, self.target, self.rows_of = hookpoint, target, rows_of
-        self.x: Tensor | None = None
+        self._here = threading.local()
 
     def look(self, x: Tensor) -> None:
-        self.x = x
+        self._here.x = x
 
     def take(self) -> Tensor:
-        if self.x is None:
+        x = self._here.__dict__.pop("x", None)
+        if x is None:
             raise ValueError(
                 f"the model runs {self.target!r} before {self.hookpoint!r}, which the transcoder reads: "
                 "splice it in at the hookpoint it was trained to predict"
             )
-        x, self.x = self.x, None
         return x
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ from tiny_models import make
 from torch import Tensor, nn
 
 from apportion.activations.hookpoints import capture, expand, hooked
+from apportion.activations.model import run_contexts
 from apportion.activations.passes import Tokens, askable, tokens_given, watched
 
 IDS = torch.arange(10, 15)[None].repeat(2, 1)
@@ -204,7 +207,8 @@ def test_compiled_models_are_hooked_as_if_they_were_not() -> None:
     model = make("llama")
     clean = capture(model, ["model.layers.1"], input_ids=IDS)["model.layers.1"]
     logits = model(input_ids=IDS).logits
-    for compiled in (torch.compile(model, backend="eager"), _with_compiled_layers(), _compiled_in_place()):
+    ways = (torch.compile(model, backend="eager"), _with_compiled_layers(), _compiled_in_place(), _compiled_forward())
+    for compiled in ways:
         assert torch.allclose(compiled(input_ids=IDS).logits, logits, atol=1e-5)
         assert expand(compiled, "model.layers.*") == [f"model.layers.{i}" for i in range(3)]
         seen = capture(compiled, ["model.layers.1"], input_ids=IDS)["model.layers.1"]
@@ -225,3 +229,83 @@ def _compiled_in_place() -> Any:
     model = make("llama")
     model.compile(backend="eager")
     return model
+
+
+def _compiled_forward() -> Any:
+    model = make("llama")
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+@torch.no_grad()
+def test_a_compiled_function_around_a_model_is_hooked_too() -> None:
+    """Nothing in the model tells that it has been compiled, and what was compiled before has no hooks in it."""
+    model = make("llama")
+    logits = torch.compile(lambda ids: model(input_ids=ids).logits, backend="eager")
+    clean = logits(IDS)
+    with hooked(model, {"model.layers.1": torch.zeros_like}):
+        changed = logits(IDS)
+    assert not torch.allclose(changed, clean, atol=1e-2) and torch.allclose(logits(IDS), clean, atol=1e-5)
+
+
+@torch.no_grad()
+def test_nothing_is_compiled_with_hooks_in_it() -> None:
+    model = make("llama")
+    clean = model(input_ids=IDS).logits
+    graphs: list[Any] = []
+    with hooked(model, {"model.layers.1": torch.zeros_like}):
+        compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+        assert not torch.allclose(compiled(input_ids=IDS).logits, clean, atol=1e-2)
+        assert not graphs
+    assert torch.allclose(compiled(input_ids=IDS).logits, clean, atol=1e-5) and graphs
+
+
+def test_threads_have_their_own_passes() -> None:
+    """Two threads in one model at the same time, in step with each other, with texts of different padding."""
+    model, together = _Slow(threading.Barrier(2, timeout=20)), "layer"
+    masks, found = [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], [None, None]
+    with watched(model, together) as watch:
+
+        def look(x: Tensor) -> None:
+            tokens = watch.at(x)
+            assert tokens is not None
+            found[masks.index(x[0, :, 0].int().tolist())] = firsts(tokens)
+
+        with hooked(model, {together: look}), ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda mask: model(IDS[:1], torch.tensor([mask])), masks))
+    assert found == [[[1, 0, 0, 0, 0]], [[0, 0, 1, 0, 0]]]
+
+
+class _Slow(nn.Module):
+    """Waits for another thread between its beginning and its layer, and within it."""
+
+    def __init__(self, barrier: threading.Barrier) -> None:
+        super().__init__()
+        self.layer, self.barrier = nn.Identity(), barrier
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        self.barrier.wait()
+        x = self.layer(attention_mask[..., None].float())
+        self.barrier.wait()
+        return x
+
+
+def test_rows_may_have_the_tokens_first() -> None:
+    class TokensFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.layer(input_ids.T[..., None].float())
+
+    model = TokensFirst()
+    with watched(model, "layer") as watch:
+        x = model(IDS)
+    tokens = watch.at(x)
+    assert tokens is not None and tokens.ids is not None and torch.equal(tokens.ids, IDS.T)
+    assert torch.equal(tokens.positions, torch.arange(5)[:, None].expand(5, 2))
+    ids = torch.arange(10).reshape(2, 5)
+    with torch.no_grad():
+        model.layer.weight.fill_(1), model.layer.bias.fill_(0)
+    assert torch.equal(run_contexts(model, ["layer"], ids)["layer"].flatten(), torch.arange(10.0))

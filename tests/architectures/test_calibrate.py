@@ -57,13 +57,13 @@ def ways(xs: Tensor) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("held", [calibrate.HELD, 0], ids=["all fits", "little fits"])
+@pytest.mark.parametrize("held", [1 << 26, 0], ids=["all fits", "little fits"])
 @pytest.mark.parametrize("name", COUPLED)
 @pytest.mark.parametrize("way", [*ways(torch.zeros(40, D_IN))])
 def test_thresholds_do_not_depend_on_order_or_chunks(
     name: str, way: str, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "HELD", held)
+    monkeypatch.setattr(calibrate, "HELD", {True: held, False: held})
     monkeypatch.setattr(calibrate, "AT_ONCE", 300 * D_SAE)
     xs = rows()
     wanted = by_hand(new(name), xs)
@@ -91,7 +91,7 @@ def test_rows_that_come_once_and_get_quieter_are_refused_only_if_they_do_not_fit
     sae = new(name, k=0.25)
     sae.calibrate(iter(xs.split(500)))
     wanted = sae.allocation.threshold.clone()
-    monkeypatch.setattr(calibrate, "HELD", 0)
+    monkeypatch.setattr(calibrate, "HELD", {True: 0, False: 0})
     monkeypatch.setattr(calibrate, "AT_ONCE", 300 * D_SAE)
     with pytest.raises(ValueError, match=r"one tensor or a list.*random order"):
         sae.calibrate(iter(xs.split(500)))
@@ -101,9 +101,9 @@ def test_rows_that_come_once_and_get_quieter_are_refused_only_if_they_do_not_fit
         assert torch.equal(sae.allocation.threshold, wanted)
 
 
-@pytest.mark.parametrize("held", [calibrate.HELD, 0], ids=["all fits", "little fits"])
+@pytest.mark.parametrize("held", [1 << 26, 0], ids=["all fits", "little fits"])
 def test_what_silent_latents_leave_goes_to_the_others(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "HELD", held)
+    monkeypatch.setattr(calibrate, "HELD", {True: held, False: held})
     monkeypatch.setattr(calibrate, "AT_ONCE", 300 * D_SAE)
     sae, xs = new("feature_choice", k=1), rows()
     with torch.no_grad():
@@ -113,11 +113,11 @@ def test_what_silent_latents_leave_goes_to_the_others(held: int, monkeypatch: py
     assert not counts[:20].any() and (counts[20:] - len(xs) / 4).abs().max() <= 1
 
 
-@pytest.mark.parametrize("held", [calibrate.HELD, 0], ids=["all fits", "little fits"])
+@pytest.mark.parametrize("held", [1 << 26, 0], ids=["all fits", "little fits"])
 @pytest.mark.parametrize("name", COUPLED)
 def test_ties_at_the_cut_are_not_cut_by_order(name: str, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal affinities fire together or not at all, so that L0 stays at k or below, whichever came first."""
-    monkeypatch.setattr(calibrate, "HELD", held)
+    monkeypatch.setattr(calibrate, "HELD", {True: held, False: held})
     sae = ap.create(name, d_in=D_IN, d_sae=D_SAE, k=K, seed=0, input_norm="none")
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -153,20 +153,19 @@ def test_a_raised_floor_keeps_so_many_and_no_more(reserve: float) -> None:
 
 
 @pytest.mark.parametrize("name", COUPLED)
-def test_a_pool_does_not_grow_with_what_nobody_wants(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_does_not_grow_with_what_nobody_wants(name: str) -> None:
     """It shrinks at twice what is needed, so that it holds no more than that and the matches of one part."""
-    monkeypatch.setattr(calibrate, "HELD", 0)
     sae, xs = new(name, k=1), ways(rows())["shuffled"]
     with torch.no_grad():
-        pool = calibrate._pool(sae, lambda: sae.input.apply_to(xs.double()).split(500), None, reserve=2.0)
+        pool = calibrate._pool(sae, lambda: sae.input.apply_to(xs.double()).split(500), None, reserve=2.0, held=0)
     needed = 2 * len(xs) + 16 * D_SAE
     assert len(xs) < len(pool.affinity) <= 2 * needed + 500 * D_SAE
     assert bool((pool.affinity > (pool.floor if pool.floor.ndim == 0 else pool.floor[pool.latents.long()])).all())
 
 
 def test_a_mutual_phase_of_feature_choice_has_one_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    for held in (calibrate.HELD, 0):
-        monkeypatch.setattr(calibrate, "HELD", held)
+    for held in (1 << 26, 0):
+        monkeypatch.setattr(calibrate, "HELD", {True: held, False: held})
         sae = new("feature_choice", switch_at=0.5)
         assert sae.calibrate(rows()) == K
         plain = new("mutual_choice")

@@ -111,3 +111,76 @@ def test_difficulty_is_the_loss_of_the_prediction_made_at_the_token(model: Any, 
 def test_nothing_to_evaluate_is_said(model: Any) -> None:
     with pytest.raises(ValueError, match="no row passed"):
         evaluate_model({"p": perfect()}, model, torch.full((2, 8), 2), FILTER, hookpoint=PLACE, progress=False)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_contexts_are_measured_as_if_they_stood_alone(model: Any, contexts: torch.Tensor, side: str) -> None:
+    """Padding takes part in nothing: not in figures, cross-entropy, ablations, and it may hold what it likes."""
+    lengths = [20, 13, 20, 7, 5, 11, 19]
+    sae = ap.create("topk", d_in=32, d_sae=64, k=5, seed=0, input_norm="none").eval()
+    padded, mask = torch.zeros_like(contexts), torch.zeros_like(contexts, dtype=torch.bool)
+    for i, n in enumerate(lengths):
+        place = slice(20 - n, 20) if side == "left" else slice(0, n)
+        padded[i, place], mask[i, place] = contexts[i, :n], True
+    token_filter = TokenFilter(norm_outlier=0, special_ids=(5,))
+    found, ce = evaluate_model(
+        {"sae": sae}, model, padded, token_filter, hookpoint=PLACE, attention_mask=mask, progress=False
+    )
+    together = found["sae"].result() | ce.of("sae")
+    x, y, sums, count = [], [], {"clean": 0.0, "spliced": 0.0}, 0
+    for i, n in enumerate(lengths):
+        ids = contexts[i : i + 1, :n]
+        h = capture(model, [PLACE], input_ids=ids)[PLACE]
+        kept = token_filter.mask(h, ids, torch.arange(n)[None])
+        x.append(h[kept]), y.append(sae(h[kept]))
+        sums["clean"] += token_losses(model, ids).sum().item()
+        with ap.splice(model, {PLACE: lambda t, kept=kept: torch.where(kept[..., None], sae(t), t)}):
+            sums["spliced"] += token_losses(model, ids).sum().item()
+        count += n - 1
+    x, y = torch.cat(x).double(), torch.cat(y).double()
+    assert together["fvu"] == pytest.approx(((x - y) ** 2).sum().item() / ((x - x.mean(0)) ** 2).sum().item(), rel=1e-4)
+    assert together["tokens"] == len(x) and together["predictions"] == count
+    assert together["ce_clean"] == pytest.approx(sums["clean"] / count, rel=1e-5)
+    assert together["ce_spliced"] == pytest.approx(sums["spliced"] / count, rel=1e-4)
+
+
+@torch.no_grad()
+def test_rows_that_take_no_part_may_hold_anything(model: Any, contexts: torch.Tensor) -> None:
+    """Position 0 overflows in some models: it is left out, and stops nothing."""
+    handle = model.model.layers[1].register_forward_hook(
+        lambda m, args, x: torch.cat([x[:, :1] * torch.inf, x[:, 1:]], dim=1)
+    )
+    try:
+        found, _ = evaluate_model({"p": perfect()}, model, contexts, FILTER, hookpoint=PLACE, progress=False)
+    finally:
+        handle.remove()
+    result = found["p"].result()
+    assert result["fvu"] == pytest.approx(0, abs=1e-10) and result["fvu_unfiltered"] == pytest.approx(0, abs=1e-10)
+    assert found["p"].rows == contexts.numel() and result["tokens"] == int((contexts[:, 1:] != 2).sum())
+
+
+def test_a_model_in_training_is_measured_without_dropout_and_stays_in_training(contexts: torch.Tensor) -> None:
+    from tiny_models import make
+
+    other = make("gpt2").train()
+    ids = contexts % 90
+    settings = {"hookpoint": "transformer.h.1", "progress": False}
+    one, two = (evaluate_model({"p": perfect()}, other, ids, FILTER, **settings)[1].of("p") for _ in range(2))
+    assert one == two and all(m.training for m in other.modules())
+
+
+def test_a_place_that_nothing_reads_is_not_measured(contexts: torch.Tensor) -> None:
+    class Unread(torch.nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.inner, self.config, self.side = model, model.config, torch.nn.Linear(32, 32)
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
+            self.side(torch.zeros(*input_ids.shape, 32))
+            return self.inner(input_ids=input_ids, use_cache=use_cache)
+
+    from tiny_models import make
+
+    with pytest.raises(ValueError, match="nothing in the model reads"):
+        evaluate_model({"p": perfect()}, Unread(make("llama")), contexts % 90, FILTER, hookpoint="side", progress=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -394,3 +396,32 @@ def test_training_lowers_fvu(case):
     assert after < 0.5 * before and after < 0.45, (before, after)
     l0 = sae.encode(test).l0().double().mean().item()
     assert l0 == pytest.approx(2, rel=0.1)
+
+
+FULL_DISK = """
+import resource, signal, sys, torch, apportion as ap
+from apportion.training import local_reconstruction
+sae = ap.create("topk", d_in=16, d_sae=1024, k=4, seed=0)
+x = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
+config = ap.TrainConfig(lr=1e-2, batch_tokens=200, total_tokens=2000, checkpoint_every_tokens=600)
+def limit(trainer, *_):
+    if trainer.steps == 5:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+def objective(saes, batch, context):
+    return local_reconstruction(saes, batch, context)
+objective.after_step = limit
+ap.Trainer(sae, config, objective).fit(x, sys.argv[1], progress=False)
+"""
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tmp_path):
+    """The third checkpoint finds no room: one error that names the file, the second checkpoint whole, nothing else."""
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "run")], capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot be written" in done.stderr and "CannotWrite" in done.stderr
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-3", "run.json"]
+    config = ap.TrainConfig(lr=1e-2, batch_tokens=200, total_tokens=2000, checkpoint_every_tokens=600)
+    x = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
+    sae = ap.create("topk", d_in=16, d_sae=1024, k=4, seed=0)
+    resumed = ap.Trainer(sae, config).fit(x, tmp_path / "run", resume=True, progress=False)
+    whole = ap.Trainer(ap.create("topk", d_in=16, d_sae=1024, k=4, seed=0), config).fit(x, progress=False)
+    assert torch.equal(resumed.W_dec, whole.W_dec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from torch import Tensor
 import apportion as ap
 from apportion.activations import Source
 from apportion.activations.stream import StreamSource
+from apportion.cli import main
+from apportion.training import local_reconstruction
 from apportion.training.trainer import source_of
 
 D_IN, D_SAE, K, BATCH = 16, 48, 4, 200
@@ -236,14 +239,38 @@ def test_nothing_is_said_where_nothing_is_wrong(state: str, caplog: pytest.LogCa
 # Several processes
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_several_processes_in_one_folder_are_refused_before_anything_is_written(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(name, "2")
-    with pytest.raises(ValueError, match=f"2 processes were started together \\({name}\\)"):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were started together \(WORLD_SIZE\)"):
         trainer().fit(X, tmp_path / "run", progress=False)
-    assert not (tmp_path / "run").exists()
+    assert main(["train", "nothing", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("apportion: 2 processes") and not (tmp_path / "run").exists()
     trainer().fit(X, progress=False)
-    monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     trainer().fit(X, tmp_path / "run", progress=False)
+
+
+def test_what_is_logged_need_not_be_converted(tmp_path: Path) -> None:
+    def objective(saes: Any, batch: ap.Batch, context: Any) -> dict[str, Tensor]:
+        figures = {"a": np.float32(0.5), "b": 2, "c": np.nan, "d": torch.tensor(3.0)}
+        context.figures.update(figures)
+        return local_reconstruction(saes, batch, context)
+
+    config = ap.TrainConfig(lr=1e-2, batch_tokens=BATCH, total_tokens=2 * BATCH, log_every_steps=1)
+    ap.Trainer(new(), config, objective).fit(X, tmp_path / "run", progress=False)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
+    assert (line["a"], line["b"], line["c"], line["d"]) == (0.5, 2, None, 3.0)
+
+
+def test_home_is_where_the_tilde_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    trainer().fit(X, "~/run", progress=False)
+    new().save("~/sae")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "sae"]
+    assert ap.load("~/run").name == ap.load("~/sae").name == "topk"
+    np.save(tmp_path / "x.npy", X.numpy())
+    assert main(["info", "~/run"]) == 0 and main(["convert", "~/run", "~/lens", "--to", "sae_lens"]) == 0
+    assert (tmp_path / "lens" / "cfg.json").exists() and not (tmp_path / "~").exists()

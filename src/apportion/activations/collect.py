@@ -94,7 +94,7 @@ def collect(
     contexts = PackedContexts(tokenizer, text, context_tokens, bos, vocabulary_size(model))
     batches = batched_contexts(contexts, batch_contexts, limit)
     first = next(batches)  # an empty or too short text fails here
-    widths = {name: x.shape[1] for name, x in run_contexts(model, names, first[:2, :2]).items()}
+    widths = {name: x.shape[1] for name, x in run_contexts(model, names, first[:2, :2], whole=True).items()}
     most_tokens = min(limit, 1 + (text.most_tokens() or limit * context_tokens) // contexts.body) * context_tokens
     check_free_disk(place, most_tokens * (sum(widths.values()) * store_dtype.itemsize + len(names) + 12))
 

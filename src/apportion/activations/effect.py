@@ -2,13 +2,16 @@
 
 Some modules return several things of which the model uses another one (a router of a mixture of experts returns logits
 beside the weights it has made of them), or are there for a loss only. So the model is tried once on a few tokens, as it
-is and with noise at the hookpoint: equal outputs mean that nobody reads it.
+is and with noise at the hookpoint: equal outputs mean that nobody reads it. What runs on images or sound, or for some
+tokens only (an expert), is not tried by that.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +25,8 @@ from apportion.activations.passes import parameters_of
 logger = logging.getLogger(__name__)
 
 TRIAL_TOKENS = 6
+OTHER_INPUTS = ("pixel", "image", "video", "audio", "input_features", "input_values")
+"""How the arguments of models begin that take more than tokens."""
 _read: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 """Hookpoints that are known to matter."""
 
@@ -32,14 +37,28 @@ def check_read(model: nn.Module, hookpoint: str) -> None:
     A model that cannot be run on token ids alone is not tried.
     """
     name = str(Hookpoint.parse(hookpoint))
-    known = _read.setdefault(model, set())
+    known, rows = _read.setdefault(model, set()), list[int]()
     if name in known or not _takes_tokens(model):
         return
+    if _never_runs(Hookpoint.parse(name).module(model)):
+        raise ValueError(f"{name!r} holds modules and is none that runs: choose one of them, such as {name + '.0'!r}")
+
+    numbers: list[bool] = []
+
+    def noisy(x: Tensor) -> Tensor | None:
+        rows.append(x.shape[:-1].numel())
+        numbers.append(x.is_floating_point())
+        return _noisy(x)
+
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), in_eval_mode(model):
-            matters = not torch.equal(_output(model), _output(model, name))
+            matters = not torch.equal(_output(model), _output(model, {name: noisy}))
     except Exception as error:  # a model may want anything; the first real pass says so better
         logger.debug("%s could not be tried on token ids: %s", type(model).__name__, error)
+        return
+    if not sum(rows) and (_takes_more(model) or ".experts." in name):
+        return
+    if not all(numbers):  # token ids, say, which noise leaves as they are
         return
     if not matters:
         raise ValueError(
@@ -53,7 +72,16 @@ def _takes_tokens(model: nn.Module) -> bool:
     return "input_ids" in parameters_of(model) and next(model.parameters(), None) is not None
 
 
-def _output(model: Any, noise_at: str | None = None) -> Tensor:
+def _takes_more(model: nn.Module) -> bool:
+    return any(name.startswith(OTHER_INPUTS) for name in parameters_of(model))
+
+
+def _never_runs(module: nn.Module) -> bool:
+    """True for lists of modules and the like."""
+    return type(module).forward is nn.Module.forward
+
+
+def _output(model: Any, changes: Mapping[str, Callable[[Tensor], Tensor | None]] = MappingProxyType({})) -> Tensor:
     """What the model makes of a few tokens."""
     ids = torch.arange(TRIAL_TOKENS, device=next(model.parameters()).device)[None]
     inputs: dict[str, Any] = {"input_ids": ids}
@@ -62,7 +90,7 @@ def _output(model: Any, noise_at: str | None = None) -> Tensor:
     if "use_cache" in parameters_of(model):
         inputs["use_cache"] = False
     with ExitStack() as stack:
-        stack.enter_context(hooked(model, {} if noise_at is None else {noise_at: _noisy}))
+        stack.enter_context(hooked(model, changes))
         result = model(**inputs)
     for name in ("logits", "last_hidden_state"):
         if isinstance(getattr(result, name, None), Tensor):

@@ -10,14 +10,16 @@ Modules may return a tensor or a tuple whose first element is the tensor; both a
 here is plain PyTorch hooks, removed again whatever happens. `capture` leaves the forward pass as soon as the last
 wanted activation has been seen, so the layers above it and the language-model head are never computed.
 
-A compiled model (torch.compile, as a whole or in parts) keeps no hooks; where hooks are in place it runs uncompiled. A
-module that runs several times in a forward pass (ALBERT's layer, looped models) has no single activation per token, so
-it is no hookpoint: that is refused in the first pass.
+Compiled code (torch.compile, of a model, of parts of it, of a function around it) keeps no hooks; where hooks are in
+place it runs uncompiled, and nothing is compiled (with the hooks in it). A module that runs several times in a forward
+pass (ALBERT's layer, looped models) has no single activation per token, so it is no hookpoint: that is refused in the
+first pass.
 """
 
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -61,20 +63,6 @@ class Hookpoint:
         if self.path not in modules:
             raise ValueError(f"the model has no module {self.path!r}{_nearest(self.path, modules)}")
         return modules[self.path]
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
-
-
-@contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Within the block the model runs as it was written, whether it has been compiled or not."""
-    if not _is_compiled(model):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _nearest(path: str, names: Iterable[str]) -> str:
@@ -198,11 +186,18 @@ def hooked(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor | N
         for text, change in changes.items():
             handle = _attach(model, points[text], once(text, change))
             stack.callback(handle.remove)
-        stack.enter_context(uncompiled(model))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
 Change = Callable[[Tensor], Tensor | None]
+
+
+class _Pass(threading.local):
+    """What of a forward pass has been run so far; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.depth, self.seen = 0, set[str]()
 
 
 @contextmanager
@@ -210,26 +205,24 @@ def _once_each(model: nn.Module, paths: list[str]) -> Iterator[Callable[[str, Ch
     """Yields a wrapper for functions that a forward pass may call once. What runs outside of one (a layer that is run
     again for its gradients) is not counted."""
     passes = [model, *(m for path in paths for m in askable(model, path))]
-    depth, seen = 0, set[str]()
+    now = _Pass()
 
     def begin(module: nn.Module, args: Any) -> None:
-        nonlocal depth
-        if not depth:
-            seen.clear()
-        depth += 1
+        if not now.depth:
+            now.seen.clear()
+        now.depth += 1
 
     def end(module: nn.Module, args: Any, result: Any) -> None:
-        nonlocal depth
-        depth = max(0, depth - 1)
+        now.depth = max(0, now.depth - 1)
 
     def once(text: str, change: Change) -> Change:
         def called(x: Tensor) -> Tensor | None:
-            if depth and text in seen:
+            if now.depth and text in now.seen:
                 raise ValueError(
                     f"the model runs {text!r} several times in one forward pass, so that a token has several "
                     "activations there: choose a module that runs once"
                 )
-            seen.add(text)
+            now.seen.add(text)
             return change(x)
 
         return called

@@ -102,7 +102,7 @@ class LiveSource:
         self._filtered = dict.fromkeys(REASONS, 0)
         self._rows_seen = 0
         self._text = text or {}
-        self._d_in = run_contexts(model, names, contexts[:1, :2])[self.hookpoint].shape[1]
+        self._d_in = run_contexts(model, names, contexts[:1, :2], whole=True)[self.hookpoint].shape[1]
         self._position = LivePosition()
 
     @property

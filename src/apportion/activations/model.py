@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from apportion import embedded
 from apportion.activations.filter import row_norms
 from apportion.activations.hookpoints import Hookpoint, capture
-from apportion.activations.passes import modules_of, parameters_of
+from apportion.activations.passes import by_context, modules_of, parameters_of
 from apportion.activations.store import torch_dtype
 from apportion.torch_state import usual
 
@@ -187,27 +187,33 @@ def _check_encoder(model: Any, hookpoints: list[str]) -> None:
 
 
 def run_contexts(
-    model: nn.Module, hookpoints: list[str], ids: Int[Tensor, "n context_tokens"]
+    model: nn.Module, hookpoints: list[str], ids: Int[Tensor, "n context_tokens"], whole: bool = False
 ) -> dict[str, Float[Tensor, "rows d_in"]]:
-    """The activations of a few contexts at each hookpoint, one row per token, in the model's dtype and eval mode."""
+    """The activations of a few contexts at each hookpoint, one row per token, in the model's dtype and eval mode.
+
+    The pass ends at the last hookpoint, unless it is to be `whole`: then ValueError for a hookpoint that the model runs
+    several times. So the first pass of a long work is a whole one, over a few tokens.
+    """
     inputs: dict[str, Any] = {"input_ids": ids.long().to(next(model.parameters()).device)}
     if "use_cache" in parameters_of(model):
         inputs["use_cache"] = False
     _check_encoder(model, hookpoints)
     with torch.inference_mode(), in_eval_mode(model):
-        seen = capture(model, hookpoints, **inputs)
+        if whole and "decoder_input_ids" in parameters_of(model):
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+        seen = capture(model, hookpoints, stop=not whole, **inputs)
     for name, x in seen.items():
         if x.ndim not in (2, 3) or x.shape[:-1].numel() != ids.numel():
             raise ValueError(
                 f"hookpoint {name!r} has shape {tuple(x.shape)} for {tuple(ids.shape)} tokens: choose a "
                 "module with one vector per token"
             )
-    return {name: x.reshape(-1, x.shape[-1]) for name, x in seen.items()}
+    return {name: by_context(x, ids.shape).flatten(0, 1) for name, x in seen.items()}
 
 
 def width_at(model: nn.Module, hookpoint: str) -> int:
     """The width of the activations at a hookpoint, found by a pass over two tokens."""
-    return run_contexts(model, [hookpoint], torch.zeros(1, 2, dtype=torch.int64))[hookpoint].shape[1]
+    return run_contexts(model, [hookpoint], torch.zeros(1, 2, dtype=torch.int64), whole=True)[hookpoint].shape[1]
 
 
 def text_config(model: Any) -> Any:

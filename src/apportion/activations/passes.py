@@ -21,6 +21,7 @@ or `cache_params`; recurrent ones have no length, only the word that something c
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -56,21 +57,36 @@ class Tokens:
 
 
 class Watch:
-    """What is known of the current forward pass; of the last one, when a layer is run again for its gradients."""
+    """What is known of the current forward pass; of the last one, when a layer is run again for its gradients.
+
+    Each thread has its own pass: several may use a model at the same time. One that has none (gradients are computed
+    in threads of their own) sees the last one of any.
+    """
 
     def __init__(self) -> None:
-        self.tokens: Tokens | None = None
+        self._here, self._last = threading.local(), None
+
+    @property
+    def tokens(self) -> Tokens | None:
+        return getattr(self._here, "tokens", self._last)
+
+    @tokens.setter
+    def tokens(self, tokens: Tokens | None) -> None:
+        self._here.tokens = self._last = tokens
 
     def at(self, x: Tensor) -> Tokens | None:
         """The tokens of the rows of x [*lead, d]; None if no forward pass has said.
 
-        x may be flattened, [tokens, d], or hold the last tokens only. ValueError if its rows are no tokens of the pass.
+        x may be flattened, [tokens, d], have the tokens first, [length, batch, d], or hold the last tokens only.
+        ValueError if its rows are no tokens of the pass.
         """
         if self.tokens is None:
             return None
         batch, length = self.tokens.positions.shape
         lead = x.shape[:-1]
         tokens = self.tokens.map(lambda part: part.to(x.device))
+        if lead == (length, batch) and batch != length:
+            return tokens.map(lambda part: part.T)
         if lead.numel() == batch * length:
             return tokens.map(lambda part: part.reshape(lead))
         if len(lead) == 2 and lead[0] == batch and lead[1] < length:
@@ -79,6 +95,12 @@ class Watch:
             f"the activations have shape {tuple(x.shape)}, and the model was given {batch} x {length} tokens: which "
             "row is which token is not known here. Choose a hookpoint with one row per token."
         )
+
+
+def by_context(x: Tensor, shape: torch.Size) -> Tensor:
+    """x as [contexts, length, d], from what a module makes of tokens of that `shape`: flattened, or tokens first."""
+    tokens_first = x.ndim == 3 and x.shape[:2] == (shape[1], shape[0]) and shape[0] != shape[1]
+    return x.transpose(0, 1) if tokens_first else x.reshape(*shape, x.shape[-1])
 
 
 @contextmanager

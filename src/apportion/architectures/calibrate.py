@@ -24,11 +24,12 @@ from apportion.allocation import Pool, Threshold
 if TYPE_CHECKING:
     from apportion.architectures.base import SAE
 
-HELD = 1 << 26
-"""Matches that the pool may hold before its floor rises (0.8 GB), if the rows want fewer."""
+HELD = {True: 1 << 22, False: 1 << 26}
+"""Matches that the pool may hold before its floor rises (32 MB, 0.5 GB), if the rows want fewer; by whether the rows
+can be read again: if not, letting too much go cannot be mended."""
 RESERVE = {False: 2.0, True: 1.25}
 """How many times the wanted matches are kept, by whether the number of rows is known."""
-AT_ONCE = 1 << 25
+AT_ONCE = 1 << 23
 """Possible matches of rows that are encoded together, while there is no floor: half of them may be made."""
 ROUNDS = 8
 """Times that the rows are read, at most; twice is what it takes unless most latents lack matches."""
@@ -45,7 +46,7 @@ def set_thresholds(sae: SAE, rows: Rows, tokens: int | None, again: bool) -> tup
     """
     reserve = RESERVE[tokens is not None]
     for _ in range(ROUNDS):
-        pool = _pool(sae, rows, tokens, reserve)
+        pool = _pool(sae, rows, tokens, reserve, HELD[again])
         if sae.allocation.set_threshold(pool):
             theta = sae.allocation.threshold
             above = pool.affinity > (theta if theta.ndim == 0 else theta[pool.latents])
@@ -60,9 +61,9 @@ def set_thresholds(sae: SAE, rows: Rows, tokens: int | None, again: bool) -> tup
     )
 
 
-def _pool(sae: SAE, rows: Rows, total: int | None, reserve: float) -> Pool:
+def _pool(sae: SAE, rows: Rows, total: int | None, reserve: float, held: int) -> Pool:
     """The best matches of all rows, as many as are wanted and more."""
-    pool = _Growing(sae, total, reserve)
+    pool = _Growing(sae, total, reserve, held)
     for x in rows():
         size = len(x) if pool.has_floor else max(1, AT_ONCE // sae.d_sae)
         for part in x.split(size) if len(x) else ():
@@ -73,8 +74,8 @@ def _pool(sae: SAE, rows: Rows, total: int | None, reserve: float) -> Pool:
 class _Growing:
     """A pool while rows come in."""
 
-    def __init__(self, sae: SAE, total: int | None, reserve: float) -> None:
-        self.sae, self.total, self.reserve = sae, total, reserve
+    def __init__(self, sae: SAE, total: int | None, reserve: float, most: int) -> None:
+        self.sae, self.total, self.reserve, self.most = sae, total, reserve, most
         self.tokens = 0
         self.floor = torch.zeros_like(sae.allocation.threshold)
         self.latents: list[Int[Tensor, " n"]] = []
@@ -94,7 +95,7 @@ class _Growing:
         self.held += found.nnz
         wanted = self.sae.allocation.wanted(self.total or self.tokens)
         needed = self.reserve * int(wanted if isinstance(wanted, int) else wanted.sum()) + 16 * self.sae.d_sae
-        if self.held > max(HELD, 2 * needed):
+        if self.held > max(self.most, 2 * needed):
             self._shrink(wanted)
 
     def _joined(self) -> tuple[Tensor, Tensor]:

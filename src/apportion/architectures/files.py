@@ -40,6 +40,7 @@ SIZES = [
 
 def save(sae: SAE, folder: Path) -> None:
     """Write both files, or leave what was there."""
+    folder = folder.expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().contiguous().cpu() for name, t in sae.state_dict().items()}
     config = {"format": "apportion", "version": VERSION, "sae": sae.name, "settings": sae.settings(), "info": sae.info}

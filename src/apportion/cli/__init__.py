@@ -29,6 +29,7 @@ from apportion.cli.evaluate import Eval
 from apportion.cli.info import Info
 from apportion.cli.report import Report
 from apportion.cli.train import chosen_sae, train_command
+from apportion.processes import refuse_several_processes
 
 DESCRIPTION = "Sparse autoencoders that spend their sparsity budget where it is needed."
 
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("apportion").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being told to end is like Ctrl-C: clean up
     try:
+        refuse_several_processes()
         parse(argv).run()
     except BrokenPipeError:
         sys.stdout = None  # whoever read our output has gone; nothing may be written at exit

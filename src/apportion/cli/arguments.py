@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -55,6 +56,20 @@ def _whole_numbers(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] |
     return spelled(whole_number, "INT") if option.type is int else None
 
 
+@OPTIONS.primitive_rule
+def _paths(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """Every option that is a path knows ~, also where the shell does not see it (--out=~/runs)."""
+    if option.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: Path(words[0]).expanduser(),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 @dataclass(kw_only=True)
 class Text:
     """Where text comes from."""
@@ -71,9 +86,14 @@ class Text:
     dataset_config: str | None = None
     """Configuration of a dataset that has several, such as wikitext-103-raw-v1."""
 
-    def source(self) -> Any:
+    def source(self, model: str | None = None) -> Any:
+        """The text; without one, the stories that come with the package if it is for the model that does."""
         from apportion.activations import TextSource
 
+        if model == "embedded" and self == Text():
+            from apportion.embedded import stories
+
+            return TextSource(tuple(stories()))
         if (self.text is None) == (self.dataset is None):
             raise ValueError("Give either --text FILE_OR_FOLDER or --dataset ID.")
         if self.text is not None and self.dataset_config is not None:

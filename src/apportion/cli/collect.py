@@ -53,7 +53,7 @@ class Collect:
         from apportion.activations.collect import collect
         from apportion.activations.writer import check_out
 
-        source = self.corpus.source()
+        source = self.corpus.source(self.model)
         check_out(self.out)
         model, tokenizer = self.loading.load(self.model)
         return collect(

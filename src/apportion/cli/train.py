@@ -105,6 +105,7 @@ class TrainBase:
         from apportion.activations import CacheSource, ContextSource, LiveSource, read_contexts
         from apportion.activations.hookpoints import expand
 
+        self.source = str(Path(self.source).expanduser()) if self.source.startswith("~") else self.source
         if not Path(self.source).exists() and self.source.count("/") != 1 and self.source != "embedded":
             raise ValueError(f"There is no cache or model at {self.source!r}.")
         if (Path(self.source) / "manifest.json").exists():
@@ -120,7 +121,7 @@ class TrainBase:
             raise ValueError(f"{self.sae} takes several hookpoints: make a cache of them first (apportion collect).")
         if self.hookpoint is None or self.tokens is None:
             raise ValueError("To train on a model give --hookpoint and --tokens (and --text or --dataset).")
-        text = self.corpus.source()
+        text = self.corpus.source(self.source)
         model, tokenizer = self.loading.load(self.source)
         expand(model, self.hookpoint)
         wanted = int(self.tokens / max(1 - self.held_out_share, 1e-9) * 1.05) + self.context_tokens

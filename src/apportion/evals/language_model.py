@@ -29,7 +29,7 @@ from apportion.activations.effect import check_read
 from apportion.activations.filter import TokenFilter
 from apportion.activations.hookpoints import capture, hooked
 from apportion.activations.model import in_eval_mode, predicts_next, run_contexts
-from apportion.activations.passes import parameters_of
+from apportion.activations.passes import by_context, parameters_of
 from apportion.activations.progress import progress_bar
 from apportion.architectures import SAE
 from apportion.evals.measure import Measurement
@@ -186,10 +186,10 @@ def _clean(
 
     if not predicts:
         found = capture(model, hookpoints, stop=True, **_inputs(model, ids, attended))
-        return {name: x.float().reshape(*ids.shape, -1) for name, x in found.items()}, None
+        return {name: by_context(x.float(), ids.shape) for name, x in found.items()}, None
     with hooked(model, {name: partial(look, name) for name in hookpoints}):
         losses = token_losses(model, ids, attended)
-    return {name: x.reshape(*ids.shape, -1) for name, x in seen.items()}, losses
+    return {name: by_context(x, ids.shape) for name, x in seen.items()}, losses
 
 
 def _replaced(
@@ -198,8 +198,8 @@ def _replaced(
     """Losses with the rows of `mask` replaced by those of `new` (or by one vector)."""
 
     def replace(x: Tensor) -> Tensor:
-        rows = new if new.ndim == 1 else new.reshape(x.shape)
-        return torch.where(mask.reshape(x.shape[:-1])[..., None], rows.to(x), x)
+        rows = torch.where(mask[..., None], new.to(x), by_context(x, mask.shape))
+        return rows.reshape(x.shape) if x.ndim != 3 or x.shape[:2] == mask.shape else rows.transpose(0, 1)
 
     with hooked(model, {hookpoint: replace}):
         return token_losses(model, ids, attended)

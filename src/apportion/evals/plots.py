@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from apportion.allocation.zipf import ZipfFit
+from apportion.disk import replacing
 from apportion.evals.measure import Measurement
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")
@@ -36,8 +37,8 @@ def save_plots(measurements: Mapping[str, Measurement], folder: Path) -> list[Pa
     drawn = []
     for name, chart in charts.items():
         drawn.append(folder / f"{name}.png")
-        with _figure(chart, (6.4, 4.2)) as figure:
-            figure.savefig(drawn[-1], dpi=150)
+        with _figure(chart, (6.4, 4.2)) as figure, replacing(drawn[-1]) as partial:
+            figure.savefig(partial, dpi=150, format="png")
     return drawn
 
 
@@ -162,7 +163,8 @@ def fvu_chart(
             axes.plot([l0], [fvu], "o", color=colour, markersize=6, label=_plain(name))
         components = [n for n in range(1, len(pca)) if low <= n <= high]
         style = {"color": COLOURS[-1], "linestyle": (0, (4, 3)), "linewidth": 1.4}
-        axes.plot(components, [pca[n] for n in components], label="PCA, as many components", **style)
+        if components:
+            axes.plot(components, [pca[n] for n in components], label="PCA, as many components", **style)
         axes.set(xlabel="L0 (active latents per token)", ylabel="FVU", ylim=(0, None), xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")

@@ -23,7 +23,7 @@ from apportion.activations.sites import PairStore, Rows
 from apportion.activations.store import ActivationStore
 from apportion.architectures import SAE, SAES
 from apportion.architectures.inputs import is_array
-from apportion.disk import write_json, write_text
+from apportion.disk import replacing, write_json, write_text
 from apportion.evals.baselines import pca_curve
 from apportion.evals.examples import LatentExamples, as_texts, example_pieces, find_examples, pieces
 from apportion.evals.language_model import CrossEntropies, evaluate_model
@@ -52,8 +52,10 @@ class Report:
     page: str
 
     def write(self, html: Path, json: Path) -> None:
-        write_json(json, self.figures)
-        write_text(html, self.page)
+        """Both, or neither."""
+        with replacing(json) as figures, replacing(html) as page:
+            write_json(figures, self.figures)
+            write_text(page, self.page)
 
 
 def check_report() -> None:

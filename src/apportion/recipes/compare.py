@@ -24,7 +24,7 @@ from typing import Any
 
 from apportion.activations import ActivationStore, CacheSource
 from apportion.architectures import create, load
-from apportion.disk import read_json, write_json
+from apportion.disk import read_json, write_json, write_text
 from apportion.evals import evaluate_rows, held_out_rows
 from apportion.evals.plots import save_plots
 from apportion.recipes.command import main
@@ -98,7 +98,7 @@ class Compare:
         self.add_delta_ce(chosen)
         self.draw([run for run in chosen if run["seed"] == 0])
         table = self.table(grid, chosen)
-        (self.out / "table.md").write_text(table)
+        write_text(self.out / "table.md", table)
         write_json(self.out / "results.json", {"settings": to_json(self), "grid": grid, "chosen": chosen})
         sys.stdout.write(table)
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from apportion.activations.fingerprint import model_difference
 from apportion.architectures.files import load
-from apportion.disk import read_json, write_json, write_tensors
+from apportion.disk import naming, plain, read_json, whole_folder, write_json, write_tensors, write_text
 
 if TYPE_CHECKING:
     from apportion.activations.batch import Source
@@ -33,7 +33,7 @@ MAY_DIFFER = {
 
 class RunFolder:
     def __init__(self, folder: Path, description: dict[str, Any], resume: bool) -> None:
-        self.folder = folder
+        folder = self.folder = folder.expanduser()
         record = folder / "run.json"
         if record.exists():
             if not resume:
@@ -64,28 +64,25 @@ class RunFolder:
                     )
 
     def log(self, values: dict[str, float]) -> None:
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        lines = self.folder / "metrics.jsonl"
+        with naming(lines), lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain(values)) + "\n")
 
     def _checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
+        found = [p for p in self.folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+        return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
     def save_checkpoint(self, trainer: Trainer, source: Source) -> None:
         """Write a new checkpoint, then remove older ones; a crash in between leaves a whole one."""
-        final = self.folder / f"checkpoint-{trainer.steps}"
-        partial = self.folder / f"checkpoint-{trainer.steps}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
-            sae.save(partial / name)
+        older = {p for p in self.folder.glob("checkpoint-*") if p.is_dir()}  # also what a crash left unfinished
         tensors, values = trainer.state()
-        write_tensors(partial / "trainer.safetensors", {name: t.detach().cpu() for name, t in tensors.items()})
-        write_json(partial / "trainer.json", {**values, "source": source.state_dict()})
-        older = self._checkpoints()
-        partial.replace(final)
-        for folder in older:
-            if folder != final:
-                shutil.rmtree(folder)
+        with whole_folder(final := self.folder / f"checkpoint-{trainer.steps}", last=["trainer.json"]) as partial:
+            for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
+                sae.save(partial / name)
+            write_tensors(partial / "trainer.safetensors", {name: t.detach().cpu() for name, t in tensors.items()})
+            write_json(partial / "trainer.json", {**values, "source": source.state_dict()})
+        for folder in older - {final}:
+            shutil.rmtree(folder)
 
     def load_checkpoint(self, trainer: Trainer, source: Source) -> bool:
         """Restore trainer, SAE and source from the newest checkpoint; False if there is none."""
@@ -111,13 +108,13 @@ class RunFolder:
         file = self.folder / "metrics.jsonl"
         if file.exists():
             lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            file.write_text("".join(line for line in lines if json.loads(line)["step"] <= steps), encoding="utf-8")
+            write_text(file, "".join(line for line in lines if json.loads(line)["step"] <= steps))
 
     def finish(self, trainer: Trainer) -> None:
         """The finished SAE replaces the checkpoints."""
         for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
             sae.save(self.folder / name)
-        for folder in self._checkpoints():
+        for folder in self.folder.glob("checkpoint-*"):
             shutil.rmtree(folder)
 
 

@@ -28,12 +28,13 @@ from apportion.activations.stream import StreamSource
 from apportion.architectures import SAE
 from apportion.architectures.inputs import as_tensor, first_tensor, is_array
 from apportion.disk import all_finite
+from apportion.processes import refuse_several_processes
+from apportion.settings import plain_number
 from apportion.torch_state import usual
 from apportion.training.config import TrainConfig
 from apportion.training.interrupt import finish_step_on_interrupt
 from apportion.training.learner import Learner
 from apportion.training.objectives import Objective, TrainingContext, local_reconstruction
-from apportion.training.processes import refuse_several_processes
 from apportion.training.run import MAY_DIFFER, RunFolder
 
 logger = logging.getLogger(__name__)
@@ -260,7 +261,7 @@ class Trainer:
                 if log or save:
                     self._check_finite(metrics)
                 if log:
-                    values = {name: value.item() for name, value in metrics.items()}
+                    values = {name: plain_number(value) for name, value in metrics.items()}
                     show(self.tokens, fvu=values["fvu_batch"], l0=values["l0"], dead=f"{values['dead']:.2%}")
                     if run is not None:
                         run.log({"step": self.steps, "tokens": self.tokens, "seconds": self.seconds, **values})
