@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 import apportion as ap
 from apportion.activations import ActivationStore, CacheSource, load_model
 from apportion.activations.collect import collect
+from apportion.architectures import calibrate
 from apportion.cli import main
-from apportion.evals import held_out_rows
+from apportion.evals import held_out_rows, rows
+from apportion.evals.table import off_budget, print_table
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
 POINT, OTHER = "model.layers.1", "model.layers.2"
@@ -73,6 +76,29 @@ def test_other_activations_of_the_training_text_are_refused(
         assert "what it has seen of them is not known" in capsys.readouterr().err
 
 
+def test_the_training_text_is_known_wherever_it_lies(
+    home: Path,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By a path that is written in another way, and as a copy; another file of the same size is another text."""
+    text = (home / "train.txt").read_text()
+    (tmp_path / "train.txt").write_text(text)
+    (tmp_path / "shard-1.txt").write_text(text.replace("the cat", "cat the"))
+    monkeypatch.chdir(tmp_path)
+    for file, seen in (("train.txt", True), (str(home / "train.txt"), True), ("shard-1.txt", False)):
+        found = evaluated(home, str(home / "topk"), "--text", file, "--tokens", "500", out=tmp_path)
+        assert found["rows"] == f"text {file}" + (", which the SAE was trained on" if seen else "")
+    model, tokenizer = load_model(tiny_model_dir)
+    collect(model, tokenizer, POINT, "train.txt", tokens=3000, out="acts", context_tokens=16)
+    assert main(["eval", str(home / "topk"), "--acts", "acts"]) == 2
+    assert "what it has seen of them is not known" in capsys.readouterr().err
+    collect(model, tokenizer, POINT, "shard-1.txt", tokens=3000, out="others", context_tokens=16)
+    assert main(["eval", str(home / "topk"), "--acts", "others"]) == 0
+
+
 @pytest.mark.parametrize("where", ["text", "acts"])
 def test_recalibrated_on_half_the_text(
     where: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -96,6 +122,39 @@ def test_one_context_cannot_be_halved(where: str, home: Path, capsys: pytest.Cap
     on = ["--text", str(home / "new.txt")] if where == "text" else ["--acts", str(home / "new")]
     assert main(["eval", str(home / "topk"), *on, "--tokens", "16", "--recalibrate"]) == 2
     assert "give more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["text", "acts"])
+def test_recalibrating_may_read_the_rows_again(
+    where: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it has to where the topics of a text follow each other; here because hardly any match is kept at first."""
+    monkeypatch.setattr(calibrate, "HELD", {True: 0, False: 0})
+    monkeypatch.setattr(calibrate, "RESERVE", {False: 0.1, True: 1.25})
+    monkeypatch.setattr(rows, "CHUNK", 100)
+    reads: list[int] = []
+    monkeypatch.setattr(calibrate, "_pool", lambda *given, pool=calibrate._pool: reads.append(1) or pool(*given))
+    on = ["--text", str(home / "new.txt")] if where == "text" else ["--acts", str(home / "new")]
+    found = evaluated(home, str(home / "mutual_choice"), *on, "--tokens", "3k", "--recalibrate", out=tmp_path)
+    assert len(reads) == 2 and found["l0"] == pytest.approx(4, rel=0.1)
+
+
+def test_the_table_says_what_each_run_was_evaluated_on() -> None:
+    from rich.console import Console
+
+    one = {"k": 8, "fvu": 0.5, "l0": 9.0, "tokens": 1000, "mode": "eval", "filtered_share": 0.25, "rows": "rows of a"}
+    for second, apart in (({}, False), ({"rows": "rows of b"}, True), ({"tokens": 900}, True)):
+        console = Console(record=True, width=200, file=StringIO())
+        print_table({"first": one, "second": one | second}, console)
+        said = console.export_text()
+        assert "first" in said and "second" in said
+        assert ("first: 1,000 tokens (rows of a)" in said) is apart and said.count("25.00% of tokens") == 1 + apart
+    long = {f"/a/long/way/to/the/runs/of/this/week/{name}": one | {"l0": 8.0} for name in ("first", "second")}
+    console = Console(record=True, width=60, file=StringIO())
+    print_table(long, console)
+    assert "first" in (said := console.export_text()) and "second" in said, "names are not cut"
+    assert "--recalibrate" in (off_budget(one) or "")
+    assert "more --tokens" in (off_budget(one | {"recalibrated": True}) or "")
 
 
 def test_several_runs_stand_in_one_table(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -247,6 +247,28 @@ def test_a_half_written_checkpoint_and_line_are_ignored(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+class Describing(Source):
+    """Says more of its rows than older versions did."""
+
+    def __init__(self, says: dict, **settings) -> None:
+        super().__init__(**settings)
+        self.says = says
+
+    def describe(self):
+        return super().describe() | self.says
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """What its record does not say is not held against it, nor is how long its cache took; all else is."""
+    trainer().fit(Describing({"seconds": 2.0, "tokens_sha256": "a"}), tmp_path / "whole")
+    with pytest.raises(Crash):
+        trainer().fit(Describing({"seconds": 1.0}, at=13, act=crash), tmp_path / "run")
+    with pytest.raises(ValueError, match="started with source dtype"):
+        trainer().fit(Describing({"dtype": "bfloat16"}), tmp_path / "run", resume=True)
+    trainer().fit(Describing({"seconds": 2.0, "tokens_sha256": "a"}), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_only_the_newest_checkpoint_is_kept(tmp_path):
     with pytest.raises(Crash):
         trainer(checkpoint_every_tokens=2 * BATCH).fit(Source(at=18, act=crash), tmp_path / "run")

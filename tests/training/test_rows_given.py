@@ -43,6 +43,10 @@ ARRAYS: dict[str, Any] = {
     "nested lists": lambda x: x.tolist(),
     "not contiguous": lambda x: np.asfortranarray(x.numpy()),
     "half": lambda x: x.half().numpy(),
+    "backwards": lambda x: x.flip(0).numpy()[::-1],
+    "of another machine": lambda x: x.numpy().astype(">f4"),
+    "of objects": lambda x: x.double().numpy().astype(object),
+    "lists of numpy's numbers": lambda x: [list(row) for row in x.numpy()],
 }
 
 
@@ -60,7 +64,10 @@ def test_arrays_are_tensors_everywhere(kind: str) -> None:
     assert torch.allclose(one.step(x)["loss"], two.step(given)["loss"], rtol=100 * loose)
 
 
-@pytest.mark.parametrize("kind", ["numpy", "nested lists", "list of tensors", "list of arrays", "list of batches"])
+@pytest.mark.parametrize(
+    "kind",
+    ["numpy", "nested lists", "list of tensors", "list of arrays", "list of batches", "contexts", "a batch", "graph"],
+)
 def test_fit_takes_what_lies_in_memory_like_a_tensor(kind: str) -> None:
     given = {
         "numpy": X.numpy(),
@@ -68,7 +75,11 @@ def test_fit_takes_what_lies_in_memory_like_a_tensor(kind: str) -> None:
         "list of tensors": list(X.split(300)),
         "list of arrays": [part.numpy() for part in X.split(300)],
         "list of batches": [ap.Batch(part) for part in X.split(300)],
+        "contexts": X.reshape(-1, 20, D_IN),
+        "a batch": ap.Batch(X),
+        "graph": X.clone().requires_grad_() * 1,
     }[kind]
+    assert not source_of(given, seed=0).sample(5).x.requires_grad
     wanted, found = (trainer().fit(source, progress=False) for source in (X, given))
     for name, p in weights(wanted).items():
         assert torch.allclose(p, weights(found)[name], atol=1e-6), name
@@ -153,6 +164,73 @@ def test_a_generator_of_exactly_enough_rows_is_enough(size: int) -> None:
     assert trainer().fit((part for part in X[:2222].split(size)), progress=False).info["training"]["tokens"] == 2000
     with pytest.raises(ValueError, match=r"ended after 1,999"):
         trainer().fit((part for part in X[:2221].split(size)), progress=False)
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["read again", "once"])
+def test_rows_that_are_held_out_are_so_in_every_epoch(again: bool) -> None:
+    """503 rows: if counting went on, other places would be held out in the second epoch."""
+    parts = list(X[:503].split(64))
+    source = source_of(Again(parts) if again else iter(parts * 4), seed=0)
+    batches = source.batches(450)
+    trained = torch.cat([next(batches).x for _ in range(4)])
+    held_out = torch.cat([b.x for b in source.held_out(10_000)])
+    assert torch.equal(held_out, X[:503][9::10]) is again
+    assert bool(torch.isin(held_out[:, 0], trained[:, 0]).any()) is not again
+
+
+PAIRS: dict[str, Any] = {
+    "list of batches": lambda y: [ap.Batch(x, target=t) for x, t in zip(X.split(130), y.split(130), strict=True)],
+    "a batch with a mask": lambda y: ap.Batch(X.repeat(2, 1), target=y.repeat(2, 1), mask=torch.arange(8000) < 4000),
+    "generator of batches": lambda y: (ap.Batch(x, target=t) for x, t in zip(X.split(130), y.split(130), strict=True)),
+    "list of pairs": lambda y: list(zip(X.split(130), y.split(130), strict=True)),
+    "loader of pairs": lambda y: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch_size=130),
+    "dicts": lambda y: ({"target": t, "x": x} for x, t in zip(X.split(130), y.split(130), strict=True)),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_transcoders_take_rows_with_targets(kind: str) -> None:
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    y = X[:, :8] @ weight
+    source = source_of(PAIRS[kind](y), seed=0, pairs=True)
+    seen = [next(source.batches(BATCH)), source.sample(100), *source.held_out(100)]
+    for batch in seen:
+        assert batch.target is not None and torch.allclose(batch.target, batch.x[:, :8] @ weight, atol=1e-4)
+    sae = trainer(new("transcoder", d_out=8)).fit(PAIRS[kind](y), progress=False)
+    assert sae.info["training"]["tokens"] == 2000
+
+
+def test_of_several_columns_the_rows_are_those_that_are_no_labels() -> None:
+    labelled = [{"index": i, "acts": row} for i, row in enumerate(X)]
+    source = source_of(torch.utils.data.DataLoader(labelled, batch_size=100), seed=0)
+    assert torch.equal(source.sample(50).x, X[:50])
+    with pytest.raises(ValueError, match="which of a, b are the activations"):
+        trainer().fit(({"a": part, "b": part} for part in X.split(100)), progress=False)
+
+
+def test_a_step_does_not_learn_what_its_rows_were_made_of() -> None:
+    made = torch.ones(D_IN, requires_grad=True)
+    one, two = trainer(new()), trainer(new())
+    losses = [one.step(X[:100] * made)["loss"], two.step(ap.Batch(X[:100] * made))["loss"]]
+    assert made.grad is None and losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([X, X[:, :8]], "rows differ"),
+        (iter([X, X[:, :8], X]), "rows differ"),
+        ([ap.Batch(X, target=X), ap.Batch(X)], "rows differ"),
+        (X.numpy().astype(complex), "real numbers"),
+        ("acts", "CacheSource"),
+        (Path("acts"), "CacheSource"),
+        ({"layer": X}, "got dict"),
+    ],
+    ids=["list", "generator", "targets", "complex", "name", "path", "dict"],
+)
+def test_rows_that_cannot_be_meant_are_refused_in_words(given: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        trainer().fit(given, progress=False)
 
 
 def test_a_generator_that_ends_or_is_resumed_is_refused_in_words(tmp_path: Path) -> None:

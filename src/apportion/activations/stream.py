@@ -1,38 +1,66 @@
 """Training rows from whatever yields them: a DataLoader, a generator, any iterable of arrays, tuples or Batches.
 
 Rows are taken in the order in which they come, and every tenth is held out (`held_out_share`), up to a million of them,
-to calibrate on. An iterable that can be read again (a DataLoader, a list) begins anew when it ends. A generator gives
-its rows only once: a run on it needs enough of them, and cannot be resumed.
+to calibrate on. An iterable that can be read again (a DataLoader, a list) begins anew when it ends, and the same places
+are held out again; where it shuffles, later epochs train on rows that the first has held out. A generator gives its
+rows only once: a run on it needs enough of them, and cannot be resumed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from apportion.activations.batch import Batch
 from apportion.activations.order import held_out_groups
-from apportion.architectures.inputs import first_tensor
+from apportion.architectures.inputs import as_tensor, first_tensor
 
 MOST_HELD_OUT = 1_000_000
 SAMPLE_ROWS = 32_768
 
 
+def rows_in(item: Any, row_dims: int = 1, pairs: bool = False) -> Batch:
+    """The rows of what an iterable yields, [n, *row], without their graph; of `pairs` the second is the target."""
+    if isinstance(item, Batch):
+        x, target = item.rows().x, item.rows().target
+    else:
+        x, target = first_tensor(item), _second(item) if pairs else None
+    if x.ndim < row_dims:
+        raise ValueError(f"activations have shape {list(x.shape)}: give rows [n, d_in].")
+    x = x.detach().reshape(-1, *x.shape[x.ndim - row_dims :])
+    return Batch(x, None if target is None else target.detach().reshape(len(x), -1))
+
+
+def _second(item: Any) -> Tensor | None:
+    if isinstance(item, Mapping):
+        return as_tensor(item["target"]) if "target" in item else None
+    return as_tensor(item[1]) if isinstance(item, list | tuple) and len(item) > 1 else None
+
+
+def check_alike(rows: Batch, first: Batch) -> None:
+    """ValueError for rows of another shape than the first."""
+    for one, other in ((rows.x, first.x), (rows.target, first.target)):
+        ours, theirs = (None if t is None else list(t.shape[1:]) for t in (one, other))
+        if ours != theirs:
+            raise ValueError(f"rows differ: the first are {theirs} and later ones {ours} (targets too count).")
+
+
 class StreamSource:
     """Rows of an iterable, in its order."""
 
-    def __init__(self, items: Iterable[Any], held_out_share: float = 0.1, row_dims: int = 1) -> None:
-        """`row_dims` is 2 for rows [num_sites, d_in]."""
-        self.items, self.held_out_share, self.row_dims = items, held_out_share, row_dims
+    def __init__(
+        self, items: Iterable[Any], held_out_share: float = 0.1, row_dims: int = 1, pairs: bool = False
+    ) -> None:
+        """`row_dims` is 2 for rows [num_sites, d_in]; `pairs`: what it yields has a target besides."""
+        self.items, self.held_out_share, self.row_dims, self.pairs = items, held_out_share, row_dims, pairs
         self.again = iter(items) is not items
         self._rows_out, self._skip = 0, 0
-        self._kept_back: list[Tensor] = []
-        self._num_kept_back, self._seen = 0, 0
+        self._kept_back: list[Batch] = []
+        self._num_kept_back = 0
         self._pass = self._parts()
         self._first = list(self._peek(SAMPLE_ROWS))
         if not self._first:
@@ -40,71 +68,75 @@ class StreamSource:
 
     @property
     def d_in(self) -> int:
-        return self._first[0].shape[-1]
+        return self._first[0].x.shape[-1]
 
     @property
     def num_rows(self) -> None:
         """How many there are shows only at the end."""
 
-    def _parts(self) -> Iterator[Float[Tensor, " n *row"]]:
+    def _parts(self) -> Iterator[Batch]:
         """All rows of one pass over the iterable."""
+        first: Batch | None = None
         for item in self.items:
-            rows = item.rows().x if isinstance(item, Batch) else first_tensor(item)
-            rows = rows[None] if rows.ndim == self.row_dims else rows
-            yield rows.flatten(0, rows.ndim - self.row_dims - 1).float()
+            rows = rows_in(item, self.row_dims, self.pairs)
+            first = first or rows
+            check_alike(rows, first)
+            yield Batch(rows.x.float(), None if rows.target is None else rows.target.float())
 
-    def _peek(self, rows: int) -> Iterator[Tensor]:
+    def _peek(self, rows: int) -> Iterator[Batch]:
         while rows > 0 and (part := next(self._pass, None)) is not None:
-            rows -= len(part)
+            rows -= len(part.x)
             yield part
 
-    def _training(self) -> Iterator[Tensor]:
+    def _training(self) -> Iterator[Batch]:
         """Parts without the rows that are held out; pass after pass, if there can be several."""
-        parts: Iterator[Tensor] = chain(self._first, self._pass)
-        kept = 0
+        parts: Iterator[Batch] = chain(self._first, self._pass)
+        first_pass = True
         while True:
+            seen = 0
             for part in parts:
-                place = self._seen + torch.arange(len(part) + 1, dtype=torch.float64)
-                out = (place * self.held_out_share + 1e-9).floor().diff() > 0
-                self._seen += len(part)
-                if self._num_kept_back < MOST_HELD_OUT:
-                    self._kept_back.append(part[out.to(part.device)])
+                place = seen + torch.arange(len(part.x) + 1, dtype=torch.float64)
+                out = ((place * self.held_out_share + 1e-9).floor().diff() > 0).to(part.x.device)
+                seen += len(part.x)
+                if first_pass and self._num_kept_back < MOST_HELD_OUT:
+                    self._kept_back.append(_chosen(part, out))
                     self._num_kept_back += int(out.sum())
-                kept += len(part)
-                yield part[~out.to(part.device)]
+                yield _chosen(part, ~out)
             if not self.again:
                 return
-            if not kept:
+            if not seen:
                 raise ValueError("The source of activations had rows once, and has none now: it can be read only once.")
-            parts, kept = self._parts(), 0
+            parts, first_pass = self._parts(), False
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
-        waiting: list[Tensor] = []
+        waiting: list[Batch] = []
         size = 0
         for part in self._training():
-            skipped = min(self._skip, len(part))
+            skipped = min(self._skip, len(part.x))
             self._skip -= skipped
-            waiting.append(part[skipped:])
-            size += len(waiting[-1])
+            waiting.append(_chosen(part, slice(skipped, None)))
+            size += len(waiting[-1].x)
             while size >= batch_tokens:
-                rows = torch.cat(waiting)
-                waiting, size = [rows[batch_tokens:]], size - batch_tokens
+                rows = joined(waiting)
+                waiting, size = [_chosen(rows, slice(batch_tokens, None))], size - batch_tokens
                 self._rows_out += batch_tokens
-                yield Batch(rows[:batch_tokens])
+                yield _chosen(rows, slice(batch_tokens))
         raise ValueError(
             f"The rows ended after {self._rows_out + size:,} to train on: give more, lower total_tokens, or give "
             "something that can be read again (a list, a DataLoader) in place of a generator."
         )
 
     def sample(self, n: int) -> Batch:
-        return Batch(torch.cat(self._first)[:n])
+        return _chosen(joined(self._first), slice(n))
 
     def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
         """What was held out of the rows that have come so far."""
-        rows = torch.cat(self._kept_back) if self._kept_back else self._first[0][:0]
-        if not len(rows):
-            rows = torch.cat(self._first)[held_out_groups(sum(map(len, self._first)), self.held_out_share)]
-        yield from map(Batch, rows[:max_rows].split(chunk))
+        rows = joined(self._kept_back or [_chosen(self._first[0], slice(0))])
+        if not len(rows.x):
+            first = joined(self._first)
+            rows = _chosen(first, held_out_groups(len(first.x), self.held_out_share).to(first.x.device))
+        for start in range(0, min(max_rows, len(rows.x)), chunk):
+            yield _chosen(rows, slice(start, min(start + chunk, max_rows)))
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows_out": self._rows_out}
@@ -116,3 +148,13 @@ class StreamSource:
 
     def describe(self) -> dict[str, Any]:
         return {"source": "stream", "d_in": self.d_in, "held_out_share": self.held_out_share}
+
+
+def _chosen(rows: Batch, which: Tensor | slice) -> Batch:
+    return Batch(rows.x[which], None if rows.target is None else rows.target[which])
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Several batches of rows as one."""
+    targets = [part.target for part in parts if part.target is not None]
+    return Batch(torch.cat([part.x for part in parts]), torch.cat(targets) if targets else None)

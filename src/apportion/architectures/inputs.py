@@ -40,19 +40,23 @@ def is_array(x: Any) -> bool:
         return isinstance(x, Tensor) or hasattr(x, "__array__")
     while isinstance(x, list | tuple) and x:
         x = x[0]
-    return isinstance(x, int | float)
+    return isinstance(x, int | float | np.number)
 
 
 def as_tensor(x: Any) -> Tensor:
     """A tensor, numpy array or nested list of numbers as a tensor of float numbers; ValueError for anything else."""
     if not isinstance(x, Tensor):
         try:
-            x = torch.as_tensor(np.asarray(x))
+            x = np.asarray(x)
+            x = np.ascontiguousarray(x, dtype=np.float64 if x.dtype == object else x.dtype.newbyteorder("="))
+            x = torch.as_tensor(x)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"expected activations as a tensor or array of numbers [..., d_in], got {type(x).__name__}: "
                 "torch.stack or numpy.stack makes one of many"
             ) from error
+    if x.is_complex():
+        raise ValueError("activations are real numbers, got complex ones: give their real part, or both side by side.")
     return x if x.is_floating_point() else x.float()
 
 
@@ -60,9 +64,25 @@ def first_tensor(item: Any) -> Tensor:
     """The rows in what a DataLoader or the like yields: an array, a tuple that begins with one, a dict with an x."""
     if is_array(item):
         return as_tensor(item)
-    if isinstance(item, Mapping) and item:
-        return as_tensor(item["x"] if "x" in item else next(iter(item.values())))
+    if isinstance(item, Mapping):
+        return as_tensor(item[_column_of_rows(item)])
     return as_tensor(item[0] if isinstance(item, list | tuple) and item else item)
+
+
+def _column_of_rows(item: Mapping[str, Any]) -> str:
+    """Which of the columns of a dict the rows are: x, or the only one there is, or the only one that is no label."""
+    found = [name for name, column in item.items() if name == "x" or len(item) == 1]
+    found = found or [name for name, column in item.items() if _may_be_rows(column)]
+    if len(found) != 1:
+        raise ValueError(f"which of {', '.join(map(str, item))} are the activations? Call them x, or give them alone.")
+    return found[0]
+
+
+def _may_be_rows(column: Any) -> bool:
+    try:
+        return is_array(column) and torch.as_tensor(column).is_floating_point()
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 @final

@@ -170,6 +170,7 @@ class Eval:
         from apportion.activations.model import check_context_tokens, width_at
         from apportion.evals import evaluate_model
         from apportion.evals.language_model import recalibrate_in_model
+        from apportion.evals.rows import same_text
 
         trained_on = sae.info.get("source", {})
         hookpoint, target = self.hookpoint or sae.hookpoint, getattr(sae, "target_hookpoint", None)
@@ -183,15 +184,16 @@ class Eval:
         bos, text = trained_on.get("bos", "auto"), self.corpus.source()
         wanted = self.tokens * (2 if self.recalibrate else 1)
         contexts = read_contexts(tokenizer, text, tokens=wanted, context_tokens=context_tokens, bos=bos)
+        pair = None if target is None else (target, filters[1])
         if self.recalibrate:
             if len(contexts) < 2:
                 raise ValueError("--recalibrate needs two contexts of text or more: give more --tokens, or more text.")
-            recalibrate_in_model(sae, model, contexts[::2], filters[0], hookpoint=hookpoint)
+            recalibrate_in_model(sae, model, contexts[::2], filters[0], hookpoint=hookpoint, target=pair)
             contexts = contexts[1::2]
-        pair = None if target is None else (target, filters[1])
         found, entropies = evaluate_model(
             {sae.name: sae}, model, contexts, filters[0], hookpoint=hookpoint, target=pair
         )
         measurement = found[sae.name]
-        what = {"rows": f"text {text.where}" if isinstance(text.where, str | Path) else "text", "model": name}
+        seen = ", which the SAE was trained on" if same_text(trained_on.get("text") or {}, text.describe()) else ""
+        what = {"rows": f"text {text.where}{seen}", "model": name}
         return measurement, measurement.result() | entropies.of(sae.name) | what, {}

@@ -33,6 +33,7 @@ from apportion.activations.passes import by_context, parameters_of
 from apportion.activations.progress import progress_bar
 from apportion.architectures import SAE
 from apportion.evals.measure import Measurement
+from apportion.evals.rows import Anew
 from apportion.metrics import recovered
 from apportion.torch_state import usual
 
@@ -146,17 +147,24 @@ def recalibrate_in_model(
     token_filter: TokenFilter,
     *,
     hookpoint: str,
+    target: tuple[str, TokenFilter] | None = None,
     batch_contexts: int = 4,
 ) -> float:
-    """Set the thresholds of an SAE anew, on rows of `contexts` that pass the filter; returns the L0 there."""
+    """Set the thresholds of an SAE anew, on rows of `contexts` that pass the filters; returns the L0 there.
+
+    Arguments as in `evaluate_model`.
+    """
+    filters = {hookpoint: token_filter} | ({} if target is None else dict([target]))
 
     def rows() -> Iterator[Tensor]:
         for ids in contexts.split(batch_contexts):
-            x = run_contexts(model, [hookpoint], ids)[hookpoint].float()
+            seen = run_contexts(model, list(filters), ids)
+            x = seen[hookpoint].float()
             positions = torch.arange(ids.shape[1], device=x.device).repeat(len(ids))
-            yield x[token_filter.mask(x, ids.flatten().to(x.device), positions)]
+            kept = [one.mask(seen[name], ids.flatten().to(x.device), positions) for name, one in filters.items()]
+            yield x[torch.stack(kept).all(0)]
 
-    return sae.calibrate(rows())
+    return sae.calibrate(Anew(rows))
 
 
 class _Sum:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -47,13 +48,21 @@ def unseen_rows(store: Rows, sae: SAE, where: str) -> tuple[Int[Tensor, " n"], s
     if same and "held_out_share" in source:
         rows = held_out_rows(store, source["held_out_share"])
         return rows, f"held-out rows of {where}, which the SAE was trained on"
-    named = {name: text.get(name) for name in ("where", "split", "config", "field")}
-    if same or (named["where"] and all((found.get("text") or {}).get(n) == v for n, v in named.items())):
+    if same or same_text(text, found.get("text") or {}):
         raise ValueError(
-            f"{where} holds activations of the text that the SAE was trained on ({named['where']}), but not those of "
-            "its training cache, so what it has seen of them is not known. Evaluate on text it was not trained on."
+            f"{where} holds activations of the text that the SAE was trained on ({text.get('where')}), but not those "
+            "of its training cache, so what it has seen of them is not known. Evaluate on text it was not trained on."
         )
     return torch.arange(store.rows), f"rows of {where}"
+
+
+def same_text(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Do two descriptions of texts mean the same one? Files are known by name and size, in whatever folder."""
+    if ours.get("bytes") and theirs.get("bytes"):
+        same_size = all(ours.get(name) == theirs.get(name) for name in ("files", "bytes"))
+        return same_size and Path(ours["where"]).name == Path(theirs["where"]).name
+    named = {name: ours.get(name) for name in ("where", "split", "config", "field")}
+    return bool(named["where"]) and all(theirs.get(name) == value for name, value in named.items())
 
 
 def halves(store: Rows, rows: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
@@ -69,7 +78,17 @@ def halves(store: Rows, rows: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int
 def recalibrate(sae: SAE, store: Rows, rows: Int[Tensor, " n"]) -> float:
     """Set the thresholds of an SAE anew, on the rows of a cache that pass its filter; returns the L0 there."""
     kept = rows[store.mask[rows]]
-    return sae.calibrate(store.batch(indices) for indices in kept.split(CHUNK))
+    return sae.calibrate(Anew(lambda: map(store.batch, kept.split(CHUNK))))
+
+
+class Anew:
+    """What can be read again: rows in the order of a text are far from random order."""
+
+    def __init__(self, read: Callable[[], Iterator[Any]]) -> None:
+        self.read = read
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.read()
 
 
 @usual()

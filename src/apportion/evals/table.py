@@ -27,10 +27,9 @@ OFF_BUDGET = 0.05
 
 def print_table(results: Mapping[str, Mapping[str, Any]], console: Console | None = None) -> None:
     """One row per SAE; columns that no result has are left out. Says over how many tokens, and what was filtered."""
-    first = next(iter(results.values()))
     shown = [c for c in COLUMNS if any(c[0] in r for r in results.values())]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("SAE")
+    table.add_column("SAE", overflow="fold")
     for _, title, _ in shown:
         table.add_column(title, justify="right")
     for name, result in results.items():
@@ -43,9 +42,12 @@ def print_table(results: Mapping[str, Mapping[str, Any]], console: Console | Non
     for name, result in results.items():
         if (budget := off_budget(result)) is not None:
             console.print(f"{name}: {budget}", style="bold yellow", highlight=False)
+    for said in dict.fromkeys(_evaluated_on(result, mode) for result in results.values()):
+        names = [name for name, result in results.items() if _evaluated_on(result, mode) == said]
+        console.print(
+            said if len(names) == len(results) else f"{', '.join(names)}: {said}", style="dim", highlight=False
+        )
     console.print(
-        f"{first['tokens']:,} tokens ({first.get('rows', 'held-out')}), {mode}; {first['filtered_share']:.2%} of "
-        "tokens filtered out. "
         "Dead: never active on these tokens. unfilt.: FVU over all tokens. ΔCE: loss that splicing adds, in nats; "
         "rec.0, rec.µ: share of it recovered against zero and mean ablation.",
         style="dim",
@@ -53,12 +55,21 @@ def print_table(results: Mapping[str, Mapping[str, Any]], console: Console | Non
     )
 
 
+def _evaluated_on(result: Mapping[str, Any], mode: str) -> str:
+    left_out = f"{result['filtered_share']:.2%} of tokens filtered out"
+    return f"{result['tokens']:,} tokens ({result.get('rows', 'held-out')}), {mode}; {left_out}."
+
+
 def off_budget(result: Mapping[str, Any]) -> str | None:
     """A sentence if the SAE takes clearly more or fewer latents here than its budget says; None if not."""
     k, l0 = result.get("k"), result.get("l0")
     if not k or l0 is None or abs(l0 / k - 1) <= OFF_BUDGET:
         return None
-    return (
+    said = (
         f"L0 is {l0:.2f} here, and k is {k:g}: the thresholds were calibrated on other text. Figures at another L0 do "
-        "not compare; --recalibrate sets the thresholds on half of the tokens and evaluates on the other half."
+    )
+    if result.get("recalibrated"):
+        return said + "not compare; give more --tokens, so that the half they are set on is like the other."
+    return (
+        said + "not compare; --recalibrate sets the thresholds on half of the tokens and evaluates on the other half."
     )

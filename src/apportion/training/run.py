@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from apportion.training.trainer import Trainer
 
 MAY_DIFFER = {
-    "log_every_steps", "checkpoint_every_tokens", "folder", "folders", "filtered", "filtered_share", "rows_seen"
+    "log_every_steps", "checkpoint_every_tokens", "folder", "folders", "filtered", "filtered_share", "rows_seen",
+    "seconds", "tokens_per_s",
 }  # fmt: skip
-"""What may change when a run is resumed: how it is watched, where the cache lies, counts of a source that runs live."""
+"""What may change when a run is resumed: how it is watched, where the cache lies and how long it took to collect,
+counts of a source that runs live."""
 
 
 class RunFolder:
@@ -56,7 +58,8 @@ class RunFolder:
             ("train", before["train"], now["train"]),
             ("source", before["source"], now["source"]),
         ):
-            for key in sorted(old.keys() | new.keys()):
+            added = new.keys() - old.keys() if part == "source" else set()  # older versions did not record it
+            for key in sorted((old.keys() | new.keys()) - added):
                 if key not in MAY_DIFFER and not _same(key, old.get(key), new.get(key)):
                     raise ValueError(
                         f"{self.folder} was started with {part} {key} = {old.get(key)!r}, now it is {new.get(key)!r}. "

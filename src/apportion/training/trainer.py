@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from torch import Tensor
 
 from apportion.activations.batch import ArraySource, Batch, Source
 from apportion.activations.progress import progress_bar
-from apportion.activations.stream import StreamSource
+from apportion.activations.stream import StreamSource, check_alike, joined, rows_in
 from apportion.architectures import SAE
-from apportion.architectures.inputs import as_tensor, first_tensor, is_array
+from apportion.architectures.inputs import as_tensor, is_array
 from apportion.disk import all_finite
 from apportion.processes import refuse_several_processes
 from apportion.settings import plain_number
@@ -47,21 +47,23 @@ CHECK_FINITE_STEPS = 100
 """Steps between checks that the loss is finite."""
 
 
-def source_of(given: Any, seed: int, row_dims: int = 1) -> Source:
-    """Whatever a user calls activations, as a source; ValueError for what is none."""
+def source_of(given: Any, seed: int, row_dims: int = 1, pairs: bool = False) -> Source:
+    """Whatever a user calls activations, as a source; ValueError for what is none. Arguments as of `StreamSource`."""
     if isinstance(given, Source):
         return given
-    if is_array(given):
-        return ArraySource(as_tensor(given), seed=seed)
+    if isinstance(given, Batch) or is_array(given):
+        given = [given]
     if isinstance(given, list | tuple) and given:
-        parts = [part.rows().x if isinstance(part, Batch) else first_tensor(part) for part in given]
-        parts = [part[None] if part.ndim == row_dims else part.flatten(0, part.ndim - row_dims - 1) for part in parts]
-        return ArraySource(torch.cat(parts), seed=seed)
-    if isinstance(given, Iterable):
-        return StreamSource(given, row_dims=row_dims)
+        parts = [rows_in(part, row_dims, pairs) for part in given]
+        for part in parts:
+            check_alike(part, parts[0])
+        rows = joined(parts) if len(parts) > 1 else parts[0]
+        return ArraySource(rows.x, seed=seed, target=rows.target)
+    if isinstance(given, Iterable) and not isinstance(given, str | Mapping):
+        return StreamSource(given, row_dims=row_dims, pairs=pairs)
     raise ValueError(
-        f"fit takes a tensor or array of rows, an iterable of them, or a source of activations (CacheSource, ...), "
-        f"got {type(given).__name__}."
+        "fit takes a tensor or array of rows, an iterable of them (of a Dataset its DataLoader), or a source of "
+        f"activations (of a folder CacheSource(ActivationStore(folder))), got {type(given).__name__}."
     )
 
 
@@ -182,6 +184,7 @@ class Trainer:
             batch = as_tensor(batch)
             batch = batch.clone() if batch.is_inference() else batch
             batch = Batch(batch.reshape(-1, *row) if batch.shape[-len(row) :] == row else batch)
+        batch = replace(batch, x=batch.x.detach())  # whatever the rows were made of is not to learn
         rows = batch.rows()
         if not getattr(self.objective, "whole_contexts", False):
             batch = rows
@@ -222,7 +225,7 @@ class Trainer:
         Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; `resume` goes on from there, with the
         same result as an uninterrupted run.
         """
-        source = source_of(source, self.config.seed, len(self.sae.row_shape))
+        source = source_of(source, self.config.seed, len(self.sae.row_shape), self.sae.needs_target)
         total_steps = self._check_run(source)
         if out is not None:
             refuse_several_processes()
