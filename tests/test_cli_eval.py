@@ -16,7 +16,7 @@ from apportion.activations import ActivationStore, CacheSource, load_model
 from apportion.activations.collect import collect
 from apportion.architectures import calibrate
 from apportion.cli import main
-from apportion.evals import held_out_rows, rows
+from apportion.evals import Measurement, held_out_rows, rows
 from apportion.evals.table import off_budget, print_table
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
@@ -155,6 +155,20 @@ def test_the_table_says_what_each_run_was_evaluated_on() -> None:
     assert "first" in (said := console.export_text()) and "second" in said, "names are not cut"
     assert "--recalibrate" in (off_budget(one) or "")
     assert "more --tokens" in (off_budget(one | {"recalibrated": True}) or "")
+
+
+def test_a_cache_that_is_missing_is_named_before_anything_is_evaluated(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = ap.load(home / "mutual_choice")
+    lost.info["source"]["folder"] = "lost"
+    lost.save(tmp_path / "lost")
+    monkeypatch.setattr(Measurement, "add", lambda *_, **__: pytest.fail("evaluated before all was checked"))
+    assert main(["eval", str(home / "topk"), str(tmp_path / "lost")]) == 2
+    assert "trained on is not there (lost)" in capsys.readouterr().err
+    for command in (["eval"], ["report", "--out", str(tmp_path / "r")]):
+        assert main([*command, str(home / "topk"), "--acts", "nowhere"]) == 2
+        assert "There is no cache at --acts nowhere" in capsys.readouterr().err
 
 
 def test_several_runs_stand_in_one_table(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -494,6 +494,39 @@ class _TextAndImages(nn.Module):
 
 
 @torch.no_grad()
+def test_padding_of_the_text_says_nothing_of_images() -> None:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    text = LlamaConfig(vocab_size=64, pad_token_id=0, **sizes)
+    images = CLIPVisionConfig(image_size=8, patch_size=4, **sizes)
+    torch.manual_seed(0)
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=images, text_config=text, image_token_index=63, vision_feature_layer=-1)
+    ).eval()
+    ids = torch.tensor([[2, 63, 63, 63, 63, 5, 7]])
+    padded, image = torch.cat([ids, torch.zeros(1, 5, dtype=ids.dtype)], 1), torch.randn(1, 3, 8, 8)
+    eyes, words = (
+        next(n for n, _ in llava.named_modules() if n.endswith(f"{p}.layers.0")) for p in ("encoder", "language_model")
+    )
+    clean = llava(input_ids=ids, pixel_values=image).logits[0, 6]
+    for place, seen in ((eyes, 5), (words, 7)):
+        rows: list[int] = []
+
+        def push(x: Tensor, rows: list[int] = rows) -> Tensor:
+            rows.append(x.shape[:-1].numel())
+            return x + 5 * torch.linspace(-1, 1, 32)
+
+        pushed = []
+        for given in (ids, padded):
+            with splice(llava, {place: push}):
+                mask = (given != 0).long()
+                pushed.append(llava(input_ids=given, attention_mask=mask, pixel_values=image).logits[0, 6])
+        assert rows[-2:] == [seen, seen], "all patches; all tokens but padding"
+        assert torch.allclose(pushed[0], pushed[1], atol=1e-5) and not torch.allclose(pushed[0], clean, atol=1e-3)
+
+
+@torch.no_grad()
 def test_a_transcoder_whose_module_takes_contexts_and_returns_rows() -> None:
     """As some mixtures of experts do."""
 

@@ -105,7 +105,8 @@ def by_context(x: Tensor, shape: torch.Size) -> Tensor:
 
 @contextmanager
 def watched(model: nn.Module, hookpoint: str) -> Iterator[Watch]:
-    """Within the block, take note of what the model is given in each forward pass."""
+    """Within the block, take note of what the model is given in each forward pass; of nothing for a hookpoint in a
+    tower of the model that reads no text."""
     watch = Watch()
 
     def note(names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -113,7 +114,7 @@ def watched(model: nn.Module, hookpoint: str) -> Iterator[Watch]:
         watch.tokens = tokens_given(dict(zip(names, args, strict=False)) | dict(kwargs), outer)
 
     with ExitStack() as stack:
-        for module in askable(model, hookpoint):
+        for module in askable(model, hookpoint) if _reads_text(model, hookpoint) else ():
             handle = module.register_forward_pre_hook(partial(note, parameters_of(module)), with_kwargs=True)
             stack.callback(handle.remove)
         yield watch
@@ -126,6 +127,15 @@ def askable(model: nn.Module, hookpoint: str) -> list[nn.Module]:
         if name and path.startswith(f"{name}.") and "input_ids" in parameters_of(module):
             found.append(module)
     return found
+
+
+def _reads_text(model: nn.Module, hookpoint: str) -> bool:
+    """False inside of a part that has a configuration of another kind than the module around it that takes tokens."""
+    path, config = f"{hookpoint.partition(':')[0]}.", getattr(askable(model, hookpoint)[-1], "config", None)
+    around = [module for name, module in modules_of(model).items() if not name or path.startswith(f"{name}.")]
+    own = next((c for m in reversed(around) if (c := getattr(m, "config", None)) is not None), None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return config is None or type(own) in (type(config), type(text))
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:

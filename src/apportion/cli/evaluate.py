@@ -64,6 +64,8 @@ class Eval:
             raise ValueError("The same run is named twice. Name each once.")
         for sae in saes.values():
             self._check_hookpoint(sae)
+            if not in_model:
+                self._folder(sae)
         loaded = self._load(saes) if in_model else None
         results, table, measurements = {}, {}, {}
         for name, sae in saes.items():
@@ -101,13 +103,7 @@ class Eval:
         from apportion.evals import evaluate_layers, evaluate_rows
         from apportion.evals.rows import halves, recalibrate, unseen_rows
 
-        trained_on = sae.info.get("source", {})
-        folder = self.acts or trained_on.get("folder")
-        if folder is None or not Path(folder).exists():
-            raise ValueError(
-                f"The cache that {sae.name} was trained on is not there ({folder}). "
-                "Give --acts CACHE, or --text FILE to evaluate inside the model."
-            )
+        trained_on, folder = sae.info.get("source", {}), self._folder(sae)
         store = self._store(folder, sae)
         if self.acts is not None:
             check_same_model(trained_on, store.describe(), str(self.acts), self.other_model)
@@ -126,6 +122,18 @@ class Eval:
         each = enumerate(zip(store.hookpoint.split(","), figures.get("fvu_sites", []), strict=False))
         sites = {f"site {i}, {name}": {**figures, "fvu": fvu, "fvu_unfiltered": None} for i, (name, fvu) in each}
         return measurement, figures, sites
+
+    def _folder(self, sae: Any) -> Path:
+        """The cache to evaluate an SAE on; ValueError if it is not there."""
+        if self.acts is not None and not self.acts.expanduser().exists():
+            raise ValueError(f"There is no cache at --acts {self.acts}.")
+        folder = self.acts or sae.info.get("source", {}).get("folder")
+        if folder is None or not Path(folder).expanduser().exists():
+            raise ValueError(
+                f"The cache that {sae.name} was trained on is not there ({folder}). "
+                "Give --acts CACHE, or --text FILE to evaluate inside the model."
+            )
+        return Path(folder)
 
     def _store(self, folder: str | Path, sae: Any) -> Any:
         """What to evaluate on; for an SAE of all layers its layers side by side, because that is how they are read."""

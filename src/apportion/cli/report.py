@@ -107,6 +107,8 @@ class Report:
             if trained_on["hookpoint"] is None:
                 raise ValueError("The SAE does not say which hookpoint it belongs to. Give --acts CACHE.")
             return None
+        if self.acts is not None and not self.acts.expanduser().exists():
+            raise ValueError(f"There is no cache at --acts {self.acts}.")
         folder = self.acts or trained_on.get("folder")
         if folder is None or not Path(folder).exists():
             raise ValueError(
