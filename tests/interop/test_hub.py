@@ -53,9 +53,11 @@ def sae_lens(**settings: object) -> dict[str, bytes]:
     return {"cfg.json": json.dumps(config | settings).encode(), "sae_weights.safetensors": save(weights)}
 
 
-def assert_is_the_sae(sae: ap.SAE, threshold: float = 0.0, subtract: bool = True) -> None:
+def assert_is_the_sae(sae: ap.SAE, threshold: float = 0.0, subtract: bool = True, centred: bool = False) -> None:
+    """`centred`: it was trained where tokens have a mean of 0 over the width."""
     x = inputs()
-    a = (x - B_DEC * subtract) @ W_ENC + B_ENC
+    seen = x - x.mean(1, keepdim=True) if centred else x
+    a = (seen - B_DEC * subtract) @ W_ENC + B_ENC
     z = a.relu() * (a > threshold)
     assert_computes(sae, x, z, z @ W_DEC + B_DEC)
 
@@ -280,7 +282,7 @@ class TestReleases:
         config = sae_lens(hook_name=name, model_name="gpt2-small")
         hub.repos["jbloom/GPT2-Small-SAEs-Reformatted"] = Repo(within(name, config) | within(f"x/{name}", config))
         sae = ap.load("gpt2-small-res-jb", name)
-        assert_is_the_sae(sae)
+        assert_is_the_sae(sae, centred=True)
         assert sae.hookpoint == "transformer.h.8:in"
 
     def test_through_a_canonical_name(self, hub, tmp_path):
