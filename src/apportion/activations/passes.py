@@ -131,7 +131,8 @@ def askable(model: nn.Module, hookpoint: str) -> list[nn.Module]:
 
 def _reads_text(model: nn.Module, hookpoint: str) -> bool:
     """False inside of a part that has a configuration of another kind than the module around it that takes tokens."""
-    path, config = f"{hookpoint.partition(':')[0]}.", getattr(askable(model, hookpoint)[-1], "config", None)
+    path = f"{hookpoint.partition(':')[0]}."
+    config: Any = getattr(askable(model, hookpoint)[-1], "config", None)
     around = [module for name, module in modules_of(model).items() if not name or path.startswith(f"{name}.")]
     own = next((c for m in reversed(around) if (c := getattr(m, "config", None)) is not None), None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
