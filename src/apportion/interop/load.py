@@ -113,6 +113,8 @@ def _recognise(path: Path) -> str:
     for name, known in FORMATS.items():
         if known.recognises(path):
             return name
+    if (path / "run.json").is_file():
+        return OURS  # a run that has not finished, which is said when it is read
     raise _unknown(path)
 
 
