@@ -59,7 +59,7 @@ def test_of_the_training_cache_only_held_out_rows_count(home: Path, tmp_path: Pa
     wanted = int(store.mask[held_out_rows(store, 0.1)].sum())
     for words in ([], ["--acts", str(home / "acts")], ["--acts", str(copy)]):
         found = evaluated(home, str(home / "topk"), *words, out=tmp_path)
-        assert found["tokens"] == wanted and "held-out rows of" in found["rows"]
+        assert found["tokens"] == wanted and "held-out rows of its training cache" in found["rows"]
     found = evaluated(home, str(home / "topk"), "--acts", str(home / "new"), out=tmp_path)
     assert found["tokens"] == int(ActivationStore(home / "new", POINT).mask.sum())
     assert found["rows"] == f"rows of {home / 'new'}"

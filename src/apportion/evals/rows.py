@@ -47,7 +47,7 @@ def unseen_rows(store: Rows, sae: SAE, where: str) -> tuple[Int[Tensor, " n"], s
         same = all(source.get(name, store) == found.get(name) for name in ("text", "rows", "contexts"))
     if same and "held_out_share" in source:
         rows = held_out_rows(store, source["held_out_share"])
-        return rows, f"held-out rows of {where}, which the SAE was trained on"
+        return rows, f"held-out rows of its training cache {where}"
     if same or same_text(text, found.get("text") or {}):
         raise ValueError(
             f"{where} holds activations of the text that the SAE was trained on ({text.get('where')}), but not those "
