@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.allocation import Pool, Threshold
+from apportion.allocation.token_choice import rank_within
 
 if TYPE_CHECKING:
     from apportion.architectures.base import SAE
@@ -125,12 +126,8 @@ def raised(floor: Tensor, latents: Tensor, affinity: Tensor, wanted: int | Tenso
         last = affinity.topk(keep, sorted=False).values.min()
         return floor.maximum(torch.nextafter(last, torch.zeros_like(last))) if keep else floor
     keep = (reserve * wanted).long() + 16
-    order = affinity.argsort(descending=True)
-    order = order[latents[order].argsort(stable=True)]
-    counts = torch.bincount(latents, minlength=len(floor))
-    ends = counts.cumsum(0)
-    full = (counts > keep).nonzero().squeeze(1)
-    last = affinity[order[ends[full] - counts[full] + keep[full] - 1]]
+    at = (rank_within(latents.long(), affinity, len(floor)) == keep[latents] - 1).nonzero().squeeze(1)
+    ids, last = latents[at], affinity[at]
     floor = floor.clone()
-    floor[full] = floor[full].maximum(torch.nextafter(last, torch.zeros_like(last)))
+    floor[ids] = floor[ids].maximum(torch.nextafter(last, torch.zeros_like(last)))
     return floor
