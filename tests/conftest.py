@@ -12,6 +12,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for subprocesses
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
 torch.set_num_threads(1)  # tiny tensors: on a busy machine a second thread costs a hundred times what it gives
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also the trials that take long (tests/faults)")
+    parser.addoption("--faults-json", metavar="FILE", help="write how many trials of each family there were, and held")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+
+
 SENTENCES = [
     "the cat sat on the mat and looked at the dog",
     "a dog ran over the hill to see the old house by the sea",
