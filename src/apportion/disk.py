@@ -1,12 +1,13 @@
 """What we write to disk appears whole or not at all, whatever goes wrong meanwhile; and JSON that anything can read.
 
-    write_json(file, content)           a file: written beside, then renamed into place
+    write_json(file, content)           a file: written elsewhere, made durable, renamed into place
     with replacing(file) as partial:    the same, for whoever writes it
     with whole_folder(out) as partial:  a folder
 
-A folder that does not exist yet is written beside its place and renamed. One that exists (empty: a mount point, the
-target of a link, the current directory) cannot be replaced by a rename; it gets a subfolder whose name says that it is
-unfinished, and at the end the contents move up, what makes the folder valid last.
+durable.py says how. A folder that does not exist yet is written beside its place and renamed. One that exists (empty: a
+mount point, the target of a link, the current directory) cannot be replaced by a rename; it gets a subfolder whose name
+says that it is unfinished, and at the end, that it is complete; then the contents move up, what makes the folder valid
+last. If a crash comes between, whoever writes there next moves up the rest.
 
 A full disk or a quota shows as `CannotWrite` with the name of the file, whatever a library makes of it.
 """
@@ -15,19 +16,21 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-UNFINISHED = "unfinished"
+from apportion.durable import complete, is_unfinished, make_durable, move_up, place_in, sweep, sync_folder
+from apportion.locks import LOCK, Lock, lock_of
+
+OF_NOBODY = ("lost+found", LOCK)
+"""What may lie in a folder that counts as empty: what the root folder of a disk has, and a lock."""
 
 
 class CannotWrite(OSError):
@@ -36,15 +39,19 @@ class CannotWrite(OSError):
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A path beside `file` to write to; at the end of the block it becomes `file`, after an exception it is removed."""
-    partial = file.with_name(file.name + ".partial")
-    try:
-        with naming(file):
-            yield partial
-            partial.replace(file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    """A path to write to; at the end of the block it becomes `file`, for good; after an exception it is gone.
+
+    Within a folder that is itself unfinished nothing is made durable: that happens to all of it at the end.
+    """
+    with naming(file), place_in(file.parent, file.name) as place:
+        partial = place / file.name
+        yield partial
+        final = not is_unfinished(file.parent)
+        if final:
+            make_durable(partial)
+        partial.replace(file)
+        if final:
+            sync_folder(file.parent)
 
 
 @contextmanager
@@ -70,38 +77,46 @@ def _cannot_write(file: Path, error: Exception) -> CannotWrite:
 
 
 @contextmanager
-def whole_folder(target: str | Path, last: Iterable[str] = ()) -> Iterator[Path]:
+def whole_folder(target: str | Path, last: Iterable[str] = (), locked: bool = False) -> Iterator[Path]:
     """A folder to write into; at the end of the block `target` has its contents, after an exception it has nothing.
 
     `target` does not exist, or is an empty folder. Of its entries those named in `last` appear last: without them the
-    folder counts as unfinished.
+    folder counts as unfinished. If it is to be `locked`, ValueError where another process writes it.
     """
     target = Path(target).resolve()
-    name = f"{UNFINISHED}-{uuid4().hex[:8]}"
     in_place = target.is_dir()
-    partial = target / name if in_place else target.with_name(f"{target.name}.{name}")
-    made = [folder for folder in partial.parents if not folder.exists()]
+    parent = target if in_place else target.parent
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        if in_place:
-            move_up(partial, last)
-        else:
-            partial.rename(target)
+        with ExitStack() as until_then:
+            with naming(target):
+                parent.mkdir(parents=True, exist_ok=True)
+                if locked:
+                    until_then.enter_context(Lock(lock_of(target), str(target)))
+                partial = until_then.enter_context(place_in(parent, "" if in_place else target.name))
+            yield partial
+            with naming(target):
+                make_durable(partial)
+                if in_place:
+                    move_up(complete(partial), last)
+                else:
+                    partial.rename(target)
+                for folder in (parent, *(folder.parent for folder in made)):
+                    sync_folder(folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
         for folder in made:  # from the inside out
             with suppress(OSError):
                 folder.rmdir()
         raise
-    shutil.rmtree(partial, ignore_errors=True)
 
 
-def move_up(folder: Path, last: Iterable[str] = ()) -> None:
-    """Move what a folder holds into the folder around it, entries named in `last` after all others."""
-    after = list(last)
-    for entry in sorted(folder.iterdir(), key=lambda e: (after.index(e.name) if e.name in after else -1, e.name)):
-        entry.rename(folder.parent / entry.name)
+def occupied(place: Path) -> bool:
+    """True for a file, and for a folder with more in it than the file system and processes that are gone left there."""
+    sweep(place.parent)
+    if not place.is_dir():
+        return place.exists() or place.is_symlink()
+    sweep(place)
+    return any(entry.name not in OF_NOBODY for entry in place.iterdir())
 
 
 def write_text(file: Path, content: str) -> None:
@@ -135,12 +150,16 @@ def plain(value: Any) -> Any:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    return parse_json(file.read_bytes(), str(file))
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} does not hold a JSON object.")
+        raise ValueError(f"{where} does not hold a JSON object.")
     return content
 
 

@@ -18,11 +18,11 @@ import torch
 from apportion.activations import collect as collect_module
 from apportion.activations import writer as writer_module
 from apportion.activations.collect import collect
-from apportion.activations.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.activations.model import load_model
 from apportion.activations.store import ActivationStore, read_manifest
 from apportion.activations.writer import StoreWriter, check_free_disk, check_out, size_text
 from apportion.disk import CannotWrite
+from apportion.interrupt import GivenUp, Interrupted, Interrupts
 
 TEXT = ["the cat sat on the mat and looked at the dog by the sea " * 20]
 
@@ -312,7 +312,7 @@ def test_a_stop_while_the_text_is_waited_for(lm: tuple[Any, Any], tmp_path: Path
     [
         (collect_module, "run_contexts", 2, [signal.SIGINT]),
         (StoreWriter, "finish", 1, [signal.SIGINT, signal.SIGINT]),
-        (StoreWriter, "add", 2, [signal.SIGINT, signal.SIGTERM]),
+        (StoreWriter, "add", 2, [signal.SIGTERM, signal.SIGINT]),
     ],
     ids=["before the first context", "twice at the end", "twice in the middle"],
 )

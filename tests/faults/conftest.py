@@ -21,8 +21,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     if report.skipped and report.when in ("setup", "call"):
         outcomes["not possible here"] += 1
     elif report.when == "call" or (report.when == "setup" and report.failed):
-        outcomes["tried"] += 1
-        outcomes["survived"] += report.passed
+        count = dict(item.user_properties).get("trials", 1)
+        assert isinstance(count, int)
+        outcomes["tried"] += count
+        outcomes["survived"] += count * report.passed
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -6,6 +6,8 @@ A test here carries the mark of its family, and every case of it counts as one t
     @pytest.mark.parametrize("damage", trials(DAMAGES, short=6))
     def test_...(damage): ...
 
+A test that makes many at once says how many with `record_property("trials", count)`.
+
 `trials` leaves `short` cases, evenly spaced, for CI; `pytest tests/faults --long` runs all of them. With
 `--faults-json FILE` the outcomes of every family are written down, from which tools/reliability.py makes the table in
 docs/reliability.md.

@@ -16,8 +16,8 @@ import torch
 
 import apportion as ap
 from apportion.activations import ArraySource
+from apportion.interrupt import TOLD, GivenUp, Interrupts
 from apportion.metrics import FVU
-from apportion.training.interrupt import finish_step_on_interrupt
 
 D_IN, D_SAE, K, BATCH, STEPS = 8, 48, 3, 32, 20
 
@@ -105,7 +105,7 @@ def test_a_run_leaves_a_finished_sae(case, tmp_path):
     sae = t.fit(Source(), tmp_path / "run")
     assert not sae.training and (t.steps, t.tokens) == (STEPS, STEPS * BATCH)
     assert sorted(f.name for f in (tmp_path / "run").iterdir()) == [
-        "config.json", "metrics.jsonl", "model.safetensors", "run.json",
+        "config.json", "finished.json", "metrics.jsonl", "model.safetensors", "run.json",
     ]  # fmt: skip
     loaded, x = ap.load(tmp_path / "run"), data(20, seed=3)
     assert torch.equal(loaded(x), sae(x))
@@ -269,20 +269,20 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_only_the_newest_checkpoint_is_kept(tmp_path):
+def test_the_last_two_checkpoints_are_kept(tmp_path):
     with pytest.raises(Crash):
         trainer(checkpoint_every_tokens=2 * BATCH).fit(Source(at=18, act=crash), tmp_path / "run")
-    assert [f.name for f in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint-16"]
+    assert sorted(f.name for f in (tmp_path / "run").glob("checkpoint*")) == ["checkpoint-14", "checkpoint-16"]
     assert ap.load(tmp_path / "run" / "checkpoint-16").name == "mutual_choice"
 
 
 def test_resuming_a_finished_run_destroys_nothing(tmp_path):
     trainer().fit(Source(), tmp_path / "run")
     before = {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()}
-    source = Source()
-    with pytest.raises(ValueError, match=r"finished.*ap\.load"):
-        trainer().fit(source, tmp_path / "run", resume=True)
-    assert source.handed_out == 0
+    source, again = Source(), trainer()
+    sae = again.fit(source, tmp_path / "run", resume=True)
+    assert source.handed_out == 0 and again.steps == STEPS and not sae.training
+    assert torch.equal(sae.W_dec, ap.load(tmp_path / "run").W_dec)
     assert {f.name: f.read_bytes() for f in (tmp_path / "run").iterdir()} == before
 
 
@@ -366,20 +366,72 @@ def test_nan_in_a_batch_ends_the_run_with_a_clear_error(tmp_path):
 
 
 def test_a_second_ctrl_c_stops_at_once():
-    with finish_step_on_interrupt() as interrupted:
-        assert not interrupted()
+    with Interrupts() as interrupts:
+        assert not interrupts.arrived
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupted()
-        with pytest.raises(KeyboardInterrupt):
+        assert interrupts.arrived
+        with pytest.raises(GivenUp):
             press_ctrl_c()
+
+
+@pytest.mark.parametrize("told", TOLD)
+def test_being_told_to_end_says_it_once_or_often(told):
+    before = signal.getsignal(told)
+    with Interrupts() as interrupts:
+        os.kill(os.getpid(), told)
+        os.kill(os.getpid(), told)
+        assert interrupts.arrived
+    assert signal.getsignal(told) is before
+
+
+def test_what_is_held_is_finished_and_ends_then():
+    done = False
+    with Interrupts() as interrupts, pytest.raises(GivenUp):
+        with interrupts.held():
+            press_ctrl_c()
+            press_ctrl_c()
+            done = True
+        done = False
+    assert done
+
+
+def test_one_ctrl_c_while_holding_is_remembered():
+    with Interrupts() as interrupts:
+        with interrupts.held():
+            press_ctrl_c()
+        with pytest.raises(KeyboardInterrupt), interrupts.let_through():
+            pass
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT])
+def test_what_is_ignored_stays_so(ignored, monkeypatch):
+    before = signal.signal(ignored, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), ignored)
+            assert not interrupts.arrived
+    finally:
+        signal.signal(ignored, before)
+
+
+def test_a_handler_that_a_program_brought_stays_in_place():
+    """Such as that of a launcher which starts the job again when Slurm says that its time is up."""
+    came = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: came.append(1))
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert came == [1] and not interrupts.arrived
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_interrupts_are_left_alone_outside_the_main_thread():
     seen = []
 
     def work():
-        with finish_step_on_interrupt() as interrupted:
-            seen.append(interrupted())
+        with Interrupts() as interrupts:
+            seen.append(interrupts.arrived)
 
     thread = threading.Thread(target=work)
     thread.start()

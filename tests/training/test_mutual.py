@@ -216,7 +216,7 @@ def test_a_run_of_several_saes_resumes_exactly(name, tmp_path):
     assert [f.name for f in tmp_path.joinpath("run").glob("checkpoint*")] == ["checkpoint-10"]
     trainer(name, **settings).fit(ArraySource(data()), tmp_path / "run", resume=True)
     assert sorted(f.name for f in (tmp_path / "run").iterdir()) == [
-        "metrics.jsonl", "run.json", "sae-0", "sae-1", "sae-2",
+        "finished.json", "metrics.jsonl", "run.json", "sae-0", "sae-1", "sae-2",
     ]  # fmt: skip
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
     for i in range(3):
@@ -224,8 +224,10 @@ def test_a_run_of_several_saes_resumes_exactly(name, tmp_path):
         assert all(torch.equal(t, two.state_dict()[key]) for key, t in one.state_dict().items())
         assert one.info == two.info and one.info["training"]["objective"]["weight"] == 0.1
     assert not torch.equal(one.W_dec, ap.load(tmp_path / "run" / "sae-0").W_dec)
-    with pytest.raises(ValueError, match="finished"):
-        trainer(name, **settings).fit(ArraySource(data()), tmp_path / "run", resume=True)
+    again = trainer(name, **settings)
+    again.fit(ArraySource(data()), tmp_path / "run", resume=True)
+    for i, sae in enumerate(again.saes):
+        assert torch.equal(sae.W_dec, ap.load(tmp_path / "run" / f"sae-{i}").W_dec)
 
 
 @pytest.mark.parametrize(

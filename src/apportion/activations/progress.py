@@ -6,13 +6,33 @@ A bar on stderr for terminals; for everyone else a line in the log every 30 seco
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import perf_counter
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY_S = 30
+
+
+class _Unbothered:
+    """Text written to it that nobody can take any more, because the terminal was closed, is lost; nothing is raised."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 @contextmanager
@@ -21,7 +41,7 @@ def progress_bar(what: str, total: int, done: int = 0, *, show: bool = True) -> 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(file=_Unbothered(sys.stderr))  # type: ignore[arg-type]
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

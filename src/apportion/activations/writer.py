@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import mkdtemp
 from types import TracebackType
 from typing import Any
 
@@ -20,14 +19,13 @@ from torch import Tensor
 from apportion.activations.filter import FIT_ROWS, REASONS, TokenFilter, row_norms
 from apportion.activations.store import FORMAT_VERSION, MANIFEST, folder_name, sha256_of, torch_dtype
 from apportion.activations.text import expanded
-from apportion.disk import UNFINISHED, whole_folder, write_json, write_tensors
+from apportion.disk import occupied, whole_folder, write_json, write_tensors
+from apportion.durable import place_in
+from apportion.locks import Lock, lock_of
 
 SHARD_ROWS = 1 << 17
 SHARD_BYTES = 1 << 30
 """A shard holds at most this many bytes over all hookpoints, because that is what is held in memory."""
-
-OF_THE_DISK = ("lost+found",)
-"""What the root folder of a disk holds by itself."""
 
 
 class _HookpointStats:
@@ -78,7 +76,7 @@ class StoreWriter:
         token_filter: TokenFilter,
         special_ids: tuple[int, ...],
     ) -> None:
-        self._whole = whole_folder(check_out(out), last=[MANIFEST])
+        self._whole = whole_folder(check_out(out), last=[MANIFEST], locked=True)
         self.dtype_name, self.dtype = dtype, torch_dtype(dtype)
         self.special_ids = special_ids
         self.stats = {name: _HookpointStats(d_in, token_filter) for name, d_in in widths.items()}
@@ -164,10 +162,14 @@ def check_out(out: str | Path) -> Path:
         place = expanded(out).resolve()
     except RuntimeError as error:  # links in a circle
         raise ValueError(f"{str(out)!r} leads nowhere ({error}): choose another folder") from None
-    if place.is_file() or (place.is_dir() and any(entry.name not in OF_THE_DISK for entry in place.iterdir())):
+    if occupied(place):
         raise ValueError(f"{str(out)!r} exists already: choose another folder or delete it first")
     try:
-        Path(mkdtemp(prefix=f"{place.name}.{UNFINISHED}-", dir=existing_folder(place))).rmdir()
+        with place_in(existing_folder(place), place.name):
+            pass
+        if place.parent.is_dir():
+            with Lock(lock_of(place), f"the cache {str(out)!r}"):
+                pass
     except OSError as error:
         raise ValueError(f"{str(out)!r} cannot be made ({error.strerror}): choose another folder") from None
     return place

@@ -1,11 +1,11 @@
 """A released SAE on disk: config.json and model.safetensors. Nothing is ever unpickled.
 
-config.json         {"format": "apportion", "version": 1, "sae": name, "settings": {...}, "info": {...}}
+config.json         {"format": "apportion", "version": 1, "sae": name, "settings": {...}, "info": {...}, "id": digest}
 model.safetensors   parameters, input description, thresholds and densities, under their names in the module
 
-Saving over an SAE replaces both or neither: the weights carry the digest of the config that belongs to them, and one
-rename puts them in place. If a crash comes between that and the rename of the config, `load` finds the config that
-belongs to them beside it. (A config edited by hand has no such twin, and is taken as it is.)
+Saving over an SAE replaces both or neither: one rename puts the new weights in place, whose metadata hold the config
+that belongs to them. If a crash comes between that and the rename of the config, `load` finds one with another id, and
+takes that of the weights. (A config edited by hand keeps its id, and is taken as it is.)
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 
 from apportion.architectures.affine import blank_weights
 from apportion.architectures.base import SAE
-from apportion.disk import all_finite, json_text, read_json, replacing, write_tensors
+from apportion.disk import all_finite, json_text, parse_json, read_json, replacing, write_tensors
 from apportion.torch_state import usual
 
 VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-CONFIG_DIGEST = "config_sha256"
-"""In the metadata of the weights: which config belongs to them."""
+OWN_CONFIG = "config"
+"""In the metadata of the weights: the text of the config that belongs to them."""
 SIZES = [
     ("d_sae", "W_enc", 0),
     ("d_in", "W_enc", -1),
@@ -44,10 +44,10 @@ def save(sae: SAE, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().contiguous().cpu() for name, t in sae.state_dict().items()}
     config = {"format": "apportion", "version": VERSION, "sae": sae.name, "settings": sae.settings(), "info": sae.info}
-    text = json_text(config)
+    text = json_text(config | {"id": hashlib.sha256(json_text(config).encode()).hexdigest()})
     with replacing(folder / CONFIG) as partial:
         partial.write_text(text, encoding="utf-8")
-        write_tensors(folder / WEIGHTS, tensors, {CONFIG_DIGEST: _digest(text)})
+        write_tensors(folder / WEIGHTS, tensors, {OWN_CONFIG: text})
 
 
 @usual(learning=True)
@@ -65,7 +65,7 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
             raise ValueError(f"{folder} is a run that has not finished. Go on with it: apportion train ... --resume")
         if not file.is_file():
             raise ValueError(f"{folder} is not a saved SAE: {file.name} is missing. Give a folder that sae.save wrote.")
-    config = read_json(_config_of(config_file, tensor_file))
+    config = _config_of(config_file, tensor_file)
     if config.get("format") != "apportion":
         raise ValueError(f"{config_file} was not written by apportion (format {config.get('format')!r}).")
     if not isinstance(found := config.get("version"), int) or found > VERSION:
@@ -117,18 +117,12 @@ def _check_sizes(settings: dict[str, Any], tensors: dict[str, torch.Tensor], fil
             raise ValueError(f"{file}: {weights} has shape {found}, its config says {name} = {said!r}.")
 
 
-def _config_of(config_file: Path, tensor_file: Path) -> Path:
-    """The config that belongs to the weights: beside `config_file` if a crash kept it from getting there."""
-    partial = config_file.with_name(config_file.name + ".partial")
-    if not partial.is_file():
-        return config_file
+def _config_of(config_file: Path, tensor_file: Path) -> dict[str, Any]:
+    """The config that belongs to the weights: from them, if a crash kept it from replacing the one in its file."""
+    config = read_json(config_file)
     try:
         with safe_open(tensor_file, framework="pt") as opened:
-            wanted = (opened.metadata() or {}).get(CONFIG_DIGEST)
-    except (SafetensorError, OSError):
-        return config_file
-    return partial if wanted == _digest(partial.read_text(encoding="utf-8")) else config_file
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+            own = parse_json((opened.metadata() or {})[OWN_CONFIG], str(tensor_file))
+    except (SafetensorError, OSError, KeyError, ValueError):  # none of ours, or damaged, which is said elsewhere
+        return config
+    return own if "id" in config and config["id"] != own.get("id") else config

@@ -14,7 +14,6 @@ A mistake is answered with one line and exit code 2, before any long work; Ctrl-
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from typing import Annotated, Any, Union, cast
 
@@ -29,6 +28,7 @@ from apportion.cli.evaluate import Eval
 from apportion.cli.info import Info
 from apportion.cli.report import Report
 from apportion.cli.train import chosen_sae, train_command
+from apportion.interrupt import end_like_ctrl_c
 from apportion.processes import refuse_several_processes
 
 DESCRIPTION = "Sparse autoencoders that spend their sparsity budget where it is needed."
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("apportion").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being told to end is like Ctrl-C: clean up
+    end_like_ctrl_c()
     try:
         refuse_several_processes()
         parse(argv).run()

@@ -17,6 +17,7 @@ from apportion.cli.arguments import Count, Filter, Model, Text, best_device, say
 from apportion.cli.objectives import CONFIGS, THROUGH_MODEL, check_objective, objective_config, objective_for
 from apportion.cli.rows import kind_of, open_rows, settings_of
 from apportion.training import TrainConfig
+from apportion.training.run import RUN, is_finished
 
 SAE_FLAGS_OWN = {"d_in", "d_out", "num_sites", "d_sae", "k", "seed", "hookpoint"}
 """SAE settings that the train command asks for in its own words, or that follow from the activations."""
@@ -53,6 +54,8 @@ class TrainBase:
     loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
     resume: bool = False
     """Go on with the run in --out after an interruption."""
+    requeue: bool = False
+    """Begin the run in --out, go on with it, or leave it as it is if it is finished: for scripts that are run again."""
     seed: int = 0
     """Seed of initial weights and data order."""
 
@@ -84,9 +87,10 @@ class TrainBase:
         trainer = Trainer(saes, config, objective_for(self.training_objective, objective, source))
         sae = trainer.sae
         try:
-            trainer.fit(source, self.out, resume=self.resume)
-        except KeyboardInterrupt:
-            say(f"\nStopped after {trainer.tokens:,} tokens; everything is in {self.out}. Go on with --resume.")
+            trainer.fit(source, self.out, resume=self.resume or self.requeue)
+        except KeyboardInterrupt as stopped:
+            said = str(stopped)
+            say(f"\n{said[:1].upper()}{said[1:]}.")
             raise
         calibration = sae.info["calibration"]
         say(f"{self.out}: {sae.name} on {trainer.tokens:,} tokens of {sae.hookpoint}")
@@ -94,9 +98,12 @@ class TrainBase:
         say(f"  next: apportion eval {self.out if len(saes) == 1 else self.out / 'sae-0'}")
 
     def _check_out(self) -> None:
-        if self.resume and not (self.out / "run.json").exists():
+        there, again = (self.out / RUN).exists(), self.resume or self.requeue
+        if self.resume and not there:
             raise ValueError(f"There is no run to resume in {self.out}. Leave --resume out, or check the folder.")
-        if not self.resume and (self.out / "run.json").exists():
+        if self.resume and is_finished(self.out):
+            raise ValueError(f"The run in {self.out} is finished: look at it with apportion eval {self.out}.")
+        if there and not again:
             raise ValueError(f"{self.out} already holds a run. Resume it (--resume) or choose another folder.")
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"--held-out-share must lie between 0 and 1, got {self.held_out_share}.")

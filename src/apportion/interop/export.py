@@ -60,7 +60,7 @@ def export(sae: SAE, folder: str | Path, format: str, *, model_class_name: str |
     check_model_class(model_class_name, format)
     target = empty_folder(folder)
     if format == OURS:
-        with whole_folder(target) as unfinished:
+        with whole_folder(target, locked=True) as unfinished:
             sae.save(unfinished)
         return
     parts = take_apart(sae if sae.dtype in PRECISE else deepcopy(sae).float())
@@ -71,7 +71,7 @@ def export(sae: SAE, folder: str | Path, format: str, *, model_class_name: str |
     assert write is not None
     if model_class_name is not None:
         write = partial(sae_lens.write, model_class_name=model_class_name)
-    with whole_folder(target) as unfinished:
+    with whole_folder(target, locked=True) as unfinished:
         write(parts, unfinished)
     _warn_of_filter(parts, format)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.disk import occupied
 from apportion.interop.hook_names import LAYERS, family_of_model
 from apportion.interop.parts import Kind, Parts
 
@@ -76,6 +77,6 @@ def empty_folder(folder: str | Path) -> Path:
     path = Path(folder).expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise ValueError(f"{folder} is a file. Give a new folder.")
-    if path.exists() and any(path.iterdir()):
+    if occupied(path):
         raise ValueError(f"{folder} exists and is not empty. Give a new folder.")
     return path

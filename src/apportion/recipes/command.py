@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Protocol
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
+
+from apportion.interrupt import end_like_ctrl_c
 
 
 class Recipe(Protocol):
@@ -39,7 +40,7 @@ def main(recipe: type[Recipe], name: str, about: str | None, argv: Sequence[str]
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger(f"apportion.{name}").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being told to end is like Ctrl-C: clean up
+    end_like_ctrl_c()
     try:
         tyro.cli(recipe, args=argv, prog=f"python -m apportion.recipes.{name}", description=about).run()
     except (ValueError, OSError) as error:

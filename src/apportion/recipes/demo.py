@@ -22,7 +22,7 @@ from apportion.activations import ActivationStore, CacheSource, TextSource, load
 from apportion.activations.collect import collect
 from apportion.activations.hookpoints import expand, middle_layer
 from apportion.activations.model import width_at
-from apportion.architectures import SAE, create, load
+from apportion.architectures import SAE, create
 from apportion.disk import read_json, write_json, write_text
 from apportion.embedded import stories
 from apportion.evals import held_out_rows
@@ -156,11 +156,9 @@ class Demo:
 
     def _trained(self, sae: SAE, store: ActivationStore) -> SAE:
         folder = self.out / "runs" / sae.name
-        if (folder / "config.json").exists():
-            return load(folder).to(self.device)
         source = CacheSource(store, seed=self.seed)
         batch = self._batch(sae)
         total = source.num_rows // batch * batch
         config = TrainConfig(lr=self.lr, batch_tokens=batch, total_tokens=total, seed=self.seed)
         logger.info("Training %s: %d latents, %d of them per token", sae.name, sae.d_sae, self.k)
-        return Trainer(sae.to(self.device), config).fit(source, folder, resume=(folder / "run.json").exists())
+        return Trainer(sae.to(self.device), config).fit(source, folder, resume=True)

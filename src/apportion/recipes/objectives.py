@@ -257,10 +257,7 @@ def shown(figures: dict[str, Any], styles: dict[str, str]) -> list[str]:
 
 def fitted(trainer: Trainer, source: Any, folder: Path) -> Sequence[SAE]:
     """All SAEs of a run: trained, trained on from where it stopped, or read if it is finished."""
-    parts = [folder] if len(trainer.saes) == 1 else [folder / f"sae-{i}" for i in range(len(trainer.saes))]
-    if all((part / "config.json").exists() for part in parts):
-        return [load(part) for part in parts]
-    trainer.fit(source, folder, resume=(folder / "run.json").exists())
+    trainer.fit(source, folder, resume=True)
     return trainer.saes
 
 

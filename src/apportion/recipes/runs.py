@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +14,12 @@ from torch import Tensor
 from apportion.activations import Source, load_model, read_contexts
 from apportion.activations.filter import TokenFilter
 from apportion.activations.sites import Rows
-from apportion.architectures import SAE, load
+from apportion.architectures import SAE
 from apportion.disk import read_json
 from apportion.evals import evaluate_model, evaluate_rows
 from apportion.training import TrainConfig, Trainer
-from apportion.training.run import MAY_DIFFER
+from apportion.training.run import RUN, read_log
+from apportion.training.same import check_same
 
 logger = logging.getLogger("apportion.runs")
 
@@ -30,31 +29,19 @@ def fitted(folder: Path, sae: SAE, config: TrainConfig, source: Source) -> tuple
 
     Raises ValueError if the folder holds a run with other settings.
     """
-    if (folder / "config.json").exists():
-        same_run(folder, sae, config, source)
-        return load(folder), seconds_of(folder)
     trainer = Trainer(sae, config)
-    return trainer.fit(source, folder, resume=(folder / "run.json").exists()), trainer.seconds
+    return trainer.fit(source, folder, resume=True), trainer.seconds
 
 
 def same_run(folder: Path, sae: SAE, config: TrainConfig, source: Source) -> None:
-    """Refuse finished runs that were made with other settings or on other rows."""
-    found = read_json(folder / "run.json")
-    wanted = {"settings": sae.settings(), "train": dataclasses.asdict(config), "source": source.describe()}
-    made = {"settings": found["sae"]["settings"] | {"hookpoint": None}, **{k: found[k] for k in ("train", "source")}}
-    for part, values in json.loads(json.dumps(wanted)).items():
-        for name, value in values.items():
-            if name not in MAY_DIFFER and made[part].get(name) != value:
-                raise ValueError(
-                    f"{folder} was made with other settings: {name} was {made[part].get(name)!r}, now it is {value!r}. "
-                    "Choose another --out, or remove it."
-                )
+    """ValueError if the run in this folder was made with other settings or on other rows."""
+    trainer = Trainer(sae, config)
+    check_same(folder, read_json(folder / RUN), trainer.describe(source), trainer.defaults())
 
 
 def seconds_of(folder: Path) -> float:
     """Training time of a finished run; 0 if there was nothing to train."""
-    log = folder / "metrics.jsonl"
-    return json.loads(log.read_text().splitlines()[-1])["seconds"] if log.exists() else 0.0
+    return [{"seconds": 0.0}, *read_log(folder)][-1]["seconds"]
 
 
 def best_rate(name: str, fvu: Mapping[float, float]) -> float:

@@ -125,6 +125,10 @@ class Adam:
         m = self.moments[p]
         return {"exp_avg": m.exp_avg, "exp_avg_sq": m.exp_avg_sq, "step": torch.tensor(float(m.steps))}
 
+    def shapes(self, p: Tensor) -> dict[str, torch.Size]:
+        """What `state` has of a parameter after its first step."""
+        return {"exp_avg": p.shape, "exp_avg_sq": p.shape, "step": torch.Size()}
+
     def load_state(self, p: Tensor, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned."""
         m = self._begin(p)

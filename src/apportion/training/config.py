@@ -51,13 +51,16 @@ class TrainConfig(metaclass=_Named):
     """Steps between lines in metrics.jsonl and updates of the progress bar."""
     checkpoint_every_tokens: int = 20_000_000
     """Tokens between checkpoints; one is also written on Ctrl-C."""
+    checkpoint_every_minutes: float = 10.0
+    """Minutes between checkpoints, if that is sooner."""
 
     def __post_init__(self) -> None:
         settle(self)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
-        for name in ("lr", "batch_tokens", "clip_ratio", "log_every_steps", "checkpoint_every_tokens"):
+        positive = ("lr", "batch_tokens", "clip_ratio", "log_every_steps", "checkpoint_every_tokens")
+        for name in (*positive, "checkpoint_every_minutes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         for name in ("dead_window_tokens", "density_window_tokens"):
@@ -95,6 +98,10 @@ class TrainConfig(metaclass=_Named):
     def logs_step(self, step: int) -> bool:
         """Whether the figures of this step, counted from 1, are written down."""
         return step % self.log_every_steps == 0 or step == self.total_steps
+
+    def saves_after(self, tokens: int, seconds: float) -> bool:
+        """Whether a checkpoint is due so long after the last one."""
+        return tokens >= self.checkpoint_every_tokens or seconds >= 60 * self.checkpoint_every_minutes
 
     def progress_at(self, tokens: int) -> float:
         """Share of the run that is done after so many tokens; 1 for a run without an end."""

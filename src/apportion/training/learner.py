@@ -114,6 +114,19 @@ class Learner:
             tensors["l0"] = self.activity.weight.new_tensor(self.l0)
         return tensors
 
+    def check_state(self, tensors: dict[str, Tensor]) -> None:
+        """ValueError unless this is all of what `state` returned after a step, for an SAE like this one."""
+        wanted = {f"activity.{name}": t.shape for name, t in self.activity.state_dict().items()}
+        wanted |= {f"clipping.{name}": t.shape for name, t in self.clipping.state_dict().items()}
+        for name, p in self.sae.named_parameters():
+            if p in set(self.optimizer.parameters):
+                wanted |= {f"adam.{name}.{key}": shape for key, shape in self.optimizer.shapes(p).items()}
+        for name, shape in wanted.items():
+            if name not in tensors or tensors[name].shape != shape:
+                raise ValueError(f"{name} is missing, or has another shape")
+        if more := tensors.keys() - wanted.keys() - {"warm.bounds", "l0"}:
+            raise ValueError(f"unexpected {', '.join(sorted(more))}")
+
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state` returned."""
         modules: dict[str, Any] = {"activity.": self.activity, "clipping.": self.clipping}

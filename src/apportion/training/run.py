@@ -2,130 +2,221 @@
 
 run.json            the whole configuration: SAE, training, source, versions
 metrics.jsonl       one line every few steps
-checkpoint-<step>/  everything to go on from there; only the newest is kept
+checkpoint-<step>/  everything to go on from there; the last two are kept
 config.json, model.safetensors    the finished SAE: ap.load(folder); of several, each in its folder sae-<i>
+finished.json       comes last: the run is over
+.lock               while a process writes here
+
+At every moment there is a whole checkpoint that survives a power cut, once there has been one: an older one goes when
+two newer ones are on the disk. A run goes on from the newest that is whole, whatever happened to others.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import logging
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
-
-from apportion.activations.fingerprint import model_difference
+from apportion.activations.batch import Source
+from apportion.architectures import SAE
 from apportion.architectures.files import load
-from apportion.disk import naming, plain, read_json, whole_folder, write_json, write_tensors, write_text
+from apportion.disk import naming, occupied, plain, read_json, write_json, write_text
+from apportion.durable import remove, sweep, sync_folder
+from apportion.locks import LOCK, Lock
+from apportion.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from apportion.training.same import check_same
 
 if TYPE_CHECKING:
-    from apportion.activations.batch import Source
     from apportion.training.trainer import Trainer
 
-MAY_DIFFER = {
-    "log_every_steps", "checkpoint_every_tokens", "folder", "folders", "filtered", "filtered_share", "rows_seen",
-    "seconds", "tokens_per_s",
-}  # fmt: skip
-"""What may change when a run is resumed: how it is watched, where the cache lies and how long it took to collect,
-counts of a source that runs live."""
+logger = logging.getLogger(__name__)
+
+KEPT = 2
+"""Checkpoints that a run keeps: if the disk damages one, there is another."""
+RUN, LOG, FINISHED = "run.json", "metrics.jsonl", "finished.json"
 
 
 class RunFolder:
-    def __init__(self, folder: Path, description: dict[str, Any], resume: bool) -> None:
-        folder = self.folder = folder.expanduser()
-        record = folder / "run.json"
-        if record.exists():
-            if not resume:
-                raise ValueError(f"{folder} already holds a run. Resume it (--resume) or choose another folder.")
-            self._check_same(read_json(record), description)
-            return
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} exists and is not a run of apportion. Choose another folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-        versions = {name: version(name) for name in ("apportion", "torch")} | {"python": sys.version.split()[0]}
-        write_json(record, {**description, "versions": versions})
+    """A run that this process writes, while entered; ValueError if another does, or if it is not the run described."""
 
-    def _check_same(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        before, now = json.loads(json.dumps(before)), json.loads(json.dumps(now))
-        for part, old, new in (
-            ("sae", before["sae"]["settings"], now["sae"]["settings"]),
-            ("sae", {"name": before["sae"]["name"]}, {"name": now["sae"]["name"]}),
-            ("run", {"num_saes": before.get("num_saes", 1)}, {"num_saes": now.get("num_saes", 1)}),
-            ("objective", before.get("objective", {}), now.get("objective", {})),
-            ("train", before["train"], now["train"]),
-            ("source", before["source"], now["source"]),
-        ):
-            added = new.keys() - old.keys() if part == "source" else set()  # older versions did not record it
-            for key in sorted((old.keys() | new.keys()) - added):
-                if key not in MAY_DIFFER and not _same(key, old.get(key), new.get(key)):
-                    raise ValueError(
-                        f"{self.folder} was started with {part} {key} = {old.get(key)!r}, now it is {new.get(key)!r}. "
-                        "Resume with the same settings, or start a new run in another folder."
-                    )
+    def __init__(
+        self, folder: Path, description: dict[str, Any], resume: bool, defaults: dict[str, dict[str, Any]]
+    ) -> None:
+        self.folder, self.description, self.resume, self.defaults = folder.expanduser(), description, resume, defaults
+        self._lock = Lock(self.folder / LOCK, f"the run in {folder}")
+        self._kept: list[Path] = []
+        self._saved_tokens: int | None = None
+
+    def __enter__(self) -> RunFolder:
+        record = self.folder / RUN
+        if not record.exists() and occupied(self.folder):
+            raise ValueError(f"{self.folder} exists and is not a run of apportion. Choose another folder.")
+        if record.exists() and not self.resume:
+            raise ValueError(f"{self.folder} already holds a run. Resume it (--resume) or choose another folder.")
+        with naming(self.folder):
+            if not self.folder.exists():
+                self.folder.mkdir(parents=True)
+                sync_folder(self.folder.parent)
+            self._lock.__enter__()
+        try:
+            self._claim(record)
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.__exit__(kind, error, trace)
+
+    def _claim(self, record: Path) -> None:
+        sweep(self.folder)
+        if record.exists():
+            check_same(self.folder, read_json(record), self.description, self.defaults)
+            return
+        versions = {name: version(name) for name in ("apportion", "torch")} | {"python": sys.version.split()[0]}
+        write_json(record, {**self.description, "versions": versions})
 
     def log(self, values: dict[str, float]) -> None:
-        lines = self.folder / "metrics.jsonl"
+        lines = self.folder / LOG
         with naming(lines), lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain(values)) + "\n")
 
-    def _checkpoints(self) -> list[Path]:
-        found = [p for p in self.folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-        return sorted(found, key=lambda p: int(p.name.split("-")[1]))
-
     def save_checkpoint(self, trainer: Trainer, source: Source) -> None:
-        """Write a new checkpoint, then remove older ones; a crash in between leaves a whole one."""
-        older = {p for p in self.folder.glob("checkpoint-*") if p.is_dir()}  # also what a crash left unfinished
-        tensors, values = trainer.state()
-        with whole_folder(final := self.folder / f"checkpoint-{trainer.steps}", last=["trainer.json"]) as partial:
-            for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
-                sae.save(partial / name)
-            write_tensors(partial / "trainer.safetensors", {name: t.detach().cpu() for name, t in tensors.items()})
-            write_json(partial / "trainer.json", {**values, "source": source.state_dict()})
-        for folder in older - {final}:
-            shutil.rmtree(folder)
+        """Write a new checkpoint, then remove all but the last two."""
+        self._lock.check()
+        if (log := self.folder / LOG).exists():
+            with naming(log), log.open("a") as file:
+                os.fsync(file.fileno())
+        final = self.folder / f"checkpoint-{trainer.steps}"
+        if final.exists():  # it is damaged: the run went on from an older one
+            remove(final)
+        write_checkpoint(final, trainer, source)
+        self._keep(final, trainer.tokens)
 
-    def load_checkpoint(self, trainer: Trainer, source: Source) -> bool:
-        """Restore trainer, SAE and source from the newest checkpoint; False if there is none."""
-        checkpoints = self._checkpoints()
-        if not checkpoints and (self.folder / subfolders(trainer)[0] / "config.json").exists():
-            raise ValueError(f"The run in {self.folder} is finished: ap.load reads it. Choose another for a new run.")
-        if not checkpoints:
-            self._cut_metrics(0)
+    def _keep(self, newest: Path, tokens: int) -> None:
+        """Note what is on the disk, and remove other checkpoints."""
+        self._kept, self._saved_tokens = [*self._kept, newest][-KEPT:], tokens
+        for folder in checkpoints(self.folder):
+            if folder not in self._kept:
+                remove(folder)
+
+    def begin(self, trainer: Trainer, source: Source) -> bool:
+        """Restore trainer, SAEs and source to where the run is; False if there is nothing left to do."""
+        if is_finished(self.folder):
+            for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
+                restore(sae, load(self.folder / name))
+            done = read_json(file) if (file := self.folder / FINISHED).is_file() else [{}, *read_log(self.folder)][-1]
+            trainer.steps, trainer.tokens, trainer.seconds = (done.get(n, 0) for n in ("steps", "tokens", "seconds"))
+            self._tidy()
             return False
-        folder = checkpoints[-1]
-        for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
-            saved = load(folder / name)
-            sae.load_state_dict(saved.state_dict())
-            sae.info |= saved.info
-        values = read_json(folder / "trainer.json")
-        trainer.load_state(load_file(folder / "trainer.safetensors"), values)
-        source.load_state_dict(values["source"])
-        self._cut_metrics(trainer.steps)
+        found, damaged = checkpoints(self.folder), []
+        for folder in reversed(found):
+            if (checkpoint := self._whole(folder, trainer)) is not None:
+                trainer.restore(checkpoint, source)
+                self._kept, self._saved_tokens = [f for f in found if f not in damaged][-KEPT:], trainer.tokens
+                logger.info("resuming %s at step %d", self.folder, trainer.steps)
+                break
+            damaged.append(folder)
+        else:
+            if damaged:
+                raise ValueError(
+                    f"{self.folder} has no whole checkpoint to go on from ({damaged[0].name}, the newest, is damaged). "
+                    "Begin anew in another folder."
+                )
+        self._cut_log(trainer.steps)
         return True
 
-    def _cut_metrics(self, steps: int) -> None:
-        """Forget logged lines after the checkpoint; they will be written again."""
-        file = self.folder / "metrics.jsonl"
-        if file.exists():
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            write_text(file, "".join(line for line in lines if json.loads(line)["step"] <= steps))
+    def _whole(self, folder: Path, trainer: Trainer) -> Checkpoint | None:
+        """A checkpoint as far as it fits this trainer; None, and a word in the log, for a damaged one."""
+        try:
+            return read_checkpoint(folder, trainer)
+        except (PermissionError, MemoryError):
+            raise
+        except Exception as error:  # whatever damage makes of reading
+            logger.warning("%s is damaged (%s); trying an older one", folder, " ".join(str(error).split()))
+            return None
+
+    def _cut_log(self, steps: int) -> None:
+        """Forget lines after the checkpoint, which will be written again, and what is no line of ours."""
+        file = self.folder / LOG
+        if not file.is_file():
+            return
+        lines = file.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n") and isinstance(step_of(line), int)]
+        if len(lines) - len(whole) > 1:
+            logger.warning("%s: left out %d damaged lines", file, len(lines) - len(whole))
+        kept = [line for line in whole if step_of(line) <= steps]  # type: ignore[operator]
+        if len(kept) < len(lines):
+            write_text(file, b"".join(kept).decode())
 
     def finish(self, trainer: Trainer) -> None:
         """The finished SAE replaces the checkpoints."""
+        self._lock.check()
         for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
             sae.save(self.folder / name)
-        for folder in self.folder.glob("checkpoint-*"):
-            shutil.rmtree(folder)
+        done = {"steps": trainer.steps, "tokens": trainer.tokens, "seconds": trainer.seconds}
+        write_json(self.folder / FINISHED, done)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        for folder in checkpoints(self.folder):
+            remove(folder)
+
+    def left(self, trainer: Trainer) -> str:
+        """What an interruption left, in words."""
+        if is_finished(self.folder):
+            return f"stopped when the run in {self.folder} was finished"
+        if self._saved_tokens is None:
+            return (
+                f"stopped at step {trainer.steps}; {self.folder} has no checkpoint yet, and begins anew with --resume"
+            )
+        step = self._kept[-1].name.removeprefix("checkpoint-")
+        at = "" if int(step) == trainer.steps else f" (it was at step {trainer.steps})"
+        saved = f"step {step}, {self._saved_tokens:,} tokens, is on the disk"
+        return f"stopped: {saved}{at}; everything is in {self.folder}. Go on with --resume"
 
 
-def _same(key: str, old: Any, new: Any) -> bool:
-    """Models are compared by what they compute: their records differ between versions of transformers."""
-    if key != "model" or not (isinstance(old, dict) and isinstance(new, dict)):
-        return old == new
-    return model_difference(old, new) is None
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, the newest last."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in this folder is over; older versions left no word but the absence of checkpoints."""
+    if (folder / FINISHED).is_file():
+        return True
+    saved = (folder / "config.json").is_file() or (folder / "sae-0" / "config.json").is_file()
+    return saved and (folder / RUN).is_file() and not checkpoints(folder)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are whole; values that were no finite number are None."""
+    file = folder / LOG
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if isinstance(step_of(line), int)]
+
+
+def step_of(line: bytes) -> int | None:
+    """The step of a line of the log; None if it is none of ours."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found.get("step") if isinstance(found, dict) else None
+
+
+def restore(sae: SAE, saved: SAE) -> None:
+    """Give an SAE the weights and the info of one that was saved."""
+    sae.load_state_dict(saved.state_dict())
+    sae.info |= saved.info
 
 
 def subfolders(trainer: Trainer) -> list[str]:

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,19 @@ from torch import Tensor
 from apportion.activations.batch import ArraySource, Batch, Source
 from apportion.activations.progress import progress_bar
 from apportion.activations.stream import StreamSource, check_alike, joined, rows_in
-from apportion.architectures import SAE
+from apportion.architectures import SAE, SAES
 from apportion.architectures.inputs import as_tensor, is_array
 from apportion.disk import all_finite
+from apportion.interrupt import Interrupted, Interrupts
 from apportion.processes import refuse_several_processes
 from apportion.settings import plain_number
 from apportion.torch_state import usual
+from apportion.training.checkpoint import Checkpoint
 from apportion.training.config import TrainConfig
-from apportion.training.interrupt import finish_step_on_interrupt
 from apportion.training.learner import Learner
 from apportion.training.objectives import Objective, TrainingContext, local_reconstruction
-from apportion.training.run import MAY_DIFFER, RunFolder
+from apportion.training.run import RunFolder, restore
+from apportion.training.same import MAY_DIFFER
 
 logger = logging.getLogger(__name__)
 
@@ -222,45 +224,73 @@ class Trainer:
         A tensor or array [rows, d_in] counts as filtered; a tenth of it is held out and `seed` orders the rest. So does
         what a list, a DataLoader or a generator of them yields; the latter two in their order (see `StreamSource`).
         `out` is the run folder: run.json (the whole configuration), metrics.jsonl, checkpoints, and at the end the SAE.
-        Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; `resume` goes on from there, with the
-        same result as an uninterrupted run.
+        Ctrl-C finishes the step, saves a checkpoint and raises `Interrupted`, a KeyboardInterrupt that says what is on
+        the disk; so does being told to end (see interrupt.py). With `resume` a run goes on from its last checkpoint,
+        with the same result as an uninterrupted one; one that has not begun begins, and of one that is finished the
+        SAE is returned as it is.
         """
         source = source_of(source, self.config.seed, len(self.sae.row_shape), self.sae.needs_target)
         total_steps = self._check_run(source)
-        if out is not None:
-            refuse_several_processes()
         if self.steps >= total_steps:
             raise ValueError(f"This trainer has already done its {total_steps} steps. Make a new one to train further.")
-        run = None if out is None else RunFolder(Path(out), self._describe(source), resume)
+        with Interrupts() as interrupts, ExitStack() as until_then:
+            run = None
+            if out is not None:
+                refuse_several_processes()
+                folder = RunFolder(Path(out), self.describe(source), resume, self.defaults())
+                run = until_then.enter_context(folder)
+            try:
+                self._run(source, run, total_steps, progress, interrupts)
+            except KeyboardInterrupt:
+                raise Interrupted(f"stopped at step {self.steps}" if run is None else run.left(self)) from None
+        return self.sae
+
+    def _run(
+        self, source: Source, run: RunFolder | None, total_steps: int, progress: bool, interrupts: Interrupts
+    ) -> None:
+        """All that is left of a run."""
         for sae in self.saes:
             sae.info["source"] = source.describe()
-        if run is not None and resume and run.load_checkpoint(self, source):
-            logger.info("resuming %s at step %d", out, self.steps)
-        if not self._input_ready:
-            self._fit_input(source.sample(FIT_INPUT_ROWS))
+        if run is not None and not run.begin(self, source):
+            for sae in self.saes:
+                sae.eval()
+            return
+        with interrupts.let_through():
+            if not self._input_ready:
+                self._fit_input(source.sample(FIT_INPUT_ROWS))
         if self.trains:
-            self._train(source, run, total_steps, progress)
+            self._train(source, run, total_steps, progress, interrupts)
+        with interrupts.let_through():
+            self._calibrate(source)
+        with interrupts.held():
+            if run is not None:
+                run.finish(self)
+        if interrupts.arrived:
+            raise KeyboardInterrupt
+
+    def _calibrate(self, source: Source) -> None:
+        """Set thresholds on held-out rows, and note what the SAEs were trained on, and how."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in MAY_DIFFER}
         for sae in self.saes:
             sae.info["source"] = source.describe()  # with the counts of a source that filters as it goes
             sae.info["training"] = settings | {"tokens": self.tokens, **self._objective()}
             sae.calibrate(_HeldOut(source))
             sae.eval()
-        if run is not None:
-            run.finish(self)
-        return self.sae
 
-    def _train(self, source: Source, run: RunFolder | None, total_steps: int, progress: bool) -> None:
+    def _train(
+        self, source: Source, run: RunFolder | None, total_steps: int, progress: bool, interrupts: Interrupts
+    ) -> None:
         """All remaining steps, with log lines and checkpoints."""
         bar = progress_bar("training", total_steps * self.config.batch_tokens, self.tokens, show=progress)
-        with bar as show, finish_step_on_interrupt() as interrupted:
-            started, last_checkpoint = time.perf_counter() - self.seconds, self.tokens
+        with bar as show:
+            started = time.perf_counter() - self.seconds
+            saved_tokens, saved_seconds = self.tokens, self.seconds
             for batch in self._remaining(source, total_steps):
                 metrics = self.step(batch)
                 self.seconds = time.perf_counter() - started
-                last, stop = self.steps == total_steps, interrupted()
+                last, stop = self.steps == total_steps, interrupts.arrived
                 log = self.config.logs_step(self.steps)
-                save = last or stop or self.tokens - last_checkpoint >= self.config.checkpoint_every_tokens
+                save = last or stop or self.config.saves_after(self.tokens - saved_tokens, self.seconds - saved_seconds)
                 if log or save:
                     self._check_finite(metrics)
                 if log:
@@ -269,8 +299,9 @@ class Trainer:
                     if run is not None:
                         run.log({"step": self.steps, "tokens": self.tokens, "seconds": self.seconds, **values})
                 if run is not None and save:
-                    run.save_checkpoint(self, source)
-                    last_checkpoint = self.tokens
+                    with interrupts.held():
+                        run.save_checkpoint(self, source)
+                    saved_tokens, saved_seconds = self.tokens, self.seconds
                 if stop:
                     raise KeyboardInterrupt
 
@@ -297,13 +328,24 @@ class Trainer:
             raise ValueError("The source keeps no rows held out, and calibration at the end needs some.")
         return total
 
-    def _describe(self, source: Source) -> dict[str, Any]:
+    def describe(self, source: Source) -> dict[str, Any]:
+        """What makes a run what it is, for its record."""
         return {
             "sae": {"name": self.sae.name, "settings": self.sae.settings()},
             **({"num_saes": len(self.saes)} if len(self.saes) > 1 else {}),
             **self._objective(),
             "train": asdict(self.config),
             "source": source.describe(),
+        }
+
+    def defaults(self) -> dict[str, dict[str, Any]]:
+        """What a setting means that the record of an older run lacks."""
+        named = SAES.get(self.sae.name)
+        objective = getattr(self.objective, "config", None)
+        return {
+            "sae": {} if named is None else named.settings(self.sae.allocation_name, to_train=False),
+            "train": asdict(TrainConfig()),
+            "objective": {f.name: f.default for f in fields(objective)} if is_dataclass(objective) else {},
         }
 
     def _objective(self) -> dict[str, Any]:
@@ -315,6 +357,21 @@ class Trainer:
         """Everything besides the SAEs that the next step depends on: tensors and plain values."""
         tensors = {f"{i}.{name}": t for i, own in enumerate(self.learners) for name, t in own.state().items()}
         return tensors, {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}
+
+    def check_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """ValueError unless this is all of what `state` returned after a step, of a trainer like this one."""
+        for name, kind in (("steps", int), ("tokens", int), ("seconds", int | float)):
+            if not isinstance(values.get(name), kind):
+                raise ValueError(f"{name} is {values.get(name)!r}")
+        for i, own in enumerate(self.learners):
+            own.check_state({n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")})
+
+    def restore(self, checkpoint: Checkpoint, source: Source) -> None:
+        """Go back to where a run was: everything is checked already, but for the position of the source."""
+        source.load_state_dict(checkpoint.values["source"])
+        for sae, saved in zip(self.saes, checkpoint.saes, strict=True):
+            restore(sae, saved)
+        self.load_state(checkpoint.tensors, checkpoint.values)
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Restore what `state` returned; the SAEs themselves are restored separately."""

@@ -1,0 +1,182 @@
+"""SIGKILL before every change that a command makes to the file system, and at random moments.
+
+After each of them the same command is given again: it must end as if nothing had happened, bit for bit, and leave
+nothing behind that nobody would remove.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import changes_of, end_of, killed, orphans, start
+from small_run import contents, train
+from trials import trials
+
+import apportion as ap
+from apportion.activations.collect import collect, load_model
+
+
+def _sae(seed: int) -> ap.SAE:
+    sae = ap.create("topk", d_in=8, d_sae=16, k=2 + seed, seed=seed)
+    sae.info["of"] = seed
+    return sae.eval()
+
+
+@contextmanager
+def allowed(words: str) -> Iterator[None]:
+    """Where all was done before, the command says so."""
+    try:
+        yield
+    except ValueError as error:
+        if words not in str(error):
+            raise
+
+
+def _collect(root: Path, lm: tuple[Any, Any]) -> None:
+    text = ["the cat sat on the mat and looked at the dog"] * 20
+    with allowed("exists already"):
+        collect(*lm, ["model.layers.0", "model.layers.1"], text, tokens=128, out=root / "acts", context_tokens=16)
+
+
+def _cache(root: Path) -> dict[str, Any]:
+    found = contents(root / "acts")
+    found["manifest.json"] = json.loads(found["manifest.json"]) | {"seconds": 0, "tokens_per_s": 0}
+    return found
+
+
+def _export(root: Path) -> None:
+    with allowed("not empty"):
+        ap.export(ap.create("topk", d_in=8, d_sae=16, k=2, seed=0).eval(), root / "deep" / "sae", "sae_lens")
+
+
+def _export_in_place(root: Path) -> None:
+    (root / "sae").mkdir(exist_ok=True)
+    with allowed("not empty"):
+        ap.export(ap.create("topk", d_in=8, d_sae=16, k=2, seed=0).eval(), root / "sae", "sae_lens")
+
+
+def _save_over(root: Path) -> None:
+    """Whatever moment it dies at, what is loaded then is one of the two SAEs, with its own settings."""
+    _sae(1).save(root / "sae")
+
+
+def _one_of_two(root: Path) -> None:
+    found = ap.load(root / "sae")
+    wanted = _sae(found.info["of"])
+    assert found.settings() == wanted.settings()
+    assert torch.equal(found.W_enc, wanted.W_enc)  # type: ignore[attr-defined]
+
+
+def _nothing(root: Path) -> None:
+    pass
+
+
+def _begun(root: Path) -> None:
+    """A run that was killed at step 8, after the checkpoint of step 6."""
+
+    def die(number: int) -> None:
+        if number == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    from small_run import Watched
+
+    assert end_of(start(lambda: train(root / "run", Watched(die)))) == -signal.SIGKILL
+
+
+WORK: dict[str, tuple[Callable[..., None], Callable[..., None], Callable[..., Any]]] = {
+    "train": (_nothing, lambda root: train(root / "run"), lambda root: contents(root / "run")),
+    "resume": (_begun, lambda root: train(root / "run"), lambda root: contents(root / "run")),
+    "convert": (_nothing, _export, lambda root: contents(root / "deep")),
+    "convert in place": (_nothing, _export_in_place, lambda root: contents(root / "sae")),
+    "save over another": (lambda root: _sae(0).save(root / "sae"), _save_over, lambda root: contents(root / "sae")),
+}
+"""What comes before, the command, and what it makes."""
+
+
+def check_every_kill(
+    prepare: Callable[[Path], None], work: Callable[[Path], Any], result: Callable[[Path], Any], folder: Path,
+    chosen: Callable[[int], list[int]], between: Callable[[Path], None] = _nothing,
+) -> int:  # fmt: skip
+    """Returns how many kills there were."""
+    template = folder / "template"
+    template.mkdir()
+    prepare(template)
+
+    def fresh(name: str) -> Path:
+        return Path(shutil.copytree(template, folder / name))
+
+    whole = fresh("whole")
+    count = changes_of(lambda: work(whole), whole, folder / "count")
+    wanted, points = result(whole), chosen(count)
+    assert count > 5 and not orphans(whole)
+    for at in points:
+        root = fresh(f"killed-{at}")
+        assert killed(lambda root=root: work(root), root, at), f"change {at} of {count} did not come"
+        between(root)
+        assert end_of(start(lambda root=root: work(root))) == 0, f"after a kill at {at} it cannot be done"
+        assert result(root) == wanted, f"after a kill at {at} the result differs"
+        assert not orphans(root), f"a kill at {at} leaves {orphans(root)}"
+        shutil.rmtree(root)
+    return len(points)
+
+
+@pytest.fixture
+def chosen(request: pytest.FixtureRequest) -> Callable[[int], list[int]]:
+    """All changes, or a few of them, evenly spaced, with the last."""
+    if request.config.getoption("--long"):
+        return lambda count: list(range(count))
+    return lambda count: sorted({round(i * (count - 1) / 8) for i in range(9)})
+
+
+@pytest.mark.fault("SIGKILL before every change of the file system")
+@pytest.mark.parametrize("name", WORK)
+def test_killed_before_any_change(
+    name: str, tmp_path: Path, chosen: Callable[[int], list[int]], record_property: Callable[[str, Any], None]
+) -> None:
+    between = _one_of_two if name == "save over another" else _nothing
+    record_property("trials", check_every_kill(*WORK[name], tmp_path, chosen, between))
+
+
+@pytest.mark.fault("SIGKILL before every change of the file system")
+def test_killed_before_any_change_of_a_collection(
+    tiny_model_dir: Path, tmp_path: Path, chosen: Callable[[int], list[int]],
+    record_property: Callable[[str, Any], None],
+) -> None:  # fmt: skip
+    lm = load_model(tiny_model_dir)
+    count = check_every_kill(_nothing, lambda root: _collect(root, lm), _cache, tmp_path, chosen)
+    record_property("trials", count)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], float]:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    begun = time.perf_counter()
+    assert end_of(start(lambda: train(folder))) == 0
+    return contents(folder), time.perf_counter() - begun
+
+
+@pytest.mark.fault("SIGKILL at random moments")
+@pytest.mark.parametrize("seed", trials(range(50), short=6))
+def test_killed_at_any_moment(seed: int, tmp_path: Path, whole: tuple[dict[str, Any], float]) -> None:
+    """Again and again, until it comes through."""
+    wanted, seconds = whole
+    chance = random.Random(seed)
+    for _ in range(3):
+        pid = start(lambda: train(tmp_path / "run"))
+        time.sleep(chance.uniform(0, seconds))
+        os.kill(pid, signal.SIGKILL)
+        end_of(pid)
+    assert end_of(start(lambda: train(tmp_path / "run"))) == 0
+    assert contents(tmp_path / "run") == wanted
+    assert not orphans(tmp_path)
