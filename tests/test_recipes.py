@@ -83,7 +83,7 @@ def test_every_method_is_compared_and_finished_runs_are_not_repeated(
     assert capsys.readouterr().out == table
     assert {p: p.stat().st_mtime_ns for p in compare.out.rglob("model.safetensors")} == written
 
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="was started with"):
         dataclasses.replace(compare, k=3).run()
 
 
@@ -134,7 +134,7 @@ def test_objectives_are_compared_and_finished_runs_are_not_repeated(
     assert [r["weight"] for r in found["mutual"]] == [0.0, 1.0]
     assert found["mutual"][1]["mmcs_ab"] > found["mutual"][0]["mmcs_ab"]
 
-    monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: pytest.fail("nothing is trained twice"))
+    monkeypatch.setattr(Trainer, "_calibrate", lambda *args: pytest.fail("nothing is trained twice"))
     (tmp_path / "results" / "runs" / "mutual-1.json").unlink()  # finished, but not measured
     Objectives(**settings).run()
     assert capsys.readouterr().out == table
@@ -162,15 +162,15 @@ def family(compare: Compare, tmp_path: Path) -> Family:
 
 
 def test_the_family_is_compared_and_goes_on_where_it_stopped(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit, calls = Trainer.fit, []
+    calibrate, calls = Trainer._calibrate, []
 
-    def interrupted_fit(self, *args, **kwargs):
+    def interrupted(self, source):
         calls.append(self.sae.name)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return fit(self, *args, **{**kwargs, "progress": False})
+        return calibrate(self, source)
 
-    monkeypatch.setattr(Trainer, "fit", interrupted_fit)
+    monkeypatch.setattr(Trainer, "_calibrate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         family.run()
     assert "| `topk` |" in (family.out / "truth.md").read_text(), "results are written as they come"
@@ -191,7 +191,7 @@ def test_the_family_is_compared_and_goes_on_where_it_stopped(family: Family, mon
     done = len(calls)
     family.run()
     assert len(calls) == done and family.docs.read_text() == text
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="was started with"):
         dataclasses.replace(family, truth=dataclasses.replace(family.truth, k=1)).run()
     assert len(calls) == done
 
@@ -334,7 +334,7 @@ def test_switch_saes_are_compared_with_topk_and_finished_runs_are_not_repeated(
     again = dataclasses.replace(switch)
     again.run()
     assert json.loads((switch.out / "results.json").read_text())["runs"] == runs
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="was started with"):
         dataclasses.replace(switch, k=3).run()
 
 

@@ -50,7 +50,7 @@ class Lock:
     def __enter__(self) -> Lock:
         for trial in range(TRIES):
             opened = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
-            if self._take(opened, last=trial == TRIES - 1):
+            if self._take(opened, trial):
                 break
             os.close(opened)
         assert self._opened is not None
@@ -74,16 +74,16 @@ class Lock:
         if self._opened is None or not self._is(self._opened):
             raise ValueError(f"{self.what} was taken over by another process while this one stood still: stopping.")
 
-    def _take(self, opened: int, last: bool) -> bool:
+    def _take(self, opened: int, trial: int) -> bool:
         """Whether the lock is held from now on; False if one should look again. ValueError if somebody has it."""
         holder, had = _read(opened), locked(opened, "LOCK_EX")
         gone = is_gone(holder, time() - os.fstat(opened).st_mtime, unlocked=had is True)
         if had is not False and gone and self._is(opened):
             self._opened = opened
             return True
-        if holder and gone and last:  # a child of the holder, which does not write, outlived it
+        if holder and gone and trial == TRIES // 2:  # a child of the holder, which does not write, outlived it
             self.file.unlink(missing_ok=True)
-        elif last or (holder and not gone):
+        elif trial == TRIES - 1 or (holder and not gone):
             os.close(opened)
             raise ValueError(f"{self.what} is being written by {_said(holder)}. Wait for it, or end it first.")
         sleep(0.05)  # somebody looks at it, or removes it at this moment

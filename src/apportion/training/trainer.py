@@ -302,7 +302,7 @@ class Trainer:
                     with interrupts.held():
                         run.save_checkpoint(self, source)
                     saved_tokens, saved_seconds = self.tokens, self.seconds
-                if stop:
+                if stop or (save and interrupts.arrived):
                     raise KeyboardInterrupt
 
     def _remaining(self, source: Source, total_steps: int) -> Iterator[Batch]:

@@ -1,0 +1,189 @@
+"""Two processes, and what is left of one: at most one of them writes a run, a cache or an SAE."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from children import FAILED, end_of, orphans, start
+from small_run import Watched, contents, newest_step, train
+
+import apportion as ap
+from apportion import locks
+from apportion.activations.collect import collect, load_model
+from apportion.disk import whole_folder
+from apportion.locks import LOCK, Lock, this_process
+
+pytestmark = pytest.mark.fault("two processes on one folder")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert end_of(start(lambda: train(folder))) == 0
+    return contents(folder)
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file} did not come"
+        time.sleep(0.005)
+
+
+class Living:
+    """A run in another process that stands still at batch 8 until it is let go."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out, self.stands, self.go = folder / "run", folder / "stands", folder / "go"
+        self.pid = start(lambda: train(self.out, Watched(self._stand)))
+        wait_for(self.stands)
+
+    def _stand(self, number: int) -> None:
+        if number == 8:
+            self.stands.touch()
+            wait_for(self.go)
+
+    def end(self) -> int:
+        self.go.touch()
+        return end_of(self.pid)
+
+
+def test_a_run_that_lives_is_left_alone(tmp_path: Path, whole: dict[str, Any]) -> None:
+    living = Living(tmp_path)
+    before = contents(living.out)
+    with pytest.raises(ValueError, match=rf"is being written by another process \({living.pid} on .*Wait for it"):
+        train(living.out)
+    assert contents(living.out) == before
+    assert living.end() == 0
+    assert contents(living.out) == whole and not orphans(tmp_path)
+
+
+def test_of_two_that_resume_at_once_one_does(tmp_path: Path, whole: dict[str, Any]) -> None:
+    living = Living(tmp_path)
+    os.kill(living.pid, signal.SIGKILL)
+    living.end()
+    pids = [start(lambda: train(living.out, Watched(lambda number: time.sleep(0.01)))) for _ in range(3)]
+    assert sorted(end_of(pid) for pid in pids) == [0, FAILED, FAILED]
+    assert contents(living.out) == whole and not orphans(tmp_path)
+
+
+def test_of_two_that_begin_at_once_one_does(tmp_path: Path, whole: dict[str, Any]) -> None:
+    out = tmp_path / "run"
+    pids = [start(lambda: train(out, Watched(lambda number: time.sleep(0.01)))) for _ in range(3)]
+    assert sorted(end_of(pid) for pid in pids) == [0, FAILED, FAILED]
+    assert contents(out) == whole
+
+
+def test_a_cache_is_collected_once(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The second is refused before its work, not after it."""
+    lm, out = load_model(tiny_model_dir), tmp_path / "acts"
+
+    def work() -> None:
+        with whole_folder(out, locked=True) as partial:
+            (tmp_path / "stands").touch()
+            wait_for(tmp_path / "go")
+            (partial / "manifest.json").write_text("{}")
+
+    pid = start(work)
+    wait_for(tmp_path / "stands")
+    with pytest.raises(ValueError, match=r"acts.*is being written by another process"):
+        collect(*lm, "model.layers.0", ["the cat sat on the mat"] * 9, tokens=32, out=out, context_tokens=16)
+    (tmp_path / "go").touch()
+    assert end_of(pid) == 0 and (out / "manifest.json").exists() and not orphans(tmp_path)
+
+
+def test_an_export_is_written_once(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "sae", locked=True), pytest.raises(ValueError, match="being written"):
+        ap.export(ap.create("topk", d_in=4, d_sae=8, k=2).eval(), tmp_path / "sae", "sae_lens")
+
+
+def test_who_stood_still_too_long_stops_before_it_writes(tmp_path: Path, whole: dict[str, Any]) -> None:
+    """Another process took it for gone: the one that wakes up must not mix its files with the other's."""
+    living = Living(tmp_path)
+    lock = living.out / LOCK
+    os.utime(lock, (0, 0))
+    lock.unlink()  # as the other does that no lock of the kernel reaches
+    assert end_of(start(lambda: train(living.out))) == 0
+    done = contents(living.out)
+    assert living.end() == FAILED
+    assert contents(living.out)["model.safetensors"] == whole["model.safetensors"] == done["model.safetensors"]
+    assert newest_step(living.out) == 0
+
+
+US = this_process()
+LEFT: dict[str, tuple[dict[str, Any], float, bool]] = {
+    "killed": ({**US, "pid": 999_999_999}, 0, False),
+    "another process has its number now": ({**US, "start": "1"}, 0, False),
+    "before the machine was started again": ({**US, "boot": "another"}, 0, False),
+    "a container that is gone": ({**US, "space": "pid:[1]", "pid": 7}, 0, False),
+    "another machine, still alive": ({**US, "host": "another"}, 30, True),
+    "another machine, silent for long": ({**US, "host": "another"}, 700, False),
+    "killed before it said who it was": ({}, 0, False),
+    "nonsense": ({"pid": "x"}, 0, True),
+    "nonsense, silent for long": ({"pid": "x"}, 700, False),
+}
+"""What a lock says, how long ago it was touched, and whether it holds."""
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_a_lock_that_was_left(name: str, tmp_path: Path, whole: dict[str, Any]) -> None:
+    says, silent_s, holds = LEFT[name]
+    (tmp_path / "run").mkdir()
+    lock = tmp_path / "run" / LOCK
+    lock.write_text(json.dumps(says) if says else "")
+    os.utime(lock, (time.time() - silent_s,) * 2)
+    if holds:
+        with pytest.raises(ValueError, match="is being written by another process"):
+            train(tmp_path / "run")
+        assert lock.exists() and len(list(lock.parent.iterdir())) == 1
+    else:
+        train(tmp_path / "run")
+        assert contents(tmp_path / "run") == whole and not orphans(tmp_path)
+
+
+@pytest.mark.parametrize(("silent_s", "holds"), [(5, True), (700, False)])
+def test_where_the_file_system_has_no_locks(
+    silent_s: float, holds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then what the lock says decides alone."""
+    monkeypatch.setattr(locks, "fcntl", None)
+    (lock := tmp_path / LOCK).write_text(json.dumps({**US, "host": "another"}))
+    os.utime(lock, (time.time() - silent_s,) * 2)
+    if holds:
+        with pytest.raises(ValueError, match="being written"):
+            Lock(lock, "it").__enter__()
+    else:
+        with Lock(lock, "it"), pytest.raises(ValueError, match="being written"):
+            Lock(lock, "it").__enter__()  # we ourselves are alive
+
+
+def test_a_child_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
+    """A worker that was forked has the lock of its parent, which is dead."""
+
+    def work() -> None:
+        Lock(tmp_path / LOCK, "it").__enter__()
+        child = start(lambda: wait_for(tmp_path / "go"))
+        (tmp_path / "child").write_text(str(child))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert end_of(start(work)) == -signal.SIGKILL
+    with Lock(tmp_path / LOCK, "it") as lock:
+        lock.check()
+    (tmp_path / "go").touch()
+
+
+def test_the_holder_says_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "TOUCHED_EVERY_S", 0.02)
+    with Lock(tmp_path / LOCK, "it"):
+        os.utime(tmp_path / LOCK, (0, 0))
+        deadline = time.monotonic() + 20
+        while (tmp_path / LOCK).stat().st_mtime < 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert time.time() - (tmp_path / LOCK).stat().st_mtime < 30
+    assert not (tmp_path / LOCK).exists()
