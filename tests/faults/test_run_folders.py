@@ -60,8 +60,8 @@ def flip(file: Path, at: int) -> None:
 
 
 def unsigned(folder: Path) -> None:
-    """A checkpoint of an older version, which noted no digests."""
-    edit(folder / "trainer.json", lambda c: c.pop("sha256") and None)
+    """A checkpoint of an older version, which noted no checksums."""
+    edit(folder / "trainer.json", lambda c: c.pop("crc32") and None)
 
 
 NEWEST = "checkpoint-6"

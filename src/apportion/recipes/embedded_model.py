@@ -159,20 +159,19 @@ class TrainModel:
         tensors = {f"model.{name}": p.detach().cpu() for name, p in model.named_parameters()}
         for name, p in model.named_parameters():
             tensors |= {f"adam.{name}.{key}": value.cpu() for key, value in optimizer.state[p].items()}
-        write_tensors(self.out / "state.safetensors", tensors)
-        write_json(self.out / "state.json", {"steps": steps})
+        write_tensors(self.out / "state.safetensors", tensors | {"steps": torch.tensor(steps)})
 
     def load_state(self, model: Any, optimizer: torch.optim.Optimizer) -> int:
         from safetensors.torch import load_file
 
-        if not (self.out / "state.json").exists():
+        if not (self.out / "state.safetensors").exists():
             return 0
         tensors = load_file(self.out / "state.safetensors")
         for name, p in model.named_parameters():
             p.data.copy_(tensors[f"model.{name}"])
             keys = ("step", "exp_avg", "exp_avg_sq")
             optimizer.state[p] = {key: tensors[f"adam.{name}.{key}"].to(p.device) for key in keys}
-        return read_json(self.out / "state.json")["steps"]
+        return int(tensors["steps"])
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -2,12 +2,12 @@
 
 model.safetensors, config.json    the SAE; of several, each in its folder sae-<i>
 trainer.safetensors               averages of Adam, counters, bounds
-trainer.json                      steps, tokens, position of the source; sha256 of every file and of itself
+trainer.json                      steps, tokens, position of the source; checksums (crc32) of every file and of itself
 """
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,8 +40,8 @@ def write_checkpoint(folder: Path, trainer: Trainer, source: Source) -> None:
             sae.save(partial / name)
         write_tensors(partial / TENSORS, {name: t.detach().cpu() for name, t in tensors.items()})
         record = plain({**values, "source": source.state_dict()})
-        record["sha256"] = {str(file.relative_to(partial)): _digest(file) for file in _files(partial)}
-        record["sha256"][VALUES] = _own_digest(record)
+        record["crc32"] = {str(file.relative_to(partial)): _checksum(file) for file in _files(partial)}
+        record["crc32"][VALUES] = _own_checksum(record)
         write_json(partial / VALUES, record)
 
 
@@ -50,9 +50,9 @@ def read_checkpoint(folder: Path, trainer: Trainer) -> Checkpoint:
     from apportion.training.run import subfolders
 
     values = read_json(folder / VALUES)
-    for name, digest in values.get("sha256", {}).items():  # older versions did not write them
-        found = _own_digest(values) if name == VALUES else _digest(folder / name)
-        if found != digest:
+    for name, wanted in values.get("crc32", {}).items():  # older versions did not write them
+        found = _own_checksum(values) if name == VALUES else _checksum(folder / name)
+        if found != wanted:
             raise ValueError(f"{name} changed since it was written")
     saved = [load(folder / name) for name in subfolders(trainer)]
     for ours, theirs in zip(trainer.saes, saved, strict=True):
@@ -67,12 +67,15 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
-def _digest(file: Path) -> str:
+def _checksum(file: Path) -> str:
+    found = 0
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(1 << 20):
+            found = zlib.crc32(block, found)
+    return f"{found:08x}"
 
 
-def _own_digest(record: dict[str, Any]) -> str:
+def _own_checksum(record: dict[str, Any]) -> str:
     """Of what the record says, apart from this."""
-    others = {name: digest for name, digest in record["sha256"].items() if name != VALUES}
-    return hashlib.sha256(json_text({**record, "sha256": others}).encode()).hexdigest()
+    others = {name: found for name, found in record["crc32"].items() if name != VALUES}
+    return f"{zlib.crc32(json_text({**record, 'crc32': others}).encode()):08x}"

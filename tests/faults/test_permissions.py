@@ -1,0 +1,43 @@
+"""Files get the permissions that the umask gives, whatever the libraries that write them think."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from children import end_of, start
+from small_run import train
+
+import apportion as ap
+from apportion.activations.collect import collect, load_model
+from apportion.disk import write_json, write_tensors
+
+pytestmark = pytest.mark.fault("permissions")
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mode & 0o777 for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_the_umask_decides(umask: int, tiny_model_dir: Path, tmp_path: Path) -> None:
+    lm: Any = load_model(tiny_model_dir)
+
+    def work() -> None:
+        os.umask(umask)
+        train(tmp_path / "run")
+        sae = ap.create("topk", d_in=8, d_sae=16, k=2).eval()
+        for name in ("sae_lens", "dictionary_learning", "sparsify"):
+            ap.export(sae, tmp_path / name, name)
+        sae.save(tmp_path / "sae")
+        collect(*lm, "model.layers.0", ["the cat sat"] * 30, tokens=64, out=tmp_path / "acts", context_tokens=16)
+        write_json(tmp_path / "sae" / "a.json", {})
+        write_tensors(tmp_path / "sae" / "a.safetensors", {})
+
+    assert end_of(start(work)) == 0
+    found = modes(tmp_path)
+    assert len(found) > 20 and "acts/model.layers.0/00000.safetensors" in found
+    for name, mode in found.items():
+        assert mode == (0o777 if (tmp_path / name).is_dir() else 0o666) & ~umask, name
