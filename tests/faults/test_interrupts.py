@@ -22,10 +22,10 @@ from trials import trials
 
 import apportion as ap
 from apportion import durable
-from apportion.interrupt import TOLD, Interrupted
+from apportion.interrupt import Interrupted
 from apportion.training import run as run_module
 
-SIGNALS = [signal.SIGINT, *TOLD]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,22 @@ def test_ctrl_c_twice(delay: float, tmp_path: Path, whole: dict[str, Any]) -> No
     assert int(found[1]) == newest_step(out)
     assert end_of(start(lambda: train(out))) == 0
     assert contents(out) == whole and not orphans(tmp_path)
+
+
+@pytest.mark.fault("Ctrl-C twice")
+def test_the_second_ctrl_c_waits_for_the_save_that_the_first_one_asked_for(tmp_path: Path) -> None:
+    out, write = tmp_path / "run", run_module.write_checkpoint
+
+    def interrupted(folder: Path, trainer: Any, source: Any) -> None:
+        if trainer.steps == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        write(folder, trainer, source)
+
+    def work() -> None:
+        run_module.write_checkpoint = interrupted
+        train(out, Watched(lambda number: os.kill(os.getpid(), signal.SIGINT) if number == 8 else None))
+
+    assert "step 8," in said(work, tmp_path / "said") and newest_step(out) == 8
 
 
 @pytest.mark.fault("signals")

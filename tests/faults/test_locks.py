@@ -16,8 +16,9 @@ from small_run import Watched, contents, newest_step, train
 import apportion as ap
 from apportion import locks
 from apportion.activations.collect import collect, load_model
-from apportion.disk import whole_folder
-from apportion.locks import LOCK, Lock, this_process
+from apportion.disk import whole_folder, write_json
+from apportion.durable import place_in, sweep
+from apportion.locks import LOCK, Lock, host_name, this_process
 
 pytestmark = pytest.mark.fault("two processes on one folder")
 
@@ -114,6 +115,37 @@ def test_who_stood_still_too_long_stops_before_it_writes(tmp_path: Path, whole: 
     assert living.end() == FAILED
     assert contents(living.out)["model.safetensors"] == whole["model.safetensors"] == done["model.safetensors"]
     assert newest_step(living.out) == 0
+
+
+def test_what_a_living_process_is_writing_is_not_swept_away(tmp_path: Path) -> None:
+    def work() -> None:
+        with place_in(tmp_path, "a.json") as place:
+            (place / "a.json").touch()
+            (tmp_path / "stands").touch()
+            wait_for(tmp_path / "go")
+            (place / "a.json").replace(tmp_path / "a.json")
+
+    pid = start(work)
+    wait_for(tmp_path / "stands")
+    sweep(tmp_path)
+    write_json(tmp_path / "b.json", {})
+    assert [name for name in orphans(tmp_path) if name.startswith("a.json.unfinished")]
+    (tmp_path / "go").touch()
+    assert end_of(pid) == 0 and not orphans(tmp_path)
+    assert (tmp_path / "a.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "silent_s", "stays"), [(None, 0, False), ("0badc0de", 5, True), ("0badc0de", 700, False)]
+)
+def test_a_place_that_was_left(host: str | None, silent_s: float, stays: bool, tmp_path: Path) -> None:
+    """Locks may not reach from machine to machine: what another one began a moment ago may be alive."""
+    place = tmp_path / f"a.json.unfinished-{host or host_name()}-0123abcd"
+    place.mkdir()
+    (place / "a.json").touch()
+    os.utime(place, (time.time() - silent_s,) * 2)
+    write_json(tmp_path / "b.json", {})
+    assert place.exists() == stays
 
 
 US = this_process()
