@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import apportion as ap
 from apportion import SAES, load
 from apportion.allocation import RULES, Candidates, Rule, Settled
 from apportion.architectures import rule_choices
@@ -646,6 +647,33 @@ def test_ctrl_c_saves_and_resume_gives_the_same_result(cache: Path, tmp_path: Pa
         [json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, stopped)
     ]
     assert logged[0] == logged[1]
+
+
+def test_a_script_that_is_run_again_begins_goes_on_or_leaves_it(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, step = tmp_path / "run", ap.Trainer.step
+    words = ["train", str(cache), "--k", "4", "--d-sae", "64", "--batch-tokens", "64", "--out", str(out), "--requeue"]
+
+    def stopped(self: ap.Trainer, batch: Any) -> Any:
+        if self.steps == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, batch)
+
+    monkeypatch.setattr(ap.Trainer, "step", stopped)
+    assert main(words) == 130
+    said = capsys.readouterr().out
+    assert f"Stopped: step 4, 256 tokens, is on the disk; everything is in {out}. Go on with --resume.\n" in said
+    monkeypatch.setattr(ap.Trainer, "step", step)
+    assert main(words) == 0
+    done = (out / "model.safetensors").stat()
+    monkeypatch.setattr(ap.Trainer, "step", lambda *_: pytest.fail("it is finished"))
+    assert main(words) == 0
+    assert (out / "model.safetensors").stat() == done and "L0" in capsys.readouterr().out
+    assert main([*words[:-1], "--resume"]) == 2
+    assert f"is finished: look at it with apportion eval {out}" in capsys.readouterr().err
+    assert main([*words, "--lr", "2e-3"]) == 2
+    assert "started with train lr = 0.001, now it is 0.002" in capsys.readouterr().err
 
 
 def test_the_embedded_model_brings_its_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
