@@ -51,6 +51,19 @@ def test_other_errors_stay_what_they_are(tmp_path):
     assert not names(tmp_path)
 
 
+def test_a_link_stays_one_and_a_pipe_too(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other" / "a.json")
+    for content in ({"a": 1}, {"a": 2}):
+        disk.write_json(tmp_path / "link", content)
+        assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "other" / "a.json").read_text()) == content
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    disk.write_json(tmp_path / "pipe", {"a": 3})
+    assert json.loads(os.read(reader, 100)) == {"a": 3} and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_folder_appears_whole(tmp_path, exists):
     out = tmp_path / "deep" / "out"

@@ -41,8 +41,14 @@ class CannotWrite(OSError):
 def replacing(file: Path) -> Iterator[Path]:
     """A path to write to; at the end of the block it becomes `file`, for good; after an exception it is gone.
 
-    Within a folder that is itself unfinished nothing is made durable: that happens to all of it at the end.
+    Within a folder that is itself unfinished nothing is made durable: that happens to all of it at the end. Of a link,
+    what it leads to is replaced; a pipe or a device (/dev/stdout) is written to.
     """
+    if file.exists() and not file.is_file() and not file.is_dir():
+        with naming(file):
+            yield file
+        return
+    file = file.resolve() if file.is_symlink() else file
     with naming(file), place_in(file.parent, file.name) as place:
         partial = place / file.name
         yield partial

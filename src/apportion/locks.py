@@ -54,8 +54,12 @@ class Lock:
                 break
             os.close(opened)
         assert self._opened is not None
-        os.ftruncate(self._opened, 0)
-        os.pwrite(self._opened, json.dumps(this_process()).encode(), 0)
+        try:
+            os.ftruncate(self._opened, 0)
+            os.pwrite(self._opened, json.dumps(this_process()).encode(), 0)
+        except OSError:  # a full disk
+            self.__exit__(None, None, None)
+            raise
         threading.Thread(target=self._touch, daemon=True).start()
         return self
 

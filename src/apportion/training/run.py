@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -58,16 +59,15 @@ class RunFolder:
             raise ValueError(f"{self.folder} exists and is not a run of apportion. Choose another folder.")
         if record.exists() and not self.resume:
             raise ValueError(f"{self.folder} already holds a run. Resume it (--resume) or choose another folder.")
-        with naming(self.folder):
-            if not self.folder.exists():
-                self.folder.mkdir(parents=True)
-                sync_folder(self.folder.parent)
-            self._lock.__enter__()
-        try:
+        with ExitStack() as if_it_fails:
+            with naming(self.folder):
+                if not self.folder.exists():
+                    self.folder.mkdir(parents=True)
+                    sync_folder(self.folder.parent)
+                    if_it_fails.callback(_remove_if_empty, self.folder)
+                if_it_fails.enter_context(self._lock)
             self._claim(record)
-        except BaseException:
-            self._lock.__exit__(None, None, None)
-            raise
+            if_it_fails.pop_all()
         return self
 
     def __exit__(
@@ -181,6 +181,11 @@ class RunFolder:
         at = "" if int(step) == trainer.steps else f" (it was at step {trainer.steps})"
         saved = f"step {step}, {self._saved_tokens:,} tokens, is on the disk"
         return f"stopped: {saved}{at}; everything is in {self.folder}. Go on with --resume"
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def checkpoints(folder: Path) -> list[Path]:
