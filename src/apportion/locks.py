@@ -154,20 +154,18 @@ def start_of(pid: int) -> str | None:
 
 
 def is_gone(holder: dict[str, Any], silent_s: float, unlocked: bool) -> bool:
-    """Whether the process that wrote this lock is certainly gone, or has not touched it for so long that it seems so.
+    """Whether the process that wrote this lock is gone, or, where nobody can tell, has been silent for too long.
 
-    `unlocked` says that the lock could be taken, which the holder would have prevented on the same machine.
+    `unlocked` says that the lock could be taken, which a holder under the same kernel would have prevented.
     """
-    if not holder or silent_s > STALE_S:
-        return unlocked or silent_s > STALE_S
     now = this_process()
-    if holder.get("host") != now["host"]:
-        return False
-    if holder.get("boot") != now["boot"]:
-        return True  # the machine has been started again
-    if holder.get("space") == now["space"] and now["start"] is not None and isinstance(holder.get("pid"), int):
-        return start_of(holder["pid"]) != holder.get("start")
-    return unlocked
+    if not holder:
+        return unlocked or silent_s > STALE_S
+    if holder.get("boot") == now["boot"] and (now["boot"] is not None or holder.get("host") == now["host"]):
+        if holder.get("space") == now["space"] and now["start"] is not None and isinstance(holder.get("pid"), int):
+            return start_of(holder["pid"]) != holder.get("start")
+        return unlocked or (fcntl is None and silent_s > STALE_S)
+    return holder.get("host") == now["host"] or silent_s > STALE_S  # started again since then, or another machine
 
 
 def _read(opened: int) -> dict[str, Any]:

@@ -154,8 +154,10 @@ LEFT: dict[str, tuple[dict[str, Any], float, bool]] = {
     "another process has its number now": ({**US, "start": "1"}, 0, False),
     "before the machine was started again": ({**US, "boot": "another"}, 0, False),
     "a container that is gone": ({**US, "space": "pid:[1]", "pid": 7}, 0, False),
-    "another machine, still alive": ({**US, "host": "another"}, 30, True),
-    "another machine, silent for long": ({**US, "host": "another"}, 700, False),
+    "a container of another name that is gone": ({**US, "host": "another", "space": "pid:[1]"}, 0, False),
+    "alive, but it stands still": (US, 700, True),
+    "another machine, still alive": ({**US, "host": "another", "boot": "another"}, 30, True),
+    "another machine, silent for long": ({**US, "host": "another", "boot": "another"}, 700, False),
     "killed before it said who it was": ({}, 0, False),
     "nonsense": ({"pid": "x"}, 0, True),
     "nonsense, silent for long": ({"pid": "x"}, 700, False),
@@ -185,7 +187,7 @@ def test_where_the_file_system_has_no_locks(
 ) -> None:
     """Then what the lock says decides alone."""
     monkeypatch.setattr(locks, "fcntl", None)
-    (lock := tmp_path / LOCK).write_text(json.dumps({**US, "host": "another"}))
+    (lock := tmp_path / LOCK).write_text(json.dumps({**US, "host": "another", "boot": "another"}))
     os.utime(lock, (time.time() - silent_s,) * 2)
     if holds:
         with pytest.raises(ValueError, match="being written"):
