@@ -212,6 +212,23 @@ def test_a_child_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
     (tmp_path / "go").touch()
 
 
+def test_a_dead_process_that_nobody_has_buried_holds_nothing(tmp_path: Path) -> None:
+    """Its number is still taken: containers without an init process collect such ones."""
+
+    def work() -> None:
+        Lock(tmp_path / LOCK, "it").__enter__()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = start(work)
+    deadline = time.monotonic() + 60
+    while ") Z" not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with Lock(tmp_path / LOCK, "it"):
+        pass
+    end_of(pid)
+
+
 def test_the_holder_says_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "TOUCHED_EVERY_S", 0.02)
     with Lock(tmp_path / LOCK, "it"):
