@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from children import end_of, orphans, start
-from small_run import STEPS, Watched, contents, newest_step, train
+from small_run import BATCH, STEPS, Watched, contents, newest_step, train
 from trials import trials
 
 import apportion as ap
@@ -94,7 +94,7 @@ def test_told_to_end(trial: tuple[str, signal.Signals, Callable[..., None]], tmp
     if step is None:
         assert "finished" in words and contents(out) == whole
     else:
-        assert f"step {step}," in words and newest_step(out) == step
+        assert f"step {step}, {step * BATCH:,} tokens, is on the disk" in words and newest_step(out) == step
     assert end_of(start(lambda: train(out))) == 0
     assert contents(out) == whole and not orphans(tmp_path)
 
@@ -147,6 +147,16 @@ def test_the_second_ctrl_c_waits_for_the_save_that_the_first_one_asked_for(tmp_p
     assert "step 8," in said(work, tmp_path / "said") and newest_step(out) == 8
 
 
+@pytest.mark.fault("Ctrl-C twice")
+def test_ctrl_c_twice_at_the_end_waits_for_it(tmp_path: Path, whole: dict[str, Any]) -> None:
+    def both() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert "finished" in said(lambda: at_the_end(tmp_path / "run", both), tmp_path / "said")
+    assert contents(tmp_path / "run") == whole
+
+
 @pytest.mark.fault("signals")
 def test_before_the_first_checkpoint_the_message_says_so(tmp_path: Path) -> None:
     """Twice at once: not even the step is finished."""
@@ -179,7 +189,7 @@ def test_the_terminal_is_closed(watched: bool, tmp_path: Path) -> None:
     while time.monotonic() < deadline and not (log.exists() and log.read_bytes().count(b"\n") > 20):
         time.sleep(0.01)
     os.close(terminal)
-    assert end_of(pid) != -signal.SIGHUP
+    assert end_of(pid) == -signal.SIGINT, "as Python ends after an exception of Ctrl-C that nobody caught"
     step = newest_step(tmp_path / "run")
     assert 20 < step < 1500
     assert ap.load(tmp_path / "run" / f"checkpoint-{step}").name == "topk"

@@ -117,6 +117,19 @@ def test_a_damaged_newest_checkpoint(
     assert contents(out) == contents(whole) and not orphans(tmp_path)
 
 
+def test_a_damaged_checkpoint_does_not_count_as_one_of_two(begun: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(begun, tmp_path / "run"))
+    (out / NEWEST / "trainer.json").unlink()
+
+    def die(number: int) -> None:
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert end_of(start(lambda: train(out, Watched(die)))) == -signal.SIGKILL
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert (out / NEWEST / "trainer.json").exists()
+
+
 def line(text: bytes) -> Callable[[Path], Any]:
     def add(out: Path) -> None:
         with (out / "metrics.jsonl").open("ab") as file:
