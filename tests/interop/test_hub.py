@@ -171,7 +171,7 @@ class TestMistakes:
 
     def test_without_the_package(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-        assert_refused(r"pip install 'apportion\[hub\]'", "org/name")
+        assert_refused(r"pip install .*\[hub\]", "org/name")
 
     @pytest.mark.parametrize("subfolder", ["..", "../x", "a/../../x", "/etc", "..\\x"])
     def test_a_subfolder_that_climbs_out(self, subfolder, hub):

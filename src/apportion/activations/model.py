@@ -21,6 +21,7 @@ from apportion.activations.filter import row_norms
 from apportion.activations.hookpoints import Hookpoint, capture
 from apportion.activations.passes import by_context, modules_of, parameters_of
 from apportion.activations.store import torch_dtype
+from apportion.extras import need
 from apportion.torch_state import usual
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def load_model(
     not have: they would be random.
     """
     wanted = torch_dtype(dtype)
+    need("A language model", "transformers", *([] if device_map is None else ["accelerate"]))
     import transformers  # heavy
 
     name = str(Path(name_or_folder).expanduser()) if str(name_or_folder).startswith("~") else str(name_or_folder)
@@ -80,6 +82,7 @@ def load_model(
 
 def load_tokenizer(name_or_folder: str | Path) -> Any:
     """The tokenizer alone of what `load_model` loads; None if there is none."""
+    need("A tokenizer", "transformers")
     import transformers  # heavy
 
     name = str(name_or_folder)

@@ -86,6 +86,11 @@ class Text:
     dataset_config: str | None = None
     """Configuration of a dataset that has several, such as wikitext-103-raw-v1."""
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What has to be installed to read it."""
+        return () if self.dataset is None else ("datasets",)
+
     def source(self, model: str | None = None) -> Any:
         """The text; without one, the stories that come with the package if it is for the model that does."""
         from apportion.activations import TextSource

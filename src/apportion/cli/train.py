@@ -16,6 +16,7 @@ from apportion.architectures import SAES, named, rule_choices
 from apportion.cli.arguments import Count, Filter, Model, Text, best_device, say
 from apportion.cli.objectives import CONFIGS, THROUGH_MODEL, check_objective, objective_config, objective_for
 from apportion.cli.rows import kind_of, open_rows, settings_of
+from apportion.extras import need
 from apportion.training import TrainConfig
 
 SAE_FLAGS_OWN = {"d_in", "d_out", "num_sites", "d_sae", "k", "seed", "hookpoint"}
@@ -121,6 +122,7 @@ class TrainBase:
             raise ValueError(f"{self.sae} takes several hookpoints: make a cache of them first (apportion collect).")
         if self.hookpoint is None or self.tokens is None:
             raise ValueError("To train on a model give --hookpoint and --tokens (and --text or --dataset).")
+        need("Training on a model", "transformers", *self.corpus.packages)
         text = self.corpus.source(self.source)
         model, tokenizer = self.loading.load(self.source)
         expand(model, self.hookpoint)

@@ -26,7 +26,8 @@ from apportion.architectures import SAE, create, load
 from apportion.disk import read_json, write_json, write_text
 from apportion.embedded import stories
 from apportion.evals import held_out_rows
-from apportion.evals.report import Report, check_report, make_report
+from apportion.evals.report import Report, make_report
+from apportion.extras import need
 from apportion.training import TrainConfig, Trainer
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Demo:
 
     def run(self) -> Report:
         """Do what is not done yet; returns the report, which lies in `out` as report.html and report.json."""
-        check_report()
+        need("The demo", "transformers", "matplotlib", "jinja2")
         if self.tokens < 10 * self.batch_tokens:
             raise ValueError(
                 f"tokens = {self.tokens} is too few for training and evaluation. "
