@@ -31,7 +31,7 @@ from apportion.activations.batch import Batch
 from apportion.activations.filter import TokenFilter
 from apportion.activations.hookpoints import Hookpoint
 from apportion.activations.text import expanded
-from apportion.disk import read_json
+from apportion.disk import check_may_open, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -109,6 +109,8 @@ class ActivationStore:
         try:
             return ShardedRows(files, key, self.manifest["shard_rows"])
         except (OSError, SafetensorError) as error:
+            for file in files:
+                check_may_open(file)
             raise ValueError(f"the cache {str(self.folder)!r} is damaged ({error}): collect it again") from error
 
     @cached_property

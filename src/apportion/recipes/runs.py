@@ -17,10 +17,9 @@ from apportion.activations import Source, load_model, read_contexts
 from apportion.activations.filter import TokenFilter
 from apportion.activations.sites import Rows
 from apportion.architectures import SAE, load
-from apportion.disk import read_json
 from apportion.evals import evaluate_model, evaluate_rows
 from apportion.training import TrainConfig, Trainer
-from apportion.training.run import MAY_DIFFER
+from apportion.training.run import MAY_DIFFER, read_run
 
 logger = logging.getLogger("apportion.runs")
 
@@ -39,7 +38,7 @@ def fitted(folder: Path, sae: SAE, config: TrainConfig, source: Source) -> tuple
 
 def same_run(folder: Path, sae: SAE, config: TrainConfig, source: Source) -> None:
     """Refuse finished runs that were made with other settings or on other rows."""
-    found = read_json(folder / "run.json")
+    found = read_run(folder)
     wanted = {"settings": sae.settings(), "train": dataclasses.asdict(config), "source": source.describe()}
     made = {"settings": found["sae"]["settings"] | {"hookpoint": None}, **{k: found[k] for k in ("train", "source")}}
     for part, values in json.loads(json.dumps(wanted)).items():

@@ -15,11 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from apportion.activations.fingerprint import model_difference
 from apportion.architectures.files import load
-from apportion.disk import naming, plain, read_json, whole_folder, write_json, write_tensors, write_text
+from apportion.disk import damaged, naming, plain, read_record, whole_folder, write_json, write_tensors, write_text
 
 if TYPE_CHECKING:
     from apportion.activations.batch import Source
@@ -33,6 +34,14 @@ MAY_DIFFER = {
 counts of a source that runs live."""
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json; ValueError if it lacks what every run has."""
+    objective = (dict, type(None))
+    return read_record(
+        folder / "run.json", sae__name=str, sae__settings=dict, train=dict, source=dict, objective=objective
+    )
+
+
 class RunFolder:
     def __init__(self, folder: Path, description: dict[str, Any], resume: bool) -> None:
         folder = self.folder = folder.expanduser()
@@ -40,7 +49,7 @@ class RunFolder:
         if record.exists():
             if not resume:
                 raise ValueError(f"{folder} already holds a run. Resume it (--resume) or choose another folder.")
-            self._check_same(read_json(record), description)
+            self._check_same(read_run(folder), description)
             return
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} exists and is not a run of apportion. Choose another folder.")
@@ -54,7 +63,7 @@ class RunFolder:
             ("sae", before["sae"]["settings"], now["sae"]["settings"]),
             ("sae", {"name": before["sae"]["name"]}, {"name": now["sae"]["name"]}),
             ("run", {"num_saes": before.get("num_saes", 1)}, {"num_saes": now.get("num_saes", 1)}),
-            ("objective", before.get("objective", {}), now.get("objective", {})),
+            ("objective", before.get("objective") or {}, now.get("objective") or {}),
             ("train", before["train"], now["train"]),
             ("source", before["source"], now["source"]),
         ):
@@ -100,9 +109,12 @@ class RunFolder:
             saved = load(folder / name)
             sae.load_state_dict(saved.state_dict())
             sae.info |= saved.info
-        values = read_json(folder / "trainer.json")
-        trainer.load_state(load_file(folder / "trainer.safetensors"), values)
-        source.load_state_dict(values["source"])
+        values = read_record(folder / "trainer.json", steps=int, tokens=int, seconds=(int, float), source=dict)
+        try:
+            trainer.load_state(load_file(folder / "trainer.safetensors"), values)
+            source.load_state_dict(values["source"])
+        except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            raise damaged(folder, error, "is a damaged checkpoint") from error
         self._cut_metrics(trainer.steps)
         return True
 
