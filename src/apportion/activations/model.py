@@ -24,7 +24,7 @@ from apportion.activations.store import torch_dtype
 from apportion.answers import out_of_memory
 from apportion.disk import check_may_open
 from apportion.extras import need
-from apportion.torch_state import usual
+from apportion.torch_state import in_eval_mode, usual
 
 logger = logging.getLogger(__name__)
 
@@ -182,18 +182,6 @@ def _quiet_transformers() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block no module of the model trains (no dropout); afterwards each does what it did before."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_encoder(model: Any, hookpoints: list[str]) -> None:

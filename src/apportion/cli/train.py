@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from tyro.conf import Fixed, Positional, Suppress, arg
 
+from apportion.answers import DIVERGED
 from apportion.architectures import SAES, named, rule_choices
 from apportion.cli.arguments import Count, Filter, Model, Text, best_device, say
 from apportion.cli.objectives import CONFIGS, THROUGH_MODEL, check_objective, objective_config, objective_for
@@ -57,7 +58,7 @@ class TrainBase:
     seed: int = 0
     """Seed of initial weights and data order."""
 
-    def run(self) -> None:
+    def run(self) -> int | None:
         from apportion.architectures import create
         from apportion.training import Trainer
 
@@ -92,7 +93,11 @@ class TrainBase:
         calibration = sae.info["calibration"]
         say(f"{self.out}: {sae.name} on {trainer.tokens:,} tokens of {sae.hookpoint}")
         say(f"  calibrated on {calibration['tokens']:,} held-out tokens: L0 {calibration['l0']:.2f}")
+        if trainer.verdict is not None:
+            say(f"  but the result is of no use: {trainer.verdict}")
+            return DIVERGED
         say(f"  next: apportion eval {self.out if len(saes) == 1 else self.out / 'sae-0'}")
+        return None
 
     def _check_out(self) -> None:
         if self.resume and not (self.out / "run.json").exists():

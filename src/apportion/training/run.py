@@ -125,11 +125,11 @@ class RunFolder:
             lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
             write_text(file, "".join(line for line in lines if json.loads(line)["step"] <= steps))
 
-    def finish(self, trainer: Trainer) -> None:
-        """The finished SAE replaces the checkpoints."""
+    def finish(self, trainer: Trainer, keep: bool = False) -> None:
+        """The finished SAE replaces the checkpoints, unless these are to be kept."""
         for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
             sae.save(self.folder / name)
-        for folder in self.folder.glob("checkpoint-*"):
+        for folder in () if keep else self.folder.glob("checkpoint-*"):
             shutil.rmtree(folder)
 
 
