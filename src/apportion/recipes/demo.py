@@ -14,6 +14,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from apportion.training import TrainConfig, Trainer
 
 logger = logging.getLogger(__name__)
 
+RECORD, STORIES = "demo.json", "stories.jsonl"
 METHODS: dict[str, dict[str, Any]] = {
     "topk": {},
     "mutual_choice": {},
@@ -99,7 +101,7 @@ class Demo:
                 keep_interrupted=False,
             )
             if manifest["rows"] < 10 * self.batch_tokens:
-                shutil.rmtree(self.out)  # nothing else is in it yet, and a longer text may follow
+                self._forget(acts)  # a longer text may follow
                 raise ValueError(
                     f"The text has only {manifest['rows']:,} tokens, too few for training and evaluation. "
                     f"Give one of at least {10 * self.batch_tokens:,}."
@@ -123,7 +125,7 @@ class Demo:
             if k not in ("out", "device", "load", "eval_tokens", "ce_tokens", "text")
         }
         mine = json.loads(json.dumps(mine | found | {"text": None if self.text is None else self.text.describe()}))
-        record = self.out / "demo.json"
+        record = self.out / RECORD
         if record.exists():
             theirs = read_json(record)
             for key in mine:
@@ -138,10 +140,19 @@ class Demo:
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(record, mine)
 
+    def _forget(self, acts: Path) -> None:
+        """Remove what this call has written so far; the folder too, if nothing else is in it."""
+        shutil.rmtree(acts)
+        (self.out / RECORD).unlink()
+        if self.text is None:
+            (self.out / STORIES).unlink()
+        with suppress(OSError):
+            self.out.rmdir()
+
     def _text(self) -> TextSource:
         if self.text is not None:
             return self.text
-        file = self.out / "stories.jsonl"
+        file = self.out / STORIES
         write_text(file, "".join(json.dumps({"text": story}, ensure_ascii=False) + "\n" for story in stories()))
         return TextSource(file)
 

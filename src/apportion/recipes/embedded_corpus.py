@@ -27,6 +27,7 @@ from torch import Tensor
 
 from apportion.activations import load_model
 from apportion.activations.progress import progress_bar
+from apportion.disk import replacing
 from apportion.recipes.command import main
 
 GIVE_UP_STORIES = 2000
@@ -169,12 +170,8 @@ def ends(tokenizer: Any) -> set[int]:
 
 def write_xz(file: Path, text: str) -> None:
     """Atomic: an interrupted run leaves the old file or the new one."""
-    partial = file.with_name(file.name + ".partial")
-    try:
+    with replacing(file) as partial:
         partial.write_bytes(lzma.compress(text.encode("utf-8"), preset=9 | lzma.PRESET_EXTREME))
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
