@@ -47,6 +47,10 @@ EXPECTED = {
     "memory of the system": (system(errno.ENOMEM), "There is not enough memory"),
     "memory of torch": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "There is not enough memory"),
     "memory of a GPU": (torch.OutOfMemoryError("CUDA out of memory. Tried"), "There is not enough memory (CUDA out"),
+    "files of torch": (
+        RuntimeError(f"unable to open file <a> in read-only mode: {os.strerror(errno.EMFILE)} ({errno.EMFILE})"),
+        "Too many open files: raise the limit",
+    ),
     "threads": (RuntimeError("can't start new thread"), "There is not enough memory"),
     "escapes": (ValueError("a\x1b[2Jb\u202ec"), r"a\x1b[2Jb\u202ec"),
 }

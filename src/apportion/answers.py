@@ -14,12 +14,14 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -70,7 +72,7 @@ def answered(
         if DEBUG in words:
             raise
         _say(f"{name}: {one_line(error, words)}")
-        _give_up_output()
+        _give_up(sys.stdout)
         return NOT_DONE
 
 
@@ -106,6 +108,7 @@ def one_line(error: BaseException, words: Sequence[str] = ()) -> str:
 
 
 def _said(error: BaseException, words: Sequence[str]) -> str:
+    error = of_the_system(error) or error
     if out_of_memory(error):
         return (
             f"There is not enough memory ({str(error).strip() or type(error).__name__}). Ask for less at a time "
@@ -125,6 +128,14 @@ def _said(error: BaseException, words: Sequence[str]) -> str:
         return f"A .safetensors file is damaged, or cannot be written ({error}). Check the disk, or make the file anew."
     first = next(iter(str(error).splitlines()), "")
     return f"Unexpected {type(error).__name__}: {first}. {_keep_traceback(error, words)}"
+
+
+def of_the_system(error: BaseException) -> OSError | None:
+    """The error of the operating system that torch tells of at the end of a RuntimeError: "...: Is full (28)"."""
+    found = re.search(r": ([^:]+) \((\d+)\)$", str(error)) if isinstance(error, RuntimeError) else None
+    if found is None or os.strerror(number := int(found[2])) != found[1]:
+        return None
+    return OSError(number, found[1])
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -152,14 +163,19 @@ def _keep_traceback(error: BaseException, words: Sequence[str]) -> str:
 
 
 def _say(line: str) -> None:
-    with suppress(OSError, AttributeError):  # stderr may be closed as well
+    if sys.stderr is None:
+        return
+    with suppress(OSError):
         sys.stderr.write(f"{line}\n" if line else "")
+    _give_up(sys.stderr)
 
 
-def _give_up_output() -> None:
+def _give_up(stream: TextIO | None) -> None:
     """If it cannot be written, let nothing be written at exit, which would fail again and change the exit code."""
+    if stream is None:
+        return
     try:
-        _flush()
-    except (OSError, AttributeError):
-        with suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stream.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

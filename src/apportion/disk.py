@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from apportion.answers import out_of_memory
+from apportion.answers import of_the_system, out_of_memory
 
 UNFINISHED = "unfinished"
 OF_THE_SYSTEM = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM}
@@ -182,8 +182,9 @@ def damaged(file: Path, error: Exception, what: str = "is damaged") -> ValueErro
     """What to raise where a library failed with `error` on what `file` holds. Raises itself, as what they are, a file
     that cannot be opened and too little memory."""
     check_may_open(file)
-    if out_of_memory(error):
-        raise error
+    system = of_the_system(error)
+    if out_of_memory(error) or (system is not None and system.errno in OF_THE_SYSTEM):
+        raise system or error
     return ValueError(f"{file} {what}: {next(iter(str(error).splitlines()), type(error).__name__)}")
 
 

@@ -42,7 +42,3 @@ def assert_one_line(said: str, *expected: str) -> None:
     assert len(lines) == 1 and "Traceback" not in said and "Unexpected" not in said, said
     for words in expected:
         assert words in lines[0], said
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

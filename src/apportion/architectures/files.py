@@ -75,7 +75,7 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
         raise ValueError(f"{config_file} has no settings, or none that are a JSON object.")
     try:
         tensors = load_file(tensor_file)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise damaged(tensor_file, error) from None
     _check_sizes(settings, tensors, tensor_file)
     try:
