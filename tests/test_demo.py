@@ -12,6 +12,7 @@ import torch
 
 from apportion.activations import TextSource, collect
 from apportion.cli import main
+from apportion.recipes import demo as recipe
 from apportion.recipes.demo import METHODS, Demo
 from apportion.training import Trainer
 
@@ -131,6 +132,23 @@ def test_a_text_that_is_too_short_leaves_nothing_behind(demo: Demo, tmp_path: Pa
     with pytest.raises(ValueError, match="too few for training"):
         short.run()
     assert not short.out.exists()
+
+
+def test_only_what_the_demo_wrote_is_removed(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody puts a file into the folder while the demo collects."""
+    (tmp_path / "short.txt").write_text(" ".join(SENTENCES * 20))
+    short = dataclasses.replace(demo, out=tmp_path / "out", text=TextSource(tmp_path / "short.txt"))
+    collect = recipe.collect
+
+    def collecting(*args, **kwargs):
+        (short.out / "notes.txt").write_text("mine")
+        (short.out / "stories.jsonl").write_text("mine too: the demo was given a text")
+        return collect(*args, **kwargs)
+
+    monkeypatch.setattr(recipe, "collect", collecting)
+    with pytest.raises(ValueError, match="too few for training"):
+        short.run()
+    assert sorted(p.name for p in short.out.iterdir()) == ["notes.txt", "stories.jsonl"]
 
 
 def test_the_embedded_model_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,6 +58,20 @@ def test_auxiliary_without_spread_is_zero_with_a_finite_gradient(case):
     assert torch.equal(error_hat.grad, torch.zeros_like(error))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_auxiliary_of_equal_rows_is_zero_however_they_were_rounded(dtype):
+    """0.1 has no exact mean; and where the error is small beside x, it consists of what rounding left of x."""
+    noise = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    eps = torch.finfo(dtype).eps
+    cases = [(torch.full((300, 16), 0.1, dtype=dtype), 0.0), (3 * eps * noise, 1.0), (5e3 * eps * noise, 1e6)]
+    for error, size in cases:
+        error_hat = torch.ones_like(error).requires_grad_()
+        value = losses.auxiliary(error, error_hat, 1.0, torch.tensor(size))
+        value.backward()
+        assert value.item() == 0 and not error_hat.grad.any()
+    assert losses.auxiliary(1e4 * eps * noise, torch.zeros_like(noise), 1.0, 1.0).item() == pytest.approx(1, rel=0.1)
+
+
 def test_auxiliary_does_not_hide_nan():
     error = rows()
     error[3, 1] = torch.nan

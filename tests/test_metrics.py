@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apportion.latents import Latents
-from apportion.metrics import FVU, Activations, batch_fvu, correlation, entropy, load, recovered
+from apportion.metrics import FVU, Activations, batch_fvu, correlation, entropy, load, recovered, variance
 
 
 def rows(n: int = 200, d: int = 7, seed: int = 0) -> torch.Tensor:
@@ -25,6 +25,41 @@ def test_fvu_of_perfect_and_mean():
     assert fvu(x, x) == 0
     assert fvu(x, x.mean(0).expand_as(x)) == pytest.approx(1, rel=1e-12)
     assert fvu(x, torch.zeros_like(x)) > 1
+
+
+EQUAL = {
+    "float32": torch.full((333, 5), 0.1),
+    "float64": torch.full((333, 5), 0.1, dtype=torch.float64) / 3,
+    "large": torch.full((70_000, 3), 1e6) / 7,
+    "one row": torch.full((1, 5), 0.1),
+    "zero": torch.zeros(4, 5),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("chunk", [5, 10**9])
+def test_fvu_and_correlation_of_equal_rows_are_nan_however_they_were_rounded(name, chunk):
+    x = EQUAL[name]
+    assert math.isnan(fvu(x[:300], x[:300] + 1, chunk)) and math.isnan(fvu(x, x, 10**9))
+    assert batch_fvu(x, x + 1).isnan() and batch_fvu(x, x).isnan()
+    assert math.isnan(correlation(x[:, 0], torch.arange(float(len(x)))))
+
+
+def test_a_little_spread_about_a_large_mean_is_spread():
+    assert batch_fvu(1000 + rows().float(), 1000 + rows().float()) == 0
+    assert batch_fvu(1000 + rows().float(), 1000 + torch.zeros(200, 7)).item() == pytest.approx(1, rel=0.1)
+    assert fvu(1e9 + rows(), 1e9 + 0 * rows()) == pytest.approx(1, rel=0.1)
+
+
+def test_variance_of_what_does_not_vary_is_zero():
+    x = torch.stack([torch.full((10_007,), 0.1, dtype=torch.float64), rows(10_007, 1)[:, 0]])
+    found = variance(x.mean(1), x.square().mean(1))
+    assert found[0] == 0 and found[1].item() == pytest.approx(x[1].var(correction=0).item(), rel=1e-9)
+    assert variance(torch.tensor(torch.nan), torch.tensor(torch.nan)).isnan()
+
+
+def test_an_ablation_that_changes_nothing_recovers_nothing():
+    assert math.isnan(recovered(2.0, 0.1 + 0.2, 0.3)) and recovered(2.0, 1.0, 3.0) == 0.5
 
 
 def test_fvu_of_a_known_case():

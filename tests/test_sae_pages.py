@@ -103,8 +103,10 @@ def test_text_has_no_accidental_markup() -> None:
     assert plain("a <b> x~ `<c>` *d*") == r"a \<b> x\~ `<c>` *d*"
 
 
-def test_pages_of_saes_that_are_no_more_are_removed(tmp_path: Path) -> None:
+def test_files_that_are_no_page_are_named_and_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path)
-    (tmp_path / "old.md").write_text("gone")
+    assert not caplog.text
+    (tmp_path / "old.md").write_text("mine")
     Pages(out=tmp_path).run()
-    assert {file.name for file in tmp_path.iterdir()} == PAGES.keys()
+    assert {file.name for file in tmp_path.iterdir()} == {"old.md", *PAGES}
+    assert str(tmp_path / "old.md") in caplog.text and "topk.md" not in caplog.text

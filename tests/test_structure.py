@@ -6,6 +6,7 @@ import ast
 import importlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,20 @@ from apportion.architectures import SAE, SAES, rule_choices
 PACKAGE = Path(apportion.__file__).parent
 
 ORDER = [
-    {"latents", "metrics", "losses", "disk", "durable", "interrupt", "locks", "processes", "settings", "torch_state"},
+    {
+        "latents",
+        "metrics",
+        "losses",
+        "disk",
+        "durable",
+        "interrupt",
+        "locks",
+        "processes",
+        "settings",
+        "torch_state",
+        "extras",
+        "answers",
+    },
     {"allocation"},
     {"kernels"},
     {"architectures", "embedded"},
@@ -181,3 +195,12 @@ def test_settings_of_architecture_and_rule_do_not_collide():
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_every_file_says_what_it_is_for(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def test_type_checkers_are_told_that_there_are_types():
+    """py.typed lies in the package, in what a wheel is made of."""
+    assert (PACKAGE / "py.typed").read_bytes() == b""
+    build = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert build == {"targets": {"wheel": {"packages": ["src/apportion"]}}}, "nothing is left out of the wheel"
+    ignored = subprocess.run(["git", "check-ignore", "-q", PACKAGE / "py.typed"], cwd=PACKAGE, check=False)
+    assert ignored.returncode != 0, "hatchling leaves out what git ignores"

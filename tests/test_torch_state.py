@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import permutations
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from apportion.activations import load_model
 from apportion.activations.collect import collect
 from apportion.activations.store import ActivationStore
 from apportion.evals import evaluate_rows
-from apportion.torch_state import usual
+from apportion.torch_state import in_eval_mode, usual
 
 
 @contextmanager
@@ -149,3 +151,40 @@ def test_rows_that_were_made_in_inference_mode_are_trained_on() -> None:
         before = sae.W_dec.detach().clone()
         ap.Trainer(sae, ap.TrainConfig(batch_tokens=256)).step(x[:256])
         assert not torch.equal(sae.W_dec, before)
+
+
+def modes(model: torch.nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+@pytest.mark.parametrize("leaving", list(permutations(range(3))), ids=str)
+def test_eval_mode_ends_when_the_last_one_leaves_in_whatever_order(leaving) -> None:
+    """Two blocks of the model, one of a part of it, as several threads have them."""
+    inner = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2))
+    model = torch.nn.Sequential(inner, torch.nn.Dropout())
+    inner[0].eval()
+    before = modes(model)
+    blocks = [in_eval_mode(model), in_eval_mode(inner), in_eval_mode(model)]
+    for block in blocks:
+        block.__enter__()
+    for i in leaving:
+        assert not any(modes(inner))
+        blocks[i].__exit__(None, None, None)
+    assert modes(model) == before and before != [False] * 5
+
+
+def test_eval_mode_in_many_threads_leaves_an_sae_as_it_was() -> None:
+    sae = ap.create("topk", d_in=4, d_sae=8, k=2)
+    seen = []
+
+    def work() -> None:
+        for _ in range(200):
+            with sae.in_eval_mode():
+                seen.append(any(modes(sae)))
+
+    threads = [Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(modes(sae)) and not any(seen)

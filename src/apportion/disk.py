@@ -14,8 +14,10 @@ A full disk or a quota shows as `CannotWrite` with the name of the file, whateve
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -26,11 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apportion.answers import of_the_system, out_of_memory
 from apportion.durable import complete, is_unfinished, make_durable, move_up, place_in, sweep, sync_folder
 from apportion.locks import LOCK, Lock, lock_of
 
 OF_NOBODY = ("lost+found", LOCK)
 """What may lie in a folder that counts as empty: what the root folder of a disk has, and a lock."""
+OF_THE_SYSTEM = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM}
+"""Errors that say nothing about what a file holds."""
 
 
 class CannotWrite(OSError):
@@ -167,6 +172,44 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{where} does not hold a JSON object.")
     return content
+
+
+def read_record(file: Path, **fields: type | tuple[type, ...]) -> dict[str, Any]:
+    """The JSON object in a file, in which these fields are of these kinds; a__b is the field b in a. ValueError if not.
+
+    A field whose kinds include NoneType may be missing.
+    """
+    content = read_json(file)
+    for name, kind in fields.items():
+        value: Any = content
+        for part in name.split("__"):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(
+                f"{file} is damaged: {name.replace('__', '.')} is {'missing' if value is None else repr(value)[:80]}. "
+                "Put back the file that apportion wrote, or make it anew."
+            )
+    return content
+
+
+def check_may_open(file: Path) -> None:
+    """OSError for a file that is there and cannot be opened (no permission, too many open ones): libraries say of such
+    a one that it is damaged, or not there."""
+    try:
+        os.close(os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)))
+    except OSError as error:
+        if error.errno in OF_THE_SYSTEM:
+            raise
+
+
+def damaged(file: Path, error: Exception, what: str = "is damaged") -> ValueError:
+    """What to raise where a library failed with `error` on what `file` holds. Raises itself, as what they are, a file
+    that cannot be opened and too little memory."""
+    check_may_open(file)
+    system = of_the_system(error)
+    if out_of_memory(error) or (system is not None and system.errno in OF_THE_SYSTEM):
+        raise system or error
+    return ValueError(f"{file} {what}: {next(iter(str(error).splitlines()), type(error).__name__)}")
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

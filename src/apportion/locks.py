@@ -69,7 +69,8 @@ class Lock:
         self._done.set()
         if self._opened is not None:
             if self._is(self._opened):
-                self.file.unlink()
+                with suppress(OSError):  # a disk that can only be read any more; it is unlocked all the same
+                    self.file.unlink()
             os.close(self._opened)
             self._opened = None
 
@@ -162,7 +163,7 @@ def is_gone(holder: dict[str, Any], silent_s: float, unlocked: bool) -> bool:
     if not holder:
         return unlocked or silent_s > STALE_S
     if holder.get("boot") == now["boot"] and (now["boot"] is not None or holder.get("host") == now["host"]):
-        if holder.get("space") == now["space"] and now["start"] is not None and isinstance(holder.get("pid"), int):
+        if not unlocked and holder.get("space") == now["space"] and now["start"] and isinstance(holder.get("pid"), int):
             return start_of(holder["pid"]) != holder.get("start")
         return unlocked or (fcntl is None and silent_s > STALE_S)
     return holder.get("host") == now["host"] or silent_s > STALE_S  # started again since then, or another machine

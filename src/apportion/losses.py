@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.metrics import no_spread
+
 
 def reconstruction(x: Float[Tensor, "tokens d"], x_hat: Float[Tensor, "tokens d"]) -> Float[Tensor, ""]:
     """mean over tokens of ||x - x_hat||^2 / d. About the FVU; never divided by a per-batch variance."""
@@ -17,20 +19,25 @@ def reconstruction(x: Float[Tensor, "tokens d"], x_hat: Float[Tensor, "tokens d"
 
 
 def auxiliary(
-    error: Float[Tensor, "tokens d"], error_hat: Float[Tensor, "tokens d"], share: float
+    error: Float[Tensor, "tokens d"],
+    error_hat: Float[Tensor, "tokens d"],
+    share: float,
+    size: Float[Tensor, ""] | float = 0.0,
 ) -> Float[Tensor, ""]:
     """How well silent latents reconstruct what the others left over (aux_k of arXiv 2406.04093, section 2).
 
         ||sg(e) - e_hat||^2 / ||sg(e) - mean e||^2 * share
 
     `error` = x - x_hat is a constant here, so the gradient reaches only the latents that made `error_hat`. `share` <= 1
-    scales the term down while there are fewer silent latents than k_aux. Without any spread to explain (a perfect
-    reconstruction, a single row) the term and its gradient are 0.
+    scales the term down while there are fewer silent latents than k_aux. `size` is the mean square of an entry of x:
+    without any spread to explain but rounding (a perfect reconstruction, a single row, equal rows) the term and its
+    gradient are 0.
     """
     error = error.detach()
     left = (error - error_hat).square().sum()
     of = (error - error.mean(0)).square().sum()
-    return share * left / torch.where(of == 0, torch.inf, of)
+    nothing = no_spread(of, error.square().sum() + size * error.numel())
+    return share * left / torch.where(nothing, torch.inf, of)
 
 
 def underutilised(

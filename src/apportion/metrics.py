@@ -8,16 +8,34 @@ dead       active on none of the evaluated tokens: always state how many those w
 
 from __future__ import annotations
 
+import math
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion.latents import Latents
 
+ROUNDING = 64
+"""Sums and products of many numbers are off by so many times the precision of their dtype, relative to the numbers."""
+
+
+def no_spread(spread: Float[Tensor, "*n"], size: Float[Tensor, "*n"]) -> Bool[Tensor, "*n"]:
+    """True where a sum of squares about a mean is no more than rounding leaves of equal rows, the sum of whose own
+    squares is `size`: a ratio to it would mean nothing."""
+    return spread <= (ROUNDING * torch.finfo(spread.dtype).eps) ** 2 * size
+
+
+def variance(mean: Float[Tensor, "*n"], mean_square: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """From two moments; 0 where it is no more than rounding leaves."""
+    found = mean_square - mean.square()
+    return torch.where(found <= ROUNDING * torch.finfo(found.dtype).eps * mean_square, 0, found)
+
 
 def batch_fvu(x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
-    """FVU within one batch (its own mean): for the progress bar, not for a table."""
-    return (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    """FVU within one batch (its own mean): for the progress bar, not for a table. NaN if all rows are equal."""
+    spread = (x - x.mean(0)).square().sum()
+    return (x - x_hat).square().sum() / torch.where(no_spread(spread, x.square().sum()), torch.nan, spread)
 
 
 class FVU:
@@ -42,9 +60,14 @@ class FVU:
         self.mean = self.mean + (mean - self.mean) * len(x) / total
         self.tokens = total
 
+    @property
+    def equal(self) -> bool:
+        """True if all tokens so far are equal, so that there is nothing to explain."""
+        return bool(no_spread(self.spread, self.tokens * self.mean.square().sum()))
+
     def value(self) -> float:
         """NaN if nothing was added or all tokens are equal."""
-        return (self.error / self.spread).item() if self.spread > 0 else float("nan")
+        return float("nan") if self.equal else (self.error / self.spread).item()
 
 
 class Activations:
@@ -79,9 +102,10 @@ class Activations:
 
 def correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
     """Pearson's r; NaN if either is constant."""
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    norm = a.norm() * b.norm()
-    return (a @ b / norm).item() if norm > 0 else float("nan")
+    x, y = a.double() - a.double().mean(), b.double() - b.double().mean()
+    if no_spread(x @ x, a.double().square().sum()) or no_spread(y @ y, b.double().square().sum()):
+        return float("nan")
+    return (x @ y / (x.norm() * y.norm())).item()
 
 
 def recovered(ce: float, ce_clean: float, ce_ablated: float) -> float:
@@ -89,7 +113,8 @@ def recovered(ce: float, ce_clean: float, ce_ablated: float) -> float:
 
     Zero ablation of a residual stream is so destructive that almost anything recovers 0.98 of it; give delta-CE too.
     """
-    return (ce_ablated - ce) / (ce_ablated - ce_clean) if ce_ablated != ce_clean else float("nan")
+    nothing = math.isclose(ce_ablated, ce_clean, rel_tol=1e-9)
+    return float("nan") if nothing else (ce_ablated - ce) / (ce_ablated - ce_clean)
 
 
 def load(labels: Int[Tensor, "*lead"], num: int) -> Float[Tensor, " num"]:

@@ -54,6 +54,8 @@ def settle(config: Any, strict: bool = True) -> None:
             if strict and not value.is_integer():
                 raise ValueError(f"{field.name} must be a whole number, got {value!r}.")
             value = int(value) if value.is_integer() else value
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{field.name} = {value} does not fit into 64 bits. Use a number below 2**63.")
         object.__setattr__(config, field.name, value)
 
 

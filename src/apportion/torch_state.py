@@ -1,17 +1,23 @@
-"""Global settings of torch that a notebook may have changed, as this library assumes them, for the length of a call.
+"""What a notebook may have changed, as this library assumes it, for the length of a call.
 
     @usual()                          default dtype float32 and default device CPU
     with usual(learning=True):        besides, gradients on, and no inference mode
+    with in_eval_mode(model):         no module of the model trains
 
 Everything is as it was found afterwards. Gradients are left alone where a user decides about them (encode, decode).
 """
 
 from __future__ import annotations
 
-from contextlib import ContextDecorator, ExitStack
+from collections.abc import Iterator
+from contextlib import ContextDecorator, ExitStack, contextmanager
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 
 class usual(ContextDecorator):
@@ -40,3 +46,39 @@ class usual(ContextDecorator):
     def _recreate_cm(self) -> usual:
         """Each call of a decorated function has a context of its own."""
         return usual(self.learning)
+
+
+@dataclass
+class _Held:
+    """A module that is in eval mode for the sake of some blocks."""
+
+    blocks: int
+    trained: bool
+    """Before the first of them."""
+
+
+_held: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
+_lock = Lock()
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block no module of the model trains (no dropout); afterwards each does what it did before.
+
+    Several threads may be within at a time: modules go back when the last one leaves, in whatever order they do.
+    """
+    modules = list(model.modules())
+    with _lock:
+        for module in modules:
+            _held.setdefault(module, _Held(0, module.training)).blocks += 1
+            module.training = False
+    try:
+        yield
+    finally:
+        with _lock:
+            for module in modules:
+                held = _held[module]
+                held.blocks -= 1
+                if not held.blocks:
+                    module.training = held.trained
+                    del _held[module]

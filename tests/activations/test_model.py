@@ -13,7 +13,8 @@ from tiny_models import make
 
 from apportion.activations import load_model
 from apportion.activations.hookpoints import middle_layer
-from apportion.activations.model import check_context_tokens, in_eval_mode, predicts_next, run_contexts, width_at
+from apportion.activations.model import check_context_tokens, predicts_next, run_contexts, width_at
+from apportion.torch_state import in_eval_mode
 
 TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
 BERT = TOKENS | {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}

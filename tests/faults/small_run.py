@@ -20,19 +20,22 @@ def rows() -> torch.Tensor:
 
 
 class Watched(ArraySource):
-    """Calls `act` with the number of each batch before it is handed out, counted from 1 in this process."""
+    """Calls `act` with the number of each batch before it is handed out, counted from 1 in this process, and `held_out`
+    before rows for calibration are, once all batches were."""
 
     def __init__(self, act: Callable[[int], Any] = lambda number: None, held_out: Callable[[], Any] = lambda: None):
         super().__init__(rows())
-        self.act, self.at_held_out = act, held_out
+        self.act, self.at_held_out, self.handed_out = act, held_out, 0
 
     def batches(self, batch_tokens: int) -> Any:
         for number, batch in enumerate(super().batches(batch_tokens), 1):
             self.act(number)
+            self.handed_out = number
             yield batch
 
     def held_out(self, *args: Any, **settings: Any) -> Any:
-        self.at_held_out()
+        if self.handed_out == STEPS:
+            self.at_held_out()
         return super().held_out(*args, **settings)
 
 

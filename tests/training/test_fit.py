@@ -27,7 +27,7 @@ def data(n: int = 500, seed: int = 0) -> torch.Tensor:
 
 
 class Source(ArraySource):
-    """Interferes when batch number `at` is asked for, or when the held-out rows are."""
+    """Interferes when batch number `at` is asked for, or when the held-out rows are behind the last one."""
 
     def __init__(self, x=None, at: int = -1, act=None, held_out=None, **settings) -> None:
         super().__init__(data() if x is None else x, **settings)
@@ -41,7 +41,7 @@ class Source(ArraySource):
             yield batch
 
     def held_out(self, *args, **kwargs):
-        if self.at_held_out is not None:
+        if self.at_held_out is not None and self.handed_out == STEPS:
             self.at_held_out()
         return super().held_out(*args, **kwargs)
 

@@ -30,6 +30,8 @@ class Batch:
     positions: Int[Tensor, " n"] | None = None
     site: Int[Tensor, " n"] | None = None
     """Which of several hookpoints a row comes from."""
+    index: Int[Tensor, " n"] | None = None
+    """Where a row lies in its source, if that is known: for messages."""
     mask: Bool[Tensor, " n"] | None = None
     """True rows take part; None means all do."""
 
@@ -44,7 +46,10 @@ class Batch:
 
 @runtime_checkable
 class Source(Protocol):
-    """Where training rows come from. All rows handed out have passed the token filter, or a mask says which have."""
+    """Where training rows come from. All rows handed out have passed the token filter, or a mask says which have.
+
+    One with `makes_rows = True` makes its rows anew each time, sane ones: `fit` then does not look at them beforehand.
+    """
 
     @property
     def d_in(self) -> int: ...
@@ -87,7 +92,7 @@ def read_held_out(
     """At most `max_rows` of `rows`, in random order, gathered in chunks."""
     chosen = rows[permutation(len(rows), seed, "held out")[:max_rows]]
     for indices in chosen.split(chunk) if len(chosen) else ():
-        yield gather(indices)
+        yield replace(gather(indices), index=indices)
 
 
 class ArraySource:
@@ -127,10 +132,11 @@ class ArraySource:
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
         for indices, position in self._order.upcoming(batch_tokens):
             self._order.position = position
-            yield self._gather(indices)
+            yield replace(self._gather(indices), index=indices)
 
     def sample(self, n: int) -> Batch:
-        return self._gather(self._order.sample(n))
+        indices = self._order.sample(n)
+        return replace(self._gather(indices), index=indices)
 
     def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
         return read_held_out(self._gather, self._held_out, max_rows, chunk, self.seed)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from apportion.activations.hookpoints import Hookpoint, hooked
-from apportion.activations.model import in_eval_mode
 from apportion.activations.passes import parameters_of
+from apportion.torch_state import in_eval_mode
 
 logger = logging.getLogger(__name__)
 

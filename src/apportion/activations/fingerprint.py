@@ -21,6 +21,7 @@ from torch import Tensor
 
 from apportion.activations.passes import parameters_of
 from apportion.activations.tokens import special_ids
+from apportion.torch_state import in_eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def _weights_digest(model: Any) -> str:
 
 @torch.no_grad()
 def _probe(model: Any) -> list[float] | None:
-    from apportion.activations.model import check_context_tokens, in_eval_mode, text_config
+    from apportion.activations.model import check_context_tokens, text_config
 
     size, named = getattr(text_config(model), "vocab_size", None), parameters_of(model)
     if not isinstance(size, int) or "input_ids" not in named:

@@ -35,6 +35,8 @@ BLOCK_ENTRIES = 2**21
 class GroundTruthSource:
     """Endless rows of one world, on the CPU."""
 
+    makes_rows = True
+
     def __init__(self, config: GroundTruthConfig | None = None, seed: int = 0, held_out_rows: int = 200_000) -> None:
         """`seed` is that of the rows (the world has its own); `held_out_rows` are offered for calibration."""
         if held_out_rows < 1:

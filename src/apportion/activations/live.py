@@ -64,6 +64,9 @@ def joined(parts: list[_Rows]) -> _Rows:
 class LiveSource:
     """Rows of `contexts` [num_contexts, context_tokens] (see `read_contexts`), computed when they are needed."""
 
+    makes_rows = True
+    """And looks at them itself."""
+
     def __init__(
         self,
         model: Any,

@@ -21,11 +21,15 @@ from apportion.activations.filter import row_norms
 from apportion.activations.hookpoints import Hookpoint, capture
 from apportion.activations.passes import by_context, modules_of, parameters_of
 from apportion.activations.store import torch_dtype
-from apportion.torch_state import usual
+from apportion.answers import out_of_memory
+from apportion.disk import check_may_open
+from apportion.extras import need
+from apportion.torch_state import in_eval_mode, usual
 
 logger = logging.getLogger(__name__)
 
-NO_TOKENIZER = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError)
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""Files that a folder with a tokenizer has, one of them at least."""
 
 
 @usual()
@@ -48,6 +52,7 @@ def load_model(
     not have: they would be random.
     """
     wanted = torch_dtype(dtype)
+    need("A language model", "transformers", *([] if device_map is None else ["accelerate"]))
     import transformers  # heavy
 
     name = str(Path(name_or_folder).expanduser()) if str(name_or_folder).startswith("~") else str(name_or_folder)
@@ -60,11 +65,13 @@ def load_model(
             model, loading = kind.from_pretrained(
                 where, dtype=wanted, output_loading_info=True, **{n: v for n, v in placed.items() if v is not None}
             )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # a damaged folder lets transformers raise anything
+        _check_may_open(where)
+        if out_of_memory(error):
+            raise
         raise ValueError(
             f"no language model could be loaded from {name!r}: give a folder with config.json, weights and "
-            f'tokenizer, a Hub id that is reachable from here, or "embedded" ({reason})'
+            f'tokenizer, a Hub id that is reachable from here, or "embedded" ({_reason(error)})'
         ) from error
     _check_complete(model, sorted(loading["missing_keys"]), name)
     tokenizer = _tokenizer(transformers, where)
@@ -80,6 +87,7 @@ def load_model(
 
 def load_tokenizer(name_or_folder: str | Path) -> Any:
     """The tokenizer alone of what `load_model` loads; None if there is none."""
+    need("A tokenizer", "transformers")
     import transformers  # heavy
 
     name = str(name_or_folder)
@@ -92,10 +100,25 @@ def _tokenizer(transformers: Any, where: str) -> Any:
         with _quiet_transformers():
             tokenizer = transformers.AutoTokenizer.from_pretrained(where)
         words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
-    except NO_TOKENIZER as error:
+    except Exception as error:  # see above; and where there is none, transformers raises many kinds too
+        _check_may_open(where)
+        if any((Path(where) / name).is_file() for name in TOKENIZERS):
+            logger.warning("the tokenizer in %s cannot be loaded (%s)", where, _reason(error))
         logger.debug("no tokenizer in %s: %s", where, error)
         return None
     return tokenizer if len(words - set(getattr(tokenizer, "added_tokens_decoder", ()))) > 1 else None
+
+
+def _check_may_open(where: str) -> None:
+    """OSError for a file in the folder of a model that may not be read."""
+    for file in Path(where).iterdir() if Path(where).is_dir() else ():
+        check_may_open(file)
+
+
+def _reason(error: Exception) -> str:
+    """The first line, or what kind of error it is if it says little."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return first if len(first.split()) > 1 else f"{type(error).__name__} {first}".strip()
 
 
 AUTO_CLASSES = (
@@ -159,18 +182,6 @@ def _quiet_transformers() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block no module of the model trains (no dropout); afterwards each does what it did before."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_encoder(model: Any, hookpoints: list[str]) -> None:

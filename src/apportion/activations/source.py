@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -48,12 +49,15 @@ class CacheSource:
         return self._order.num_rows
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
-        for batch, position in _read_ahead(self.store.batch, self._order.upcoming(batch_tokens)):
+        for batch, position in _read_ahead(self._batch, self._order.upcoming(batch_tokens)):
             self._order.position = position
             yield batch
 
     def sample(self, n: int) -> Batch:
-        return self.store.batch(self._order.sample(n))
+        return self._batch(self._order.sample(n))
+
+    def _batch(self, indices: Tensor) -> Batch:
+        return replace(self.store.batch(indices), index=indices)
 
     def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
         return read_held_out(self.store.batch, self._held_out, max_rows, chunk, self.seed)

@@ -31,7 +31,8 @@ from apportion.activations.batch import Batch
 from apportion.activations.filter import TokenFilter
 from apportion.activations.hookpoints import Hookpoint
 from apportion.activations.text import expanded
-from apportion.disk import read_json
+from apportion.answers import of_the_system
+from apportion.disk import check_may_open, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -108,7 +109,11 @@ class ActivationStore:
         files = [self.folder / pattern.format(number) for number in range(len(self.manifest["shards"]))]
         try:
             return ShardedRows(files, key, self.manifest["shard_rows"])
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if (system := of_the_system(error)) is not None:
+                raise system from error
+            for file in files:
+                check_may_open(file)
             raise ValueError(f"the cache {str(self.folder)!r} is damaged ({error}): collect it again") from error
 
     @cached_property

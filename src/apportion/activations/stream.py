@@ -9,6 +9,7 @@ rows only once: a run on it needs enough of them, and cannot be resumed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from apportion.activations.batch import Batch
 from apportion.activations.order import held_out_groups
+from apportion.activations.sane import SaneRows
 from apportion.architectures.inputs import as_tensor, first_tensor
 
 MOST_HELD_OUT = 1_000_000
@@ -65,6 +67,7 @@ class StreamSource:
         self._first = list(self._peek(SAMPLE_ROWS))
         if not self._first:
             raise ValueError("There are no rows to train on: the source of activations is empty.")
+        self._sane = SaneRows(self.sample(SAMPLE_ROWS), "The first rows")
 
     @property
     def d_in(self) -> int:
@@ -97,10 +100,12 @@ class StreamSource:
             for part in parts:
                 place = seen + torch.arange(len(part.x) + 1, dtype=torch.float64)
                 out = ((place * self.held_out_share + 1e-9).floor().diff() > 0).to(part.x.device)
-                seen += len(part.x)
                 if first_pass and self._num_kept_back < MOST_HELD_OUT:
-                    self._kept_back.append(_chosen(part, out))
-                    self._num_kept_back += int(out.sum())
+                    kept = replace(_chosen(part, out), index=seen + out.nonzero().squeeze(1))
+                    self._sane.check(kept, "The held-out rows")
+                    self._kept_back.append(kept)
+                    self._num_kept_back += len(kept.x)
+                seen += len(part.x)
                 yield _chosen(part, ~out)
             if not self.again:
                 return

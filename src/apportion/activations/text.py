@@ -36,6 +36,7 @@ from apportion.activations.text_files import (
     whole_or_broken,
 )
 from apportion.activations.text_streams import steady_rows
+from apportion.extras import need
 
 Text = Any
 """What a user calls text: a `TextSource`, or anything that it takes as `where`."""
@@ -159,6 +160,7 @@ class TextSource:
         return _numbered(_column(self.where, self.field), "document")
 
     def _streamed(self, reading: Reading) -> Iterator[Row]:
+        need("A dataset", "datasets")
         from datasets import load_dataset  # heavy, and only needed here
 
         name = str(self.where)
@@ -313,6 +315,7 @@ def saved_dataset(path: Path) -> bool:
 
 
 def _load_saved(path: Path, split: str) -> Any:
+    need("A folder made with save_to_disk", "datasets")
     from datasets import load_from_disk  # heavy, and only needed here
 
     try:

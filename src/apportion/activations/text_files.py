@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from apportion.activations.documents import Broken, chosen_field, is_id
+from apportion.disk import check_may_open
+from apportion.extras import need
 
 PIECE_CHARS = 1 << 16
 PARQUET_ROWS = 1024
@@ -67,12 +69,10 @@ def is_compressed(file: Path) -> bool:
 
 
 def check_readable(file: Path) -> None:
-    """ValueError before work starts if what the file needs is not installed."""
+    """Before work starts: ValueError if what the file needs is not installed, OSError if it may not be read."""
+    check_may_open(file)
     if file.suffix.lower() in (".zst", ".parquet"):
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError:
-            raise ValueError(f"reading {str(file)!r} needs pyarrow: pip install pyarrow, or unpack it first") from None
+        need(f"reading {str(file)!r}", "pyarrow")
 
 
 def _bytes_of(file: Path) -> Any:

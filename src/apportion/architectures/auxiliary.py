@@ -78,7 +78,8 @@ class AffineWithAuxiliary(Affine):
         rule = TokenChoice(TokenChoiceConfig(k=min(limit, silent.numel())), silent.numel())
         chosen = self.encode_silent(rule, x, silent)
         error_hat = decode_matches(chosen, self.W_dec.flatten(1))
-        term = losses.auxiliary(error.flatten(1), error_hat, share=min(1.0, silent.numel() / limit))
+        size, share = x.detach().square().mean(), min(1.0, silent.numel() / limit)
+        term = losses.auxiliary(error.flatten(1), error_hat, share, size)
         return {self.config.aux: self.config.aux_weight * term}
 
     def encode_silent(self, rule: Rule, x: Float[Tensor, " tokens *row"], silent: Int[Tensor, " n"]) -> Latents:

@@ -40,7 +40,7 @@ from apportion.architectures.inputs import (
 from apportion.kernels import Screen
 from apportion.latents import Latents
 from apportion.settings import settle
-from apportion.torch_state import usual
+from apportion.torch_state import in_eval_mode, usual
 
 CALIBRATION_CHUNK = 4096
 """Rows that are encoded together while calibrating."""
@@ -289,10 +289,12 @@ class SAE(nn.Module, ABC):
             raise ValueError(f"Expected activations [..., {wanted}] (d_in = {self.d_in}), got {list(x.shape)}.")
         return x.reshape(prod(x.shape[:lead]), *self.row_shape).to(self.dtype)
 
-    def _finite_rows(self, x: Tensor) -> Tensor:
+    def _finite_rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        """Rows, if they are finite; `index` says where each lies in its source, to name one that is not."""
         rows = self._rows(x)
         if not bool(torch.isfinite(rows.detach().sum())) and not bool(torch.isfinite(rows.detach()).all()):
-            bad = (~torch.isfinite(rows.detach().flatten(1))).any(1).nonzero()[0].item()
+            bad = int((~torch.isfinite(rows.detach().flatten(1))).any(1).nonzero()[0])
+            bad = bad if index is None else int(index[bad])
             raise ValueError(f"Row {bad} of the activations holds NaN or infinity. Filter such rows out first.")
         return rows
 
@@ -326,7 +328,8 @@ class SAE(nn.Module, ABC):
         """Prepared rows, at most CALIBRATION_CHUNK at a time."""
         items: Iterable[Any] = [xs] if isinstance(xs, Tensor) else xs
         for x in items:
-            rows = self._finite_rows(x.rows().x if hasattr(x, "rows") else first_tensor(x))
+            batch = x.rows() if hasattr(x, "rows") else None
+            rows = self._finite_rows(first_tensor(x)) if batch is None else self._finite_rows(batch.x, batch.index)
             for part in rows.split(CALIBRATION_CHUNK) if len(rows) else ():
                 yield self.input.apply_to(part.to(self.mean.device))
 
@@ -365,12 +368,8 @@ class SAE(nn.Module, ABC):
     @contextmanager
     def in_eval_mode(self) -> Iterator[None]:
         """Eval mode within the block; the mode is restored at its end."""
-        was_training = self.training
-        try:
-            self.eval()
+        with in_eval_mode(self):
             yield
-        finally:
-            self.train(was_training)
 
     def settings(self) -> dict[str, Any]:
         """Everything `create` needs to build it again (`architectures.rebuild`, if the rule is not for training)."""

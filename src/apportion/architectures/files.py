@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from apportion.architectures.affine import blank_weights
 from apportion.architectures.base import SAE
-from apportion.disk import all_finite, json_text, parse_json, read_json, replacing, write_tensors
+from apportion.disk import all_finite, damaged, json_text, parse_json, read_json, replacing, write_tensors
 from apportion.torch_state import usual
 
 VERSION = 1
@@ -75,8 +75,8 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
         raise ValueError(f"{config_file} has no settings, or none that are a JSON object.")
     try:
         tensors = load_file(tensor_file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{tensor_file} is damaged: {error}") from None
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise damaged(tensor_file, error) from None
     _check_sizes(settings, tensors, tensor_file)
     try:
         with blank_weights():

@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from apportion.metrics import no_spread
+
 InputNorm = Literal["none", "token_standardise", "token_norm", "dataset"]
 Centre = Literal["mean", "geometric_median"]
 PER_TOKEN = ("token_standardise", "token_norm")
@@ -127,7 +129,7 @@ class InputDescription(nn.Module):
         x = x.double()
         centre = geometric_median(x) if self.centre == "geometric_median" else x.mean(0)
         energy = (x - centre).square().sum(-1).mean(0)
-        if not bool((energy > 0).all()) or not bool(energy.isfinite().all()):
+        if bool(no_spread(energy, x.square().sum(-1).mean(0)).any()) or not bool(energy.isfinite().all()):
             raise ValueError(
                 f"The {len(x)} rows given to fit the input scale have a mean squared distance of {energy.min():g} "
                 "from their centre; a positive, finite one is needed. Give more rows, without NaN and not all equal."

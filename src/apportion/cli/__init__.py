@@ -8,7 +8,7 @@
     apportion convert runs/x sae/ --to sae_lens
     apportion info PATH
 
-A mistake is answered with one line and exit code 2, before any long work; Ctrl-C exits with 130.
+A mistake is answered with one line and exit code 2, before any long work; answers.py has the other ways to end.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Annotated, Any, Union, cast
 import tyro
 from tyro.conf import subcommand
 
+from apportion.answers import answered
 from apportion.cli.arguments import OPTIONS
 from apportion.cli.collect import Collect
 from apportion.cli.convert import Convert
@@ -28,10 +29,11 @@ from apportion.cli.evaluate import Eval
 from apportion.cli.info import Info
 from apportion.cli.report import Report
 from apportion.cli.train import chosen_sae, train_command
-from apportion.interrupt import end_like_ctrl_c
 from apportion.processes import refuse_several_processes
 
-DESCRIPTION = "Sparse autoencoders that spend their sparsity budget where it is needed."
+DESCRIPTION = """Sparse autoencoders that spend their sparsity budget where it is needed.
+
+An error is one line; with --debug, anywhere among the words, it comes with its traceback."""
 
 
 def parse(argv: list[str]) -> Any:
@@ -51,22 +53,11 @@ def parse(argv: list[str]) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `apportion`; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("apportion").setLevel(logging.INFO)
-    end_like_ctrl_c()
-    try:
-        refuse_several_processes()
-        parse(argv).run()
-    except BrokenPipeError:
-        sys.stdout = None  # whoever read our output has gone; nothing may be written at exit
-        return 1
-    except ImportError as error:
-        sys.stderr.write(f"apportion: {error}. Install what this needs: pip install 'apportion[all]'\n")
-        return 2
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"apportion: {' '.join(str(error).split())}\n")
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return answered("apportion", _run, argv)
+
+
+def _run(words: list[str]) -> int | None:
+    refuse_several_processes()
+    return parse(words).run()

@@ -20,8 +20,10 @@ def whole_number(text: str) -> int:
         number = Decimal(text if factor == 1 else text[:-1]) * factor
     except InvalidOperation:
         raise ValueError(f"{text!r} is not a number; write 900000, 900k, 10M or 1.5B.") from None
-    if not number.is_finite() or abs(number) >= 10**18 or number != int(number):
+    if not number.is_finite() or number != int(number):
         raise ValueError(f"{text!r} is not a whole number.")
+    if abs(number) >= 2**63:
+        raise ValueError(f"{text!r} does not fit into 64 bits. Use a number below 2**63.")
     return int(number)
 
 
@@ -85,6 +87,11 @@ class Text:
     """Split of the dataset."""
     dataset_config: str | None = None
     """Configuration of a dataset that has several, such as wikitext-103-raw-v1."""
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What has to be installed to read it."""
+        return () if self.dataset is None else ("datasets",)
 
     def source(self, model: str | None = None) -> Any:
         """The text; without one, the stories that come with the package if it is for the model that does."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from apportion.cli.arguments import Count, Filter, Model, Text, describe_filter, say
+from apportion.extras import need
 
 
 @dataclass(kw_only=True)
@@ -36,6 +37,7 @@ class Collect:
     loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
 
     def run(self) -> None:
+        need("apportion collect", "transformers", *self.corpus.packages)
         try:
             manifest = self._collect()
         except KeyboardInterrupt as stopped:

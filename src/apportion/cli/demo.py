@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from apportion.answers import DIVERGED
 from apportion.cli.arguments import Count, Model, Text, best_device, say
 
 
@@ -34,7 +35,7 @@ class Demo:
     """Seed of initial weights and data order."""
     loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
 
-    def run(self) -> None:
+    def run(self) -> int | None:
         from apportion.evals.table import print_table
         from apportion.recipes import demo
 
@@ -58,3 +59,8 @@ class Demo:
             raise
         print_table(report.figures["methods"])
         say(f"\nOpen {self.out / 'report.html'}")
+        useless = [m["training"]["diverged"] for m in report.figures["methods"].values() if "diverged" in m["training"]]
+        if useless:
+            say(f"But it tells of results that are of no use: {'; '.join(useless)}")
+            return DIVERGED
+        return None

@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model
 from apportion.cli.rows import kind_of, open_rows
+from apportion.extras import need
 
 
 @dataclass(kw_only=True)
@@ -43,7 +44,7 @@ class Eval:
 
     def run(self) -> None:
         from apportion.disk import write_json
-        from apportion.evals.plots import check_plots, save_plots
+        from apportion.evals.plots import save_plots
         from apportion.evals.table import print_table
         from apportion.interop.load import load
 
@@ -56,8 +57,8 @@ class Eval:
             raise ValueError("Give either --acts (a cache) or --text / --dataset (inside the model), not both.")
         if self.model is not None and not in_model:
             raise ValueError("--model is used together with --text or --dataset: on which text shall it run?")
-        if self.plots is not None:
-            check_plots()
+        packages = ["transformers", *self.corpus.packages] if in_model else []
+        need("This evaluation", *packages, *([] if self.plots is None else ["matplotlib"]))
         device = best_device(self.loading.device)
         saes = {str(folder): load(folder).to(device) for folder in self.run_folders}
         if len(saes) < len(self.run_folders):

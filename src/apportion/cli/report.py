@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 
 from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, say
 from apportion.cli.rows import kind_of, open_rows
+from apportion.extras import need
 
 
 @dataclass(kw_only=True)
@@ -36,17 +37,18 @@ class Report:
 
     def run(self) -> None:
         from apportion.activations.fingerprint import model_fingerprint
-        from apportion.evals.report import check_report, make_report
+        from apportion.evals.report import make_report
         from apportion.interop.load import load
 
         if not self.run_folders:
             raise ValueError("Name at least one run folder.")
-        check_report()
         out = self._claimed()
         device = best_device(self.loading.device)
         saes = self._named([load(folder).to(device) for folder in self.run_folders])
         trained_on = self._trained_on(list(saes.values()))
         name = self.model or trained_on.get("model", {}).get("name_or_path")
+        packages = [] if name is None else ["transformers", *self.corpus.packages]
+        need("This report", *packages, "matplotlib", "jinja2")
         text = None if self.corpus == Text() else self.corpus.source()
         cache = self._cache(trained_on, text)
         model = tokenizer = None

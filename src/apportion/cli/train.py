@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from tyro.conf import Fixed, Positional, Suppress, arg
 
+from apportion.answers import DIVERGED
 from apportion.architectures import SAES, named, rule_choices
 from apportion.cli.arguments import Count, Filter, Model, Text, best_device, say
 from apportion.cli.objectives import CONFIGS, THROUGH_MODEL, check_objective, objective_config, objective_for
 from apportion.cli.rows import kind_of, open_rows, settings_of
+from apportion.extras import need
 from apportion.training import TrainConfig
 from apportion.training.run import RUN, is_finished
 
@@ -59,7 +61,7 @@ class TrainBase:
     seed: int = 0
     """Seed of initial weights and data order."""
 
-    def run(self) -> None:
+    def run(self) -> int | None:
         from apportion.architectures import create
         from apportion.training import Trainer
 
@@ -95,7 +97,11 @@ class TrainBase:
         calibration = sae.info["calibration"]
         say(f"{self.out}: {sae.name} on {trainer.tokens:,} tokens of {sae.hookpoint}")
         say(f"  calibrated on {calibration['tokens']:,} held-out tokens: L0 {calibration['l0']:.2f}")
+        if trainer.verdict is not None:
+            say(f"  but the result is of no use: {trainer.verdict}")
+            return DIVERGED
         say(f"  next: apportion eval {self.out if len(saes) == 1 else self.out / 'sae-0'}")
+        return None
 
     def _check_out(self) -> None:
         there, again = (self.out / RUN).exists(), self.resume or self.requeue
@@ -128,6 +134,7 @@ class TrainBase:
             raise ValueError(f"{self.sae} takes several hookpoints: make a cache of them first (apportion collect).")
         if self.hookpoint is None or self.tokens is None:
             raise ValueError("To train on a model give --hookpoint and --tokens (and --text or --dataset).")
+        need("Training on a model", "transformers", *self.corpus.packages)
         text = self.corpus.source(self.source)
         model, tokenizer = self.loading.load(self.source)
         expand(model, self.hookpoint)

@@ -28,14 +28,14 @@ from torch import Tensor
 from apportion.activations.effect import check_read
 from apportion.activations.filter import TokenFilter
 from apportion.activations.hookpoints import capture, hooked
-from apportion.activations.model import in_eval_mode, predicts_next, run_contexts
+from apportion.activations.model import predicts_next, run_contexts
 from apportion.activations.passes import by_context, parameters_of
 from apportion.activations.progress import progress_bar
 from apportion.architectures import SAE
 from apportion.evals.measure import Measurement
 from apportion.evals.rows import Anew
 from apportion.metrics import recovered
-from apportion.torch_state import usual
+from apportion.torch_state import in_eval_mode, usual
 
 logger = logging.getLogger(__name__)
 

@@ -30,6 +30,7 @@ from apportion.activations.sites import SitesStore
 from apportion.architectures import SAE
 from apportion.evals.measure import Measurement
 from apportion.latents import Latents
+from apportion.metrics import variance
 from apportion.torch_state import usual
 
 By = Literal["mass", "counts"]
@@ -112,8 +113,8 @@ class LayerStatistics:
 
 
 def _variance(size: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """From the sums of w, w l and w l^2; rounding does not make it negative."""
-    return (second / size - (first / size).square()).clamp_min(0)
+    """From the sums of w, w l and w l^2."""
+    return variance(first / size, second / size)
 
 
 @dataclass(frozen=True)

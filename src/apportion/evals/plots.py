@@ -18,6 +18,7 @@ import torch
 from apportion.allocation.zipf import ZipfFit
 from apportion.disk import replacing
 from apportion.evals.measure import Measurement
+from apportion.extras import need
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")
 """Paul Tol's bright palette: distinct for colour-blind readers too."""
@@ -59,10 +60,9 @@ def chart_svg(chart: Chart, label: str) -> str:
 
 def check_plots() -> None:
     """ValueError if plots cannot be drawn."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("Plots need matplotlib: pip install 'apportion[plots]', or leave --plots out.") from None
+    need("Drawing plots", "matplotlib")
+    import matplotlib
+
     matplotlib.use("Agg")
 
 

@@ -28,7 +28,7 @@ from apportion.architectures.inputs import PER_TOKEN
 from apportion.kernels.matching import assign
 from apportion.kernels.primitives import block_rows, weighted_sums
 from apportion.latents import Latents, concatenated
-from apportion.metrics import FVU, Activations, correlation
+from apportion.metrics import FVU, Activations, correlation, variance
 
 CHUNK = 4096
 
@@ -102,7 +102,7 @@ def _moments(z: Latents) -> tuple[Float[Tensor, " d_sae"], Float[Tensor, " d_sae
     values = z.values.double()
     sums = torch.zeros(2, z.d_sae, dtype=torch.float64).index_add_(1, z.indices, torch.stack([values, values.square()]))
     mean, square = sums / z.tokens
-    return mean, (square - mean.square()).clamp_min(0).sqrt()
+    return mean, variance(mean, square).sqrt()
 
 
 def matching(score: Float[Tensor, "m n"]) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:

@@ -31,6 +31,7 @@ from apportion.evals.measure import Measurement
 from apportion.evals.plots import chart_svg, check_plots, density_chart, difficulty_chart, fvu_chart, l0_chart
 from apportion.evals.rows import evaluate_rows
 from apportion.evals.sweep import sweep
+from apportion.extras import need
 from apportion.torch_state import usual
 
 NUM_LATENTS = 12
@@ -60,11 +61,8 @@ class Report:
 
 def check_report() -> None:
     """ValueError if a report cannot be made, before the work starts."""
+    need("A report", "matplotlib", "jinja2")
     check_plots()
-    try:
-        import jinja2  # noqa: F401
-    except ImportError:
-        raise ValueError("A report needs jinja2: pip install 'apportion[plots]'.") from None
 
 
 @usual()

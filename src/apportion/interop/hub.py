@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from apportion.extras import need
 from apportion.interop.reading import inside
 from apportion.interop.releases import RELEASES, closest, place_in
 
@@ -145,10 +146,8 @@ def endpoint() -> str | None:
 
 def huggingface_hub() -> Any:
     """The package; ValueError if it is not installed."""
-    try:
-        return import_module("huggingface_hub")
-    except ImportError:
-        raise ValueError("The Hub needs the package huggingface_hub: pip install 'apportion[hub]'.") from None
+    need("The Hub", "huggingface_hub")
+    return import_module("huggingface_hub")
 
 
 def _listed(hub: Any, repo: str, revision: str | None) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from apportion.architectures import SAE, files
+from apportion.disk import check_may_open
 from apportion.interop.assemble import assemble, is_count
 from apportion.interop.formats import FORMATS
 from apportion.interop.peek import beside, settings_in
@@ -123,6 +124,8 @@ def _unknown(path: Path) -> ValueError:
         if file.suffix in (".pt", ".pth"):
             read_pt(file)  # says so if it is damaged, or holds more than tensors
     held = sorted(f.name for f in path.iterdir()) if path.is_dir() else []
+    for name in held:
+        check_may_open(path / name)
     found = f" It holds {', '.join(held[:12])}{' ...' if len(held) > 12 else ''}." if held else ""
     if {"config.json", "model.safetensors", "run.json"} & set(held):
         try:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from apportion.disk import all_finite, read_json
+from apportion.disk import all_finite, damaged, read_json
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What an SAE can be kept in; what is coarser becomes float32."""
@@ -70,7 +70,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except Exception as error:
-        raise ValueError(f"{file} is damaged: {_first_line(error)}") from None
+        raise damaged(file, error) from None
 
 
 def read_npz(file: Path) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def read_npz(file: Path) -> dict[str, Tensor]:
         with np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
     except Exception as error:
-        raise ValueError(f"{file} cannot be read as arrays of numbers: {_first_line(error)}") from None
+        raise damaged(file, error, "cannot be read as arrays of numbers") from None
 
 
 def read_pt(file: Path, trust: bool = False) -> Any:
@@ -102,7 +102,7 @@ def read_pt(file: Path, trust: bool = False) -> Any:
             "it, call load(..., trust=True)."
         ) from None
     except Exception as error:
-        raise ValueError(f"{file} is damaged: {_first_line(error)}") from None
+        raise damaged(file, error) from None
 
 
 def _check_archive(file: Path) -> None:
@@ -129,10 +129,6 @@ def _check_array(array: IO[bytes], entry: zipfile.ZipInfo) -> None:
     shape, _, dtype = versions[version](array)
     if not dtype.hasobject and math.prod(shape) * dtype.itemsize != entry.file_size - array.tell():
         raise ValueError(f"{entry.filename} claims the shape {list(shape)}, which is not the size that it has")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def tensor_dict(content: Any, file: Path) -> dict[str, Tensor]:

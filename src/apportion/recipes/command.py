@@ -1,16 +1,15 @@
-"""What the recipes' command lines share: lists as options, and how mistakes and Ctrl-C are answered."""
+"""What the recipes' command lines share: lists as options, the log, and how they answer (answers.py)."""
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Protocol
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from apportion.interrupt import end_like_ctrl_c
+from apportion.answers import answered
 
 
 class Recipe(Protocol):
@@ -34,19 +33,14 @@ def listed(kind: type, name: str) -> Any:
 
 
 def main(recipe: type[Recipe], name: str, about: str | None, argv: Sequence[str] | None = None) -> int:
-    """Read the options, run, and return the exit code: 2 with one line for a mistake, 130 for Ctrl-C.
+    """Read the options, run, and return the exit code.
 
     `name` is that of the module in this folder, and of its logger after "apportion.".
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger(f"apportion.{name}").setLevel(logging.INFO)
-    end_like_ctrl_c()
-    try:
-        tyro.cli(recipe, args=argv, prog=f"python -m apportion.recipes.{name}", description=about).run()
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{name}: {' '.join(str(error).split())}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{name}: stopped; what was finished is kept.\n")
-        return 130
-    return 0
+
+    def run(words: list[str]) -> None:
+        tyro.cli(recipe, args=words, prog=f"python -m apportion.recipes.{name}", description=about).run()
+
+    return answered(name, run, argv, stopped="stopped; what was finished is kept.")

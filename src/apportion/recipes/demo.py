@@ -14,6 +14,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ from apportion.activations.collect import collect
 from apportion.activations.hookpoints import expand, middle_layer
 from apportion.activations.model import width_at
 from apportion.architectures import SAE, create
-from apportion.disk import read_json, write_json, write_text
+from apportion.disk import occupied, read_json, write_json, write_text
 from apportion.embedded import stories
 from apportion.evals import held_out_rows
-from apportion.evals.report import Report, check_report, make_report
+from apportion.evals.report import Report, make_report
+from apportion.extras import need
 from apportion.training import TrainConfig, Trainer
 
 logger = logging.getLogger(__name__)
 
+RECORD, STORIES = "demo.json", "stories.jsonl"
 METHODS: dict[str, dict[str, Any]] = {
     "topk": {},
     "mutual_choice": {},
@@ -69,7 +72,7 @@ class Demo:
 
     def run(self) -> Report:
         """Do what is not done yet; returns the report, which lies in `out` as report.html and report.json."""
-        check_report()
+        need("The demo", "transformers", "matplotlib", "jinja2")
         if self.tokens < 10 * self.batch_tokens:
             raise ValueError(
                 f"tokens = {self.tokens} is too few for training and evaluation. "
@@ -98,7 +101,7 @@ class Demo:
                 keep_interrupted=False,
             )
             if manifest["rows"] < 10 * self.batch_tokens:
-                shutil.rmtree(self.out)  # nothing else is in it yet, and a longer text may follow
+                self._forget(acts)  # a longer text may follow
                 raise ValueError(
                     f"The text has only {manifest['rows']:,} tokens, too few for training and evaluation. "
                     f"Give one of at least {10 * self.batch_tokens:,}."
@@ -122,7 +125,7 @@ class Demo:
             if k not in ("out", "device", "load", "eval_tokens", "ce_tokens", "text")
         }
         mine = json.loads(json.dumps(mine | found | {"text": None if self.text is None else self.text.describe()}))
-        record = self.out / "demo.json"
+        record = self.out / RECORD
         if record.exists():
             theirs = read_json(record)
             for key in mine:
@@ -132,15 +135,24 @@ class Demo:
                         "Choose another --out, or remove that folder."
                     )
             return
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        if occupied(self.out):
             raise ValueError(f"{self.out} exists and holds no demo. Choose another --out.")
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(record, mine)
 
+    def _forget(self, acts: Path) -> None:
+        """Remove what this call has written so far; the folder too, if nothing else is in it."""
+        shutil.rmtree(acts)
+        (self.out / RECORD).unlink()
+        if self.text is None:
+            (self.out / STORIES).unlink()
+        with suppress(OSError):
+            self.out.rmdir()
+
     def _text(self) -> TextSource:
         if self.text is not None:
             return self.text
-        file = self.out / "stories.jsonl"
+        file = self.out / STORIES
         write_text(file, "".join(json.dumps({"text": story}, ensure_ascii=False) + "\n" for story in stories()))
         return TextSource(file)
 

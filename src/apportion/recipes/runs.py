@@ -15,10 +15,9 @@ from apportion.activations import Source, load_model, read_contexts
 from apportion.activations.filter import TokenFilter
 from apportion.activations.sites import Rows
 from apportion.architectures import SAE
-from apportion.disk import read_json
 from apportion.evals import evaluate_model, evaluate_rows
 from apportion.training import TrainConfig, Trainer
-from apportion.training.run import RUN, read_log
+from apportion.training.run import read_log, read_run
 from apportion.training.same import check_same
 
 logger = logging.getLogger("apportion.runs")
@@ -36,7 +35,7 @@ def fitted(folder: Path, sae: SAE, config: TrainConfig, source: Source) -> tuple
 def same_run(folder: Path, sae: SAE, config: TrainConfig, source: Source) -> None:
     """ValueError if the run in this folder was made with other settings or on other rows."""
     trainer = Trainer(sae, config)
-    check_same(folder, read_json(folder / RUN), trainer.describe(source), trainer.defaults())
+    check_same(folder, read_run(folder), trainer.describe(source), trainer.defaults())
 
 
 def seconds_of(folder: Path) -> float:

@@ -14,6 +14,7 @@ A test compares the committed pages with what comes out here.
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ from apportion.architectures import SAES, NamedSAE, rule_choices, rule_name
 from apportion.disk import write_text
 from apportion.recipes.command import main
 from apportion.recipes.runs import markdown
+
+logger = logging.getLogger("apportion.sae_pages")
 
 SECTIONS = {"When to use it": r"When to use (it|`(\w+)`): ", "Cost": r"Cost( of `(\w+)`)?: "}
 PACKAGE = Path(apportion.__file__).parent
@@ -133,11 +136,11 @@ def plain(text: str) -> str:
 
 
 def write(out: Path) -> None:
-    """Write all pages, and remove those of SAEs that are no more."""
+    """Write all pages. Those of SAEs that are no more are named: whoever wrote them may remove them."""
     out.mkdir(parents=True, exist_ok=True)
     made = pages()
-    for old in set(out.glob("*.md")) - {out / name for name in made}:
-        old.unlink()
+    if old := sorted(str(file) for file in set(out.glob("*.md")) - {out / name for name in made}):
+        logger.warning("no page of any SAE: %s", ", ".join(old))
     for name, text in made.items():
         write_text(out / name, text)
 

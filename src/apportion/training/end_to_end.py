@@ -83,6 +83,10 @@ class EndToEnd:
         if config.downstream_weight and not self.upper.later:
             raise ValueError(f"There is no layer above {hookpoint!r}: use downstream_weight = 0.")
 
+    @property
+    def reconstructs(self) -> bool:
+        return self.config.local_weight > 0
+
     def __call__(self, saes: Sequence[SAE], batch: Batch, context: TrainingContext) -> dict[str, Tensor]:
         rows, length = batch.rows(), context_length(batch)
         clean = self._clean(batch, length)

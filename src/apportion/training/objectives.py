@@ -41,6 +41,7 @@ class Objective(Protocol):
     A plain function will do. An objective may also have
 
         whole_contexts = True      it is given batches as they come, with rows that the mask leaves out
+        reconstructs = False       a poor reconstruction is no sign that training went wrong
         after_step(trainer)        called behind each step
         describe() -> dict         its settings (JSON-able) for the run's record
     """

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from apportion.activations.batch import Source
 from apportion.architectures import SAE
 from apportion.architectures.files import load
-from apportion.disk import naming, occupied, plain, read_json, write_json, write_text
+from apportion.disk import naming, occupied, plain, read_json, read_record, write_json, write_text
 from apportion.durable import remove, sweep, sync_folder
 from apportion.locks import LOCK, Lock
 from apportion.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
@@ -40,6 +40,12 @@ logger = logging.getLogger(__name__)
 KEPT = 2
 """Checkpoints that a run keeps: if the disk damages one, there is another."""
 RUN, LOG, FINISHED = "run.json", "metrics.jsonl", "finished.json"
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json; ValueError if it lacks what every run has."""
+    objective = (dict, type(None))
+    return read_record(folder / RUN, sae__name=str, sae__settings=dict, train=dict, source=dict, objective=objective)
 
 
 class RunFolder:
@@ -78,7 +84,7 @@ class RunFolder:
     def _claim(self, record: Path) -> None:
         sweep(self.folder)
         if record.exists():
-            check_same(self.folder, read_json(record), self.description, self.defaults)
+            check_same(self.folder, read_run(self.folder), self.description, self.defaults)
             return
         versions = {name: version(name) for name in ("apportion", "torch")} | {"python": sys.version.split()[0]}
         write_json(record, {**self.description, "versions": versions})
@@ -114,7 +120,8 @@ class RunFolder:
                 restore(sae, load(self.folder / name))
             done = read_json(file) if (file := self.folder / FINISHED).is_file() else [{}, *read_log(self.folder)][-1]
             trainer.steps, trainer.tokens, trainer.seconds = (done.get(n, 0) for n in ("steps", "tokens", "seconds"))
-            self._tidy()
+            trainer.verdict = done.get("diverged")
+            self._tidy(trainer)
             return False
         found, damaged = checkpoints(self.folder), []
         for folder in reversed(found):
@@ -157,16 +164,16 @@ class RunFolder:
             write_text(file, b"".join(kept).decode())
 
     def finish(self, trainer: Trainer) -> None:
-        """The finished SAE replaces the checkpoints."""
+        """The finished SAE replaces the checkpoints, unless the run came to nothing: then they stay."""
         self._lock.check()
         for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
             sae.save(self.folder / name)
         done = {"steps": trainer.steps, "tokens": trainer.tokens, "seconds": trainer.seconds}
-        write_json(self.folder / FINISHED, done)
-        self._tidy()
+        write_json(self.folder / FINISHED, done | {"diverged": trainer.verdict})
+        self._tidy(trainer)
 
-    def _tidy(self) -> None:
-        for folder in checkpoints(self.folder):
+    def _tidy(self, trainer: Trainer) -> None:
+        for folder in () if trainer.verdict else checkpoints(self.folder):
             remove(folder)
 
     def left(self, trainer: Trainer) -> str:

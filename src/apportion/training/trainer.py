@@ -24,6 +24,7 @@ from torch import Tensor
 
 from apportion.activations.batch import ArraySource, Batch, Source
 from apportion.activations.progress import progress_bar
+from apportion.activations.sane import SaneRows
 from apportion.activations.stream import StreamSource, check_alike, joined, rows_in
 from apportion.architectures import SAE, SAES
 from apportion.architectures.inputs import as_tensor, is_array
@@ -38,6 +39,8 @@ from apportion.training.learner import Learner
 from apportion.training.objectives import Objective, TrainingContext, local_reconstruction
 from apportion.training.run import RunFolder, restore
 from apportion.training.same import MAY_DIFFER
+from apportion.training.verdict import ROWS as VERDICT_ROWS
+from apportion.training.verdict import verdict
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +111,8 @@ class Trainer:
         self.steps = 0
         self.tokens = 0
         self.seconds = 0.0
+        self.verdict: str | None = None
+        """After `fit`: what makes the result useless, if anything does."""
         self._input_ready = not any(s.needs_fit for s in self.saes)
 
     @property
@@ -199,7 +204,11 @@ class Trainer:
             raise ValueError("A training step needs at least one row; all rows of this batch are masked out.")
         for name, part in (("x", rows.x), ("target", rows.target)):  # on a GPU looking means waiting
             if part is not None and not part.is_cuda and not all_finite(part):
-                raise ValueError(f"{name} holds NaN or infinity in step {self.steps + 1}: filter such rows out first.")
+                bad = int((~part.flatten(1).isfinite()).any(1).nonzero()[0])
+                where = "" if rows.index is None else f" (row {int(rows.index[bad])} of the source)"
+                raise ValueError(
+                    f"{name} holds NaN or infinity in step {self.steps + 1}{where}: filter such rows out first."
+                )
         self._fit_input(rows)
         return batch
 
@@ -227,7 +236,9 @@ class Trainer:
         Ctrl-C finishes the step, saves a checkpoint and raises `Interrupted`, a KeyboardInterrupt that says what is on
         the disk; so does being told to end (see interrupt.py). With `resume` a run goes on from its last checkpoint,
         with the same result as an uninterrupted one; one that has not begun begins, and of one that is finished the
-        SAE is returned as it is.
+        SAE is returned as it is. Rows that would spoil it (NaN, absurdly large ones) are a ValueError before it begins.
+        If it has come to nothing (held-out FVU above 1, L0 far from k) that is logged and noted in `verdict` and in the
+        SAE's info; the last checkpoints then stay.
         """
         source = source_of(source, self.config.seed, len(self.sae.row_shape), self.sae.needs_target)
         total_steps = self._check_run(source)
@@ -256,7 +267,9 @@ class Trainer:
                 sae.eval()
             return
         with interrupts.let_through():
-            if not self._input_ready:
+            if not getattr(source, "makes_rows", False) and self.steps < total_steps:
+                self._fit_input(self._sane_sample(source))
+            elif not self._input_ready:
                 self._fit_input(source.sample(FIT_INPUT_ROWS))
         if self.trains:
             self._train(source, run, total_steps, progress, interrupts)
@@ -276,6 +289,28 @@ class Trainer:
             sae.info["training"] = settings | {"tokens": self.tokens, **self._objective()}
             sae.calibrate(_HeldOut(source))
             sae.eval()
+        self._judge(source)
+
+    def _sane_sample(self, source: Source) -> Batch:
+        """Rows to estimate the input from. ValueError for such as would spoil the run, also among those held out: as
+        many of these are looked at as cost less than a hundredth of the run."""
+        sane = SaneRows(sample := source.sample(FIT_INPUT_ROWS))
+        for batch in source.held_out(max(FIT_INPUT_ROWS, (self.config.total_tokens or 0) // 10)):
+            sane.check(batch, "The held-out rows")
+        return sample
+
+    def _judge(self, source: Source) -> None:
+        """Set `verdict`, and say it."""
+        reconstructs = getattr(self.objective, "reconstructs", True)
+        for own in self.learners:
+            if own.trains and (found := verdict(own.sae, source.held_out(VERDICT_ROWS), reconstructs)):
+                own.sae.info["training"]["diverged"] = found
+                self.verdict = found if self.verdict is None else f"{self.verdict}; {found}"
+        if self.verdict is not None:
+            logger.warning(
+                "training has come to nothing: %s (lr = %g). Lower lr, train longer, or look at the rows.",
+                self.verdict, self.config.lr,
+            )  # fmt: skip
 
     def _train(
         self, source: Source, run: RunFolder | None, total_steps: int, progress: bool, interrupts: Interrupts
