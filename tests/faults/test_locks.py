@@ -155,7 +155,6 @@ LEFT: dict[str, tuple[dict[str, Any], float, bool]] = {
     "before the machine was started again": ({**US, "boot": "another"}, 0, False),
     "a container that is gone": ({**US, "space": "pid:[1]", "pid": 7}, 0, False),
     "a container of another name that is gone": ({**US, "host": "another", "space": "pid:[1]"}, 0, False),
-    "alive, but it stands still": (US, 700, True),
     "another machine, still alive": ({**US, "host": "another", "boot": "another"}, 30, True),
     "another machine, silent for long": ({**US, "host": "another", "boot": "another"}, 700, False),
     "killed before it said who it was": ({}, 0, False),
@@ -210,6 +209,24 @@ def test_a_child_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
     with Lock(tmp_path / LOCK, "it") as lock:
         lock.check()
     (tmp_path / "go").touch()
+
+
+def test_who_stands_still_on_this_machine_keeps_its_lock(tmp_path: Path) -> None:
+    living = Living(tmp_path)
+    os.utime(living.out / LOCK, (0, 0))
+    with pytest.raises(ValueError, match="is being written by another process"):
+        train(living.out)
+    assert living.end() == 0
+
+
+def test_a_lock_that_could_not_be_removed_is_open_to_its_own_process(tmp_path: Path) -> None:
+    """The disk was read-only at that moment."""
+    with Lock(tmp_path / LOCK, "it"):
+        (tmp_path / LOCK).rename(tmp_path / "kept")
+    (tmp_path / "kept").rename(tmp_path / LOCK)
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    with Lock(tmp_path / LOCK, "it"):
+        pass
 
 
 def test_a_dead_process_that_nobody_has_buried_holds_nothing(tmp_path: Path) -> None:

@@ -168,7 +168,9 @@ def test_what_cannot_be_mended_is_said(name: str, begun: Path, tmp_path: Path) -
     wanted = {
         "run.json is missing": (record.unlink, "is not a run of apportion"),
         "run.json is empty": (lambda: record.write_text(""), r"run\.json is not valid JSON"),
-        "run.json lacks the source": (lambda: edit(record, lambda c: c.pop("source") and None), "damaged: source is missing"),
+        "run.json lacks the source": (
+            lambda: edit(record, lambda c: c.pop("source") and None), "damaged: source is missing"
+        ),
         "no whole": (
             lambda: [(f / "trainer.json").unlink() for f in out.glob("checkpoint-*")], "no whole checkpoint to go on"
         ),
