@@ -27,6 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apportion.trust import MOST_TEXT, read_text
+
 UNFINISHED = "unfinished"
 
 
@@ -134,9 +136,11 @@ def plain(value: Any) -> Any:
     return value
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, limit: int = MOST_TEXT) -> dict[str, Any]:
+    """The JSON object in a file. ValueError for anything else, and for what is no regular file or too long."""
+    text = read_text(file, limit)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(content, dict):

@@ -16,7 +16,8 @@ from apportion.architectures import SAE, files
 from apportion.interop.assemble import assemble, is_count
 from apportion.interop.formats import FORMATS
 from apportion.interop.peek import beside, settings_in
-from apportion.interop.reading import inside, read_pt
+from apportion.interop.reading import read_pt
+from apportion.trust import inside, refuse_mistyped
 
 OURS = "apportion"
 REMOTE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -88,6 +89,7 @@ def _local(path_or_repo: str | Path, subfolder: str | None) -> tuple[Path, dict[
         raise ValueError(
             f"{name} does not exist. Give a folder, a file, or a repository of the Hub (org/name){_as(name)}."
         )
+    refuse_mistyped(name, "a repository of the Hub")
     from apportion.interop.hub import download
     from apportion.interop.releases import listed_settings
 

@@ -5,6 +5,7 @@ What cannot be read has no names; whoever then reads the file says what is wrong
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import pickletools
@@ -12,11 +13,17 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-LONGEST = 100_000_000
+from apportion.disk import read_json
+from apportion.trust import MOST_TEXT, read_text
+
+LONGEST = MOST_TEXT
 """Bytes of a header or a pickle that are worth a look."""
+MOST_INSTRUCTIONS = 100_000
+"""In a pickle, of which a state dict has some ten for each tensor."""
 PLAIN = re.compile(r"^([\w-]+):[ \t]+('[^'\n]*'|\"[^\"\n]*\"|[^\s#][^\n#]*?)[ \t]*(?:#.*)?$", re.MULTILINE)
 PICKLES = 5
 """torch.save of before 1.6 wrote this many one after the other; the fourth holds the names, and so may the last."""
@@ -40,16 +47,15 @@ def names_in(file: Path) -> frozenset[str]:
 def settings_in(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size <= LONGEST else {}
-    except (OSError, ValueError, RecursionError):
+        return read_json(file)
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def yaml_in(file: Path) -> dict[str, str]:
     """The plain values at the top of a YAML file (`name: value`), as strings; empty if there is none."""
     try:
-        text = file.read_text(encoding="utf-8") if file.stat().st_size <= LONGEST else ""
+        text = read_text(file)
     except (OSError, ValueError):
         return {}
     return {found[1]: found[2].strip("'\"") for found in PLAIN.finditer(text) if found[2] not in ("null", "~")}
@@ -76,21 +82,33 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
         return json.loads(f.read(length)) if length <= LONGEST else {}
 
 
+def endless(file: Path) -> bool:
+    """True for a .pt or .pth with more instructions than a state dict has; it would take minutes to read them."""
+    return sum(1 for _ in islice(_instructions(file), MOST_INSTRUCTIONS)) == MOST_INSTRUCTIONS
+
+
 def _pickled_words(file: Path) -> Iterator[str]:
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            entry = next(e for e in archive.infolist() if e.filename.endswith("data.pkl") and e.file_size <= LONGEST)
-            with archive.open(entry) as stream:
-                yield from _words(stream, 1)
-    else:
+    """Strings in the pickles of a file."""
+    return (arg for code, arg in islice(_instructions(file), MOST_INSTRUCTIONS) if "UNICODE" in code.name and arg)
+
+
+def _instructions(file: Path) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """What the pickles of a file say, read as data: no instruction is carried out."""
+    if not zipfile.is_zipfile(file):
         with file.open("rb") as stream:
-            yield from _words(stream, PICKLES)
+            yield from _of_pickles(stream, PICKLES)
+        return
+    with zipfile.ZipFile(file) as archive:
+        for name in [name for name in archive.namelist() if name.endswith("data.pkl")][:1]:
+            with archive.open(name) as stream:
+                yield from _of_pickles(stream, 1)
 
 
-def _words(stream: IO[bytes], pickles: int) -> Iterator[str]:
-    """Strings in pickles that follow each other, read as data: no instruction of theirs is carried out."""
+def _of_pickles(stream: IO[bytes], pickles: int) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """The instructions of pickles that follow each other, as far as they are worth a look."""
+    beginning = io.BytesIO(stream.read(LONGEST))
     try:
         for _ in range(pickles):
-            yield from (arg for code, arg, _ in pickletools.genops(stream) if "UNICODE" in code.name and arg)
+            yield from ((code, arg) for code, arg, _ in pickletools.genops(beginning))
     except (ValueError, pickle.UnpicklingError, EOFError):
         return  # what follows is no pickle

@@ -7,7 +7,6 @@ anything raise anything, so that here, and only here, every Exception is caught.
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -20,28 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apportion.disk import all_finite, read_json
+from apportion.interop.peek import MOST_INSTRUCTIONS, endless
+from apportion.trust import inside
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What an SAE can be kept in; what is coarser becomes float32."""
 MOST_UNPACKED = 100
 """How many times as large as its file the contents of an archive may be; those of weights are hardly larger."""
-
-
-def inside(folder: Path, name: str) -> Path:
-    """What has that name in `folder`; it may lie deeper, but not outside, even by a link to another folder.
-
-    Links to files are followed: caches of the Hub consist of them.
-    """
-    relative = Path(os.path.normpath(name))
-    if relative.is_absolute() or os.pardir in relative.parts:
-        raise ValueError(f"{name!r} leads out of {folder}. Give something inside the folder.")
-    found = folder / relative
-    if not found.exists():
-        raise ValueError(f"{folder} has no {name}.")
-    at = found if found.is_dir() else found.parent
-    if not at.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{name!r} leads out of {folder}, to {at.resolve()}. Give that folder itself.")
-    return found
 
 
 def file_in(folder: Path, name: str) -> Path:
@@ -91,6 +75,8 @@ def read_pt(file: Path, trust: bool = False) -> Any:
     try:
         if zipfile.is_zipfile(file):
             _check_archive(file)
+        if not trust and endless(file):
+            raise ValueError(f"it has more than {MOST_INSTRUCTIONS:,} instructions, and a state dict has some hundred")
         return torch.load(file, map_location="cpu", weights_only=not trust)
     except ImportError as error:
         raise ValueError(f"{file} holds objects of {error.name}, which is not installed.") from None
