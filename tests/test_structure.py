@@ -17,7 +17,7 @@ from apportion.architectures import SAE, SAES, rule_choices
 PACKAGE = Path(apportion.__file__).parent
 
 ORDER = [
-    {"latents", "metrics", "losses", "disk", "trust", "processes", "settings", "torch_state"},
+    {"latents", "metrics", "losses", "disk", "fields", "trust", "processes", "settings", "torch_state"},
     {"allocation"},
     {"kernels"},
     {"architectures", "embedded"},

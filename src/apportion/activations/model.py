@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from apportion import embedded
 from apportion.activations.filter import row_norms
 from apportion.activations.hookpoints import Hookpoint, capture
+from apportion.activations.manifest import torch_dtype
 from apportion.activations.passes import by_context, modules_of, parameters_of
-from apportion.activations.store import torch_dtype
 from apportion.torch_state import usual
 
 logger = logging.getLogger(__name__)

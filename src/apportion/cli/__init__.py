@@ -7,6 +7,7 @@
     apportion report runs/x runs/y --out report/
     apportion convert runs/x sae/ --to sae_lens
     apportion info PATH
+    apportion cache verify PATH
 
 A mistake is answered with one line and exit code 2, before any long work; Ctrl-C exits with 130.
 """
@@ -22,6 +23,7 @@ import tyro
 from tyro.conf import subcommand
 
 from apportion.cli.arguments import OPTIONS
+from apportion.cli.cache import Cache
 from apportion.cli.collect import Collect
 from apportion.cli.convert import Convert
 from apportion.cli.demo import Demo
@@ -44,6 +46,7 @@ def parse(argv: list[str]) -> Any:
         "report": Report,
         "convert": Convert,
         "info": Info,
+        "cache": Cache,
     }
     union = Union[tuple(Annotated[c, subcommand(name)] for name, c in commands.items())]  # noqa: UP007
     return tyro.cli(cast(Any, union), args=argv, prog="apportion", description=DESCRIPTION, registry=OPTIONS)

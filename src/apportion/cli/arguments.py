@@ -187,8 +187,8 @@ def check_same_model(
 
 
 def describe_filter(about: dict[str, Any]) -> str:
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in about["filtered"].items())
-    return f"left out {about['filtered_share']:.2%} ({left_out})"
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in about.get("filtered", {}).items())
+    return f"left out {about.get('filtered_share', 0.0):.2%} ({left_out})"
 
 
 def say(text: str) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from apportion.cli.arguments import describe_filter, say
+from apportion.cli.arguments import say
+from apportion.cli.cache import say_cache, verify
 
 
 @dataclass(kw_only=True)
@@ -32,15 +33,9 @@ class Info:
                 raise ValueError("Name a folder: a cache, a run or a saved SAE; or ask for --kernels.")
             return
         if (self.path / "manifest.json").exists():
-            from apportion.activations.store import ActivationStore, read_manifest
-
-            manifest = read_manifest(self.path)
+            say_cache(self.path)
             if self.verify:
-                ActivationStore(self.path, next(iter(manifest["hookpoints"]))).verify()
-            say(f"{self.path}: activation cache, {manifest['rows']:,} tokens, {manifest['dtype']}")
-            say(f"  model {manifest['model']['name_or_path']}, text {manifest['text']}")
-            for name, about in manifest["hookpoints"].items():
-                say(f"  {name}: width {about['d_in']}, {describe_filter(about)}")
+                verify(self.path)
             say("  all checksums agree" if self.verify else "  checksums not compared (--verify)")
         elif (self.path / "run.json").exists() and not (self.path / "config.json").exists():
             say(f"{self.path}: a run that has not finished. Go on with apportion train ... --resume")
