@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -142,6 +143,8 @@ class Model:
     """Which attention the language model uses: eager, sdpa, ...; default: what transformers takes."""
     auto_class: str | None = None
     """The auto class of transformers to load it with, such as AutoModel; default: that of the checkpoint."""
+    trust_remote_code: bool = False
+    """Run the code that a checkpoint brings, which could do anything; without this, such a checkpoint is refused."""
 
     def load(self, name: str, dtype: str | None = None) -> tuple[Any, Any]:
         """The model and its tokenizer; `dtype` is the precision unless an option says otherwise."""
@@ -154,6 +157,7 @@ class Model:
             device_map=self.device_map,
             attn_implementation=self.attn_implementation,
             auto_class=self.auto_class,
+            trust_remote_code=self.trust_remote_code,
         )
 
 
@@ -184,6 +188,23 @@ def check_same_model(
     if not allowed:
         raise ValueError(f"{both} Use the same model, or --other-model to see how well the SAE does on this one.")
     logging.getLogger("apportion").warning("%s The figures say how well the SAE does there.", both)
+
+
+def model_to_follow(name: str, saes: Iterable[str]) -> str:
+    """The language model that SAEs ask for, if it is to be loaded on their word; else ValueError with what to give.
+
+    A file can name any model. So it is followed, and said, only of SAEs that were trained here, as run.json beside or
+    above them tells; others were downloaded, converted, or handed over. The embedded model is always there.
+    """
+    for sae in saes if name != "embedded" else ():
+        folder = Path(sae).expanduser()
+        if not any((place / "run.json").is_file() for place in (folder, folder.parent)):
+            raise ValueError(
+                f"{sae} asks for the language model {name!r}, and was not trained here (it has no run.json): if you "
+                f"trust it, give the model yourself: --model {quote(name)}"
+            )
+    logging.getLogger("apportion").info("The model that was trained on is loaded: %s", name)
+    return name
 
 
 def describe_filter(about: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model
+from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, model_to_follow
 from apportion.cli.rows import kind_of, open_rows
 
 
@@ -16,7 +16,7 @@ from apportion.cli.rows import kind_of, open_rows
 class Eval:
     """Evaluate trained SAEs in eval mode, on a cache or inside the language model; several side by side."""
 
-    run_folders: Annotated[Positional[tuple[Path, ...]], arg(name="runs")]
+    run_folders: Annotated[Positional[tuple[str, ...]], arg(name="runs")]
     """Run folders or saved SAEs, one or several to compare."""
     model: str | None = None
     """The language model for cross-entropy; default: the one the SAE was trained on. Used together with --text."""
@@ -59,7 +59,7 @@ class Eval:
         if self.plots is not None:
             check_plots()
         device = best_device(self.loading.device)
-        saes = {str(folder): load(folder).to(device) for folder in self.run_folders}
+        saes = {folder: load(folder).to(device) for folder in self.run_folders}
         if len(saes) < len(self.run_folders):
             raise ValueError("The same run is named twice. Name each once.")
         for sae in saes.values():
@@ -164,7 +164,7 @@ class Eval:
         if any(sae.hookpoint is None for sae in saes.values()):
             raise ValueError("This SAE does not say which model and hookpoint it belongs to. Give --model.")
         self.corpus.source()  # mistakes show before the model is loaded
-        name = self.model or str(names.pop())
+        name = self.model or model_to_follow(names.pop(), saes)
         dtypes = {sae.info.get("source", {}).get("model_dtype") for sae in saes.values()}
         model, tokenizer = self.loading.load(name, dtypes.pop() if len(dtypes) == 1 else None)
         found = {"model": model_fingerprint(model)}

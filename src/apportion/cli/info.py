@@ -16,7 +16,7 @@ from apportion.cli.cache import say_cache, verify
 class Info:
     """Say what a folder holds: a cache, a run, or a saved SAE, also of another library."""
 
-    path: Positional[Path | None] = None
+    path: Positional[str | None] = None
     """The folder."""
     kernels: bool = False
     """Say which kernels run on this machine, and why."""
@@ -32,12 +32,13 @@ class Info:
             if not self.kernels:
                 raise ValueError("Name a folder: a cache, a run or a saved SAE; or ask for --kernels.")
             return
-        if (self.path / "manifest.json").exists():
-            say_cache(self.path)
+        folder = Path(self.path).expanduser()
+        if (folder / "manifest.json").exists():
+            say_cache(folder)
             if self.verify:
-                verify(self.path)
+                verify(folder)
             say("  all checksums agree" if self.verify else "  checksums not compared (--verify)")
-        elif (self.path / "run.json").exists() and not (self.path / "config.json").exists():
+        elif (folder / "run.json").exists() and not (folder / "config.json").exists():
             say(f"{self.path}: a run that has not finished. Go on with apportion train ... --resume")
         else:
             from apportion.interop.load import load

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, say
+from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, model_to_follow, say
 from apportion.cli.rows import kind_of, open_rows
 
 
@@ -17,7 +17,7 @@ from apportion.cli.rows import kind_of, open_rows
 class Report:
     """Write report.html, a page to look at, and report.json about trained SAEs of the same hookpoints."""
 
-    run_folders: Annotated[Positional[tuple[Path, ...]], arg(name="runs")]
+    run_folders: Annotated[Positional[tuple[str, ...]], arg(name="runs")]
     """Run folders or saved SAEs, one or several to compare."""
     out: Path | None = None
     """The folder for report.html and report.json; default: the first run's."""
@@ -47,6 +47,8 @@ class Report:
         saes = self._named([load(folder).to(device) for folder in self.run_folders])
         trained_on = self._trained_on(list(saes.values()))
         name = self.model or trained_on.get("model", {}).get("name_or_path")
+        if name is not None and self.model is None:
+            model_to_follow(name, self.run_folders)
         text = None if self.corpus == Text() else self.corpus.source()
         cache = self._cache(trained_on, text)
         model = tokenizer = None
@@ -66,10 +68,13 @@ class Report:
 
     def _claimed(self) -> Path:
         """Where the report goes; ValueError for a folder that holds the report of something else."""
-        out = (self.out or self.run_folders[0]).expanduser()
+        first = Path(self.run_folders[0]).expanduser()
+        if self.out is None and not first.is_dir():
+            raise ValueError(f"{self.run_folders[0]} is no folder here, into which the report could go. Give --out.")
+        out = (self.out or first).expanduser()
         if out.is_file():
             raise ValueError(f"--out {out} is a file. Give a folder.")
-        if out in self.run_folders or not out.is_dir() or not any(out.iterdir()):
+        if out in [Path(folder).expanduser() for folder in self.run_folders] or not out.is_dir() or not any(out.iterdir()):
             return out
         if not (out / "report.json").is_file():
             raise ValueError(f"{out} exists and holds something else than a report. Choose another --out.")
@@ -78,7 +83,7 @@ class Report:
     def _named(self, saes: list[Any]) -> dict[str, Any]:
         """A name for each SAE: what it is if that tells them apart, else its folder."""
         kinds = [sae.name for sae in saes]
-        names = kinds if len(set(kinds)) == len(kinds) else [str(folder) for folder in self.run_folders]
+        names = kinds if len(set(kinds)) == len(kinds) else list(self.run_folders)
         if len(set(names)) < len(names):
             raise ValueError("The same run is named twice. Name each once.")
         return dict(zip(names, saes, strict=True))
