@@ -42,9 +42,9 @@ class Report:
         if not self.run_folders:
             raise ValueError("Name at least one run folder.")
         check_report()
-        out = self._claimed()
         device = best_device(self.loading.device)
         saes = self._named([load(folder).to(device) for folder in self.run_folders])
+        out = self._claimed()
         trained_on = self._trained_on(list(saes.values()))
         name = self.model or trained_on.get("model", {}).get("name_or_path")
         if name is not None and self.model is None:
@@ -68,13 +68,13 @@ class Report:
 
     def _claimed(self) -> Path:
         """Where the report goes; ValueError for a folder that holds the report of something else."""
-        first = Path(self.run_folders[0]).expanduser()
-        if self.out is None and not first.is_dir():
-            raise ValueError(f"{self.run_folders[0]} is no folder here, into which the report could go. Give --out.")
-        out = (self.out or first).expanduser()
+        runs = [Path(folder).expanduser() for folder in self.run_folders]
+        if self.out is None and not runs[0].is_dir():
+            raise ValueError(f"{runs[0]} is no folder here, into which the report could go. Give --out.")
+        out = (self.out or runs[0]).expanduser()
         if out.is_file():
             raise ValueError(f"--out {out} is a file. Give a folder.")
-        if out in [Path(folder).expanduser() for folder in self.run_folders] or not out.is_dir() or not any(out.iterdir()):
+        if out in runs or not out.is_dir() or not any(out.iterdir()):
             return out
         if not (out / "report.json").is_file():
             raise ValueError(f"{out} exists and holds something else than a report. Choose another --out.")
