@@ -40,7 +40,7 @@ EXCEPTIONS = {
 
 HELPERS = {
     "allocation": {"annealing", "base", "zipf", "reference"},
-    "architectures": {"affine", "auxiliary", "base", "calibrate", "convert", "files", "inputs", "sparsity"},
+    "architectures": {"affine", "auxiliary", "base", "calibrate", "checks", "convert", "files", "inputs", "sparsity"},
 }
 """Files of these rooms that are no rule and no architecture."""
 

@@ -30,7 +30,7 @@ def check_fields(
     for name, kind in {**needed, **optional}.items():
         full = f"{where}.{name}" if where else name
         if name in values and not fits(values[name], kind):
-            raise ValueError(f"{full} is {_brief(values[name])}, and should be {_words(kind)}.")
+            raise ValueError(f"{full} is {_brief(values[name])}, and should be {in_words(kind)}.")
         if name not in values and name in needed:
             raise ValueError(f"{full} is missing.")
 
@@ -44,13 +44,13 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 WORDS |= {dict: "an object", list: "a list", tuple: "a list"}
 
 
-def _words(kind: Any) -> str:
-    """A type hint in words."""
+def in_words(kind: Any) -> str:
+    """A type hint as it is said in a message."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return " or ".join(_words(part) for part in parts)
+        return " or ".join(in_words(part) for part in parts)
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}"
     if origin in (list, tuple, dict):
-        return f"{WORDS[origin]} of which each is {_words(parts[1] if origin is dict else parts[0])}"
+        return f"{WORDS[origin]} of which each is {in_words(parts[1] if origin is dict else parts[0])}"
     return WORDS.get(kind, str(kind))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from apportion.activations.filter import TokenFilter
 from apportion.activations.text import expanded
 from apportion.disk import plain, read_json
 from apportion.fields import check_fields
@@ -55,13 +56,6 @@ LATER: dict[str, Any] = {
 OF_MODEL: dict[str, Any] = {"name_or_path": str | None, "class": str | None, "probe": list[float] | None}
 OF_HOOKPOINT: dict[str, Any] = {"folder": str, "d_in": int, "filter": dict}
 COUNTED: dict[str, Any] = {"filtered": dict[str, int], "filtered_share": float}
-OF_FILTER: dict[str, Any] = {
-    "special_tokens": bool,
-    "first_position": bool,
-    "norm_outlier": float | None,
-    "median_norm": float | None,
-    "special_ids": list[int],
-}
 OF_SHARD: dict[str, Any] = {"rows": int, "sha256": dict[str, str]}
 SAMPLED: dict[str, Any] = {"sample_sha256": dict[str, str]}
 MOST = 1 << 40
@@ -124,12 +118,12 @@ def _check(manifest: dict[str, Any], folder: Path) -> None:
     for name, hookpoint in manifest["hookpoints"].items():
         where = f"hookpoints.{name}"
         check_fields(hookpoint, OF_HOOKPOINT, COUNTED, where)
-        check_fields(hookpoint["filter"], {}, OF_FILTER, f"{where}.filter")
+        token_filter = TokenFilter.from_dict(hookpoint["filter"])
         sizes[f"{where}.d_in"] = hookpoint["d_in"]
         if hookpoint["folder"] != folder_name(name):
             raise ValueError(f"{where}.folder is {hookpoint['folder']!r}, not {folder_name(name)!r}.")
         within(folder, hookpoint["folder"])
-        if not all(0 <= i < 2**31 for i in hookpoint["filter"].get("special_ids", ())):
+        if not all(0 <= i < 2**31 for i in token_filter.special_ids):
             raise ValueError(f"{where}.filter.special_ids are no ids of tokens.")
     for name, size in sizes.items():
         if not 1 <= size <= MOST:
