@@ -38,7 +38,7 @@ def read_text(file: Path, limit: int = MOST_TEXT) -> str:
     number = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise ValueError(f"{file} is no regular file but a pipe, a device or a folder. Give a file.")
+        raise _not_regular(file)
     with os.fdopen(number, "rb") as opened:
         content = opened.read(limit + 1)
     if len(content) > limit:
@@ -47,6 +47,16 @@ def read_text(file: Path, limit: int = MOST_TEXT) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no text in UTF-8: {error}") from None
+
+
+def check_regular(file: Path) -> None:
+    """ValueError for what is no regular file, before a library opens it and waits."""
+    if file.exists() and not file.is_file():
+        raise _not_regular(file)
+
+
+def _not_regular(file: Path) -> ValueError:
+    return ValueError(f"{file} is no regular file but a pipe, a device or a folder. Give a file.")
 
 
 def within(folder: Path, name: str) -> Path:

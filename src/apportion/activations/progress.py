@@ -23,10 +23,10 @@ def progress_bar(what: str, total: int, done: int = 0, *, show: bool = True) -> 
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
-        TextColumn("{task.fields[watched]}"),
+        TextColumn("{task.fields[watched]}", markup=False),
         TimeRemainingColumn(),
     )
     begun = done

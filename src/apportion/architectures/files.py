@@ -23,6 +23,7 @@ from apportion.architectures.base import SAE
 from apportion.architectures.checks import DECIDING, check_info, check_tensors
 from apportion.disk import json_text, read_json, replacing, write_tensors
 from apportion.torch_state import usual
+from apportion.trust import read_text, within
 
 VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -58,7 +59,7 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
     """
     from apportion.architectures import rebuild
 
-    folder = Path(path) / subfolder if subfolder else Path(path)
+    folder = within(Path(path), subfolder) if subfolder else Path(path)
     config_file, tensor_file = folder / CONFIG, folder / WEIGHTS
     for file in (config_file, tensor_file):
         if not file.is_file() and (folder / "run.json").is_file():
@@ -126,7 +127,7 @@ def _config_of(config_file: Path, tensor_file: Path) -> Path:
             wanted = (opened.metadata() or {}).get(CONFIG_DIGEST)
     except (SafetensorError, OSError):
         return config_file
-    return partial if wanted == _digest(partial.read_text(encoding="utf-8")) else config_file
+    return partial if wanted == _digest(read_text(partial)) else config_file
 
 
 def _digest(text: str) -> str:

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Union, cast
 import tyro
 from tyro.conf import subcommand
 
-from apportion.cli.arguments import OPTIONS
+from apportion.cli.arguments import OPTIONS, Harmless
 from apportion.cli.cache import Cache
 from apportion.cli.collect import Collect
 from apportion.cli.convert import Convert
@@ -32,6 +32,7 @@ from apportion.cli.info import Info
 from apportion.cli.report import Report
 from apportion.cli.train import chosen_sae, train_command
 from apportion.processes import refuse_several_processes
+from apportion.trust import shown
 
 DESCRIPTION = "Sparse autoencoders that spend their sparsity budget where it is needed."
 
@@ -55,7 +56,8 @@ def parse(argv: list[str]) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `apportion`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    (handler := logging.StreamHandler(sys.stderr)).setFormatter(Harmless("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("apportion").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being told to end is like Ctrl-C: clean up
     try:
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"apportion: {error}. Install what this needs: pip install 'apportion[all]'\n")
         return 2
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"apportion: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"apportion: {shown(' '.join(str(error).split()))}\n")
         return 2
     except KeyboardInterrupt:
         return 130

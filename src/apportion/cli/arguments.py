@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from apportion.trust import shown
+
 
 def whole_number(text: str) -> int:
     """A whole number as people write it: 900000, 900_000, 900k, 10M, 1.5B, 1e6, 256.0."""
@@ -214,4 +216,11 @@ def describe_filter(about: dict[str, Any]) -> str:
 
 def say(text: str) -> None:
     """Results go to stdout; progress and errors to stderr."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(shown(text) + "\n")
+
+
+class Harmless(logging.Formatter):
+    """Messages as a terminal can be shown them, whatever names from files are in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))

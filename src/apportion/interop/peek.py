@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from apportion.disk import read_json
-from apportion.trust import MOST_TEXT, read_text
+from apportion.trust import MOST_TEXT, check_regular, read_text
 
 LONGEST = MOST_TEXT
 """Bytes of a header or a pickle that are worth a look."""
@@ -32,6 +32,7 @@ PICKLES = 5
 def names_in(file: Path) -> frozenset[str]:
     """Names of the tensors of a .safetensors or .npz; every string in the pickle of a .pt or .pth, keys among them."""
     try:
+        check_regular(file)
         if file.suffix == ".safetensors":
             return frozenset(_safetensors_header(file)) - {"__metadata__"}
         if file.suffix == ".npz":

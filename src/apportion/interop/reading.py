@@ -20,7 +20,7 @@ from torch import Tensor
 
 from apportion.disk import all_finite, read_json
 from apportion.interop.peek import MOST_INSTRUCTIONS, endless
-from apportion.trust import inside
+from apportion.trust import check_regular, inside
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What an SAE can be kept in; what is coarser becomes float32."""
@@ -51,6 +51,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
+    check_regular(file)
     try:
         return load_file(file)
     except Exception as error:
@@ -59,6 +60,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def read_npz(file: Path) -> dict[str, Tensor]:
     """Arrays of numbers; arrays of Python objects, which would have to be unpickled, are refused."""
+    check_regular(file)
     try:
         _check_archive(file)
         with np.load(file, allow_pickle=False) as arrays:
@@ -72,6 +74,7 @@ def read_pt(file: Path, trust: bool = False) -> Any:
 
     With `trust` other Python objects are unpickled as well, which can execute anything that the file's author wants.
     """
+    check_regular(file)
     try:
         if zipfile.is_zipfile(file):
             _check_archive(file)

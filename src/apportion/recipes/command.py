@@ -11,6 +11,8 @@ from typing import Annotated, Any, Protocol
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from apportion.trust import shown
+
 
 class Recipe(Protocol):
     """A dataclass whose fields are the options."""
@@ -43,7 +45,7 @@ def main(recipe: type[Recipe], name: str, about: str | None, argv: Sequence[str]
     try:
         tyro.cli(recipe, args=argv, prog=f"python -m apportion.recipes.{name}", description=about).run()
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"{name}: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{name}: {shown(' '.join(str(error).split()))}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: stopped; what was finished is kept.\n")
