@@ -23,7 +23,7 @@ from apportion.trust import within
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 DIGEST = "manifest_sha256"
-MOST_BYTES = 1 << 28
+MOST_BYTES = 1 << 26
 """A manifest has some 300 bytes for each file."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
