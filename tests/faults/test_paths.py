@@ -55,8 +55,10 @@ def evil_sae(name: str) -> Any:
 @pytest.mark.fault("path traversal")
 @pytest.mark.parametrize("name", trials(OUT))
 def test_names_that_lead_out(name: str, folder: Path) -> None:
-    with pytest.raises(ValueError, match="leads out"):
-        within(folder, name)
+    for there in (folder, folder / "new"):
+        if there == folder or "link" not in name:
+            with pytest.raises(ValueError, match="leads out"):
+                within(there, name)
 
 
 @pytest.mark.parametrize("name", FINE)
@@ -192,7 +194,7 @@ CALLS: dict[str, Callable[[str], Any]] = {
 @pytest.mark.parametrize("name", trials([m for m in MISTYPED if m != "runs/"], short=7))
 @pytest.mark.parametrize("call", CALLS)
 def test_calls(call: str, name: str, nowhere: Path) -> None:
-    with pytest.raises(ValueError, match=r"exist|no text at|Write the path in full") as raised:
+    with pytest.raises(ValueError, match=r"does not exist|give an existing|Write the path in full") as raised:
         CALLS[call](name)
     assert "\n" not in str(raised.value)
 
@@ -218,5 +220,6 @@ def test_commands(command: str, name: str, nowhere: Path, capsys: pytest.Capture
     evil_sae(A).save("sae")
     assert main([word.replace("{}", name) for word in COMMANDS[command]]) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and any(word in said for word in ("exist", "no text at", "There is no text"))
+    assert said.count("\n") == 1
+    assert any(words in said for words in ("does not exist", "give an existing", "no text at"))
     assert not Path("out").exists()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from apportion.architectures import SAE, files
+from apportion.architectures.checks import check_info
 from apportion.interop.assemble import assemble, is_count
 from apportion.interop.formats import FORMATS
 from apportion.interop.peek import beside, settings_in
@@ -60,6 +61,7 @@ def load(
         if parts.k is None and config and "k" in config:
             parts.k = _count(config["k"])
             given.pop("k", None)
+        check_info(parts.info)
         sae = assemble(parts, dtype)
     except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, struct.error) as error:
         raise ValueError(f"{path} does not fit the format {name}: {type(error).__name__}: {error}") from error
