@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from trials import trials
 
 import apportion as ap
+from apportion.interop.peek import yaml_in
 from apportion.trust import read_text
 
 W = torch.eye(4, 8)
@@ -200,6 +201,18 @@ def test_memory_stays_small(attack: tuple[str, Callable[[Path], Path], Callable[
     change(config)
     said = answers("ap.load", config.parent)
     assert "config.json" in said or "cfg.json" in said
+
+
+@pytest.mark.fault("file attacks")
+@pytest.mark.parametrize(
+    "line",
+    trials([("spaces", "a: x" + " " * 10**7 + "y"), ("quotes", "a: '" + "x" * 10**7), ("colons", "a:" * 10**6)]),
+)
+def test_long_lines_are_read_in_one_go(line: tuple[str, str], tmp_path: Path, time_limit: None) -> None:
+    """A regular expression for them would go back again and again."""
+    (tmp_path / "config.yaml").write_text(f"model_name: gpt2  # small\n{line[1]}\nk: '3'\nnone: null\n")
+    found = yaml_in(tmp_path / "config.yaml")
+    assert (found["model_name"], found["k"]) == ("gpt2", "3") and "none" not in found
 
 
 def test_the_limit_itself(tmp_path: Path) -> None:

@@ -142,6 +142,15 @@ def test_evaluations(command: str, folder: Path) -> None:
         assert main([command, str(folder / "sae"), "--acts", str(folder / "acts"), *out]) == 2  # no such hookpoint
 
 
+def test_a_report_about_what_is_no_folder_here_asks_where_to_go(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil_sae(A).save(folder / "sae")
+    write_cache(folder / "acts")
+    assert main(["report", str(folder / "sae" / "config.json"), "--acts", str(folder / "acts")]) == 2
+    assert "Give --out" in capsys.readouterr().err
+
+
 # Mistyped paths
 
 

@@ -24,7 +24,7 @@ LONGEST = MOST_TEXT
 """Bytes of a header or a pickle that are worth a look."""
 MOST_INSTRUCTIONS = 100_000
 """In a pickle, of which a state dict has some ten for each tensor."""
-PLAIN = re.compile(r"^([\w-]+):[ \t]+('[^'\n]*'|\"[^\"\n]*\"|[^\s#][^\n#]*?)[ \t]*(?:#.*)?$", re.MULTILINE)
+NAME = re.compile(r"[\w-]+")
 PICKLES = 5
 """torch.save of before 1.6 wrote this many one after the other; the fourth holds the names, and so may the last."""
 
@@ -56,10 +56,24 @@ def settings_in(file: Path) -> dict[str, Any]:
 def yaml_in(file: Path) -> dict[str, str]:
     """The plain values at the top of a YAML file (`name: value`), as strings; empty if there is none."""
     try:
-        text = read_text(file)
+        lines = read_text(file).splitlines()
     except (OSError, ValueError):
         return {}
-    return {found[1]: found[2].strip("'\"") for found in PLAIN.finditer(text) if found[2] not in ("null", "~")}
+    found = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        if NAME.fullmatch(name) and value[:1] in (" ", "\t"):
+            found[name] = _plain_value(value.strip(" \t"))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _plain_value(text: str) -> str | None:
+    """A number, a word, or what is between quotes; None for null, for nothing, and for what goes on in other lines."""
+    if text[:1] in ("'", '"'):
+        value, end, rest = text[1:].partition(text[0])
+        return value if end and (not rest.strip(" \t") or rest.strip(" \t").startswith("#")) else None
+    value = text.partition("#")[0].strip(" \t")
+    return None if value in ("", "null", "~") else value
 
 
 def first_file(path: Path, patterns: Iterable[str]) -> Path | None:
