@@ -1,6 +1,7 @@
 """How far files are believed that somebody else may have written, or that were damaged.
 
     read_text(file)             a small text file: a regular one, and no longer than it may be
+    expanded(path)              a path as a user writes it
     within(folder, name)        where something of that name goes in a folder
     inside(folder, name)        what has that name in a folder
     shown(text)                 text as a terminal can be shown it
@@ -47,6 +48,16 @@ def read_text(file: Path, limit: int = MOST_TEXT) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no text in UTF-8: {error}") from None
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with the home folder in place of ~."""
+    if len(str(path)) > 1000 or "\n" in str(path):
+        raise ValueError(f"{str(path)[:40]!r}... is no path: to give text itself, put it into a list: [text]")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{str(path)!r}: {str(error).rstrip('.')}. Write the path in full.") from None
 
 
 def check_regular(file: Path) -> None:

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from apportion.activations.filter import TokenFilter
-from apportion.activations.text import expanded
 from apportion.disk import plain, read_json
 from apportion.fields import check_fields
-from apportion.trust import within
+from apportion.trust import expanded, within
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -22,7 +22,7 @@ from apportion.activations.hookpoints import Hookpoint, capture
 from apportion.activations.manifest import torch_dtype
 from apportion.activations.passes import by_context, modules_of, parameters_of
 from apportion.torch_state import usual
-from apportion.trust import refuse_mistyped
+from apportion.trust import expanded, refuse_mistyped
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def load_tokenizer(name_or_folder: str | Path, *, trust_remote_code: bool = Fals
 
 def _place(name_or_folder: str | Path) -> tuple[str, str]:
     """What a model is called, and what transformers is to load. ValueError for a path at which there is nothing."""
-    name = str(Path(name_or_folder).expanduser()) if str(name_or_folder).startswith("~") else str(name_or_folder)
+    name = str(expanded(name_or_folder)) if str(name_or_folder).startswith("~") else str(name_or_folder)
     if name == "embedded":
         return name, str(embedded.present(embedded.MODEL))
     if not Path(name).exists():

@@ -32,7 +32,7 @@ from apportion.activations.hookpoints import Hookpoint
 from apportion.activations.manifest import DIGEST, acts_file, read_manifest, token_file, torch_dtype
 from apportion.activations.progress import progress_bar
 from apportion.activations.shards import Column, Shard, ShardedRows, open_shards, sha256_of
-from apportion.activations.text import expanded
+from apportion.trust import expanded
 
 LARGEST_ID = 1 << 24
 """No vocabulary has more tokens."""

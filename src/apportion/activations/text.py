@@ -36,7 +36,7 @@ from apportion.activations.text_files import (
     whole_or_broken,
 )
 from apportion.activations.text_streams import steady_rows
-from apportion.trust import refuse_mistyped
+from apportion.trust import expanded, refuse_mistyped
 
 Text = Any
 """What a user calls text: a `TextSource`, or anything that it takes as `where`."""
@@ -187,16 +187,6 @@ class TextSource:
         if files := self.files():
             return described | {"files": len(files), "bytes": self.num_bytes()}
         return described | {"split": self.split, "field": self.field, "config": self.config}
-
-
-def expanded(path: str | Path) -> Path:
-    """A path with the home folder in place of ~."""
-    if len(str(path)) > 1000 or "\n" in str(path):
-        raise ValueError(f"{str(path)[:40]!r}... is no path: to give text itself, put it into a list: [text]")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{str(path)!r}: {error}. Write the path in full.") from None
 
 
 def split_pieces(document: str, place: str = "") -> Iterator[Piece]:

@@ -28,9 +28,8 @@ from apportion.activations.manifest import (
     torch_dtype,
 )
 from apportion.activations.shards import sample_sha256_of, sha256_of
-from apportion.activations.text import expanded
 from apportion.disk import UNFINISHED, whole_folder, write_json, write_tensors
-from apportion.trust import within
+from apportion.trust import expanded, within
 
 SHARD_ROWS = 1 << 17
 SHARD_BYTES = 1 << 30

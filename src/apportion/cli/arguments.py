@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from apportion.trust import shown
+from apportion.trust import expanded, shown
 
 
 def whole_number(text: str) -> int:
@@ -67,7 +67,7 @@ def _paths(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
-        instance_from_str=lambda words: Path(words[0]).expanduser(),
+        instance_from_str=lambda words: expanded(words[0]),
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
     )
@@ -199,7 +199,7 @@ def model_to_follow(name: str, saes: Iterable[str]) -> str:
     above them tells; others were downloaded, converted, or handed over. The embedded model is always there.
     """
     for sae in saes if name != "embedded" else ():
-        folder = Path(sae).expanduser()
+        folder = expanded(sae)
         if not any((place / "run.json").is_file() for place in (folder, folder.parent)):
             raise ValueError(
                 f"{sae} asks for the language model {name!r}, and was not trained here (it has no run.json): if you "

@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, model_to_follow
 from apportion.cli.rows import kind_of, open_rows
+from apportion.trust import expanded
 
 
 @dataclass(kw_only=True)
@@ -125,10 +126,10 @@ class Eval:
 
     def _folder(self, sae: Any) -> Path:
         """The cache to evaluate an SAE on; ValueError if it is not there."""
-        if self.acts is not None and not self.acts.expanduser().exists():
+        if self.acts is not None and not self.acts.exists():
             raise ValueError(f"There is no cache at --acts {self.acts}.")
         folder = self.acts or sae.info.get("source", {}).get("folder")
-        if folder is None or not Path(folder).expanduser().exists():
+        if folder is None or not expanded(folder).exists():
             raise ValueError(
                 f"The cache that {sae.name} was trained on is not there ({folder}). "
                 "Give --acts CACHE, or --text FILE to evaluate inside the model."

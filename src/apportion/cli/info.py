@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from tyro.conf import Positional
 
 from apportion.cli.arguments import say
 from apportion.cli.cache import say_cache, verify
+from apportion.trust import expanded
 
 
 @dataclass(kw_only=True)
@@ -32,7 +32,7 @@ class Info:
             if not self.kernels:
                 raise ValueError("Name a folder: a cache, a run or a saved SAE; or ask for --kernels.")
             return
-        folder = Path(self.path).expanduser()
+        folder = expanded(self.path)
         if (folder / "manifest.json").exists():
             say_cache(folder)
             if self.verify:

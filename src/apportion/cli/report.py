@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 
 from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, model_to_follow, say
 from apportion.cli.rows import kind_of, open_rows
+from apportion.trust import expanded
 
 
 @dataclass(kw_only=True)
@@ -68,10 +69,10 @@ class Report:
 
     def _claimed(self) -> Path:
         """Where the report goes; ValueError for a folder that holds the report of something else."""
-        runs = [Path(folder).expanduser() for folder in self.run_folders]
+        runs = [expanded(folder) for folder in self.run_folders]
         if self.out is None and not runs[0].is_dir():
             raise ValueError(f"{runs[0]} is no folder here, into which the report could go. Give --out.")
-        out = (self.out or runs[0]).expanduser()
+        out = self.out or runs[0]
         if out.is_file():
             raise ValueError(f"--out {out} is a file. Give a folder.")
         if out in runs or not out.is_dir() or not any(out.iterdir()):
@@ -112,7 +113,7 @@ class Report:
             if trained_on["hookpoint"] is None:
                 raise ValueError("The SAE does not say which hookpoint it belongs to. Give --acts CACHE.")
             return None
-        if self.acts is not None and not self.acts.expanduser().exists():
+        if self.acts is not None and not self.acts.exists():
             raise ValueError(f"There is no cache at --acts {self.acts}.")
         folder = self.acts or trained_on.get("folder")
         if folder is None or not Path(folder).exists():

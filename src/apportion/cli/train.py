@@ -17,7 +17,7 @@ from apportion.cli.arguments import Count, Filter, Model, Text, best_device, say
 from apportion.cli.objectives import CONFIGS, THROUGH_MODEL, check_objective, objective_config, objective_for
 from apportion.cli.rows import kind_of, open_rows, settings_of
 from apportion.training import TrainConfig
-from apportion.trust import refuse_mistyped
+from apportion.trust import expanded, refuse_mistyped
 
 SAE_FLAGS_OWN = {"d_in", "d_out", "num_sites", "d_sae", "k", "seed", "hookpoint"}
 """SAE settings that the train command asks for in its own words, or that follow from the activations."""
@@ -106,7 +106,7 @@ class TrainBase:
         from apportion.activations import CacheSource, ContextSource, LiveSource, read_contexts
         from apportion.activations.hookpoints import expand
 
-        self.source = str(Path(self.source).expanduser()) if self.source.startswith("~") else self.source
+        self.source = str(expanded(self.source)) if self.source.startswith("~") else self.source
         if not Path(self.source).exists() and self.source != "embedded":
             refuse_mistyped(self.source, "a model's id on the Hub")
             if self.source.count("/") != 1:

@@ -18,7 +18,7 @@ from apportion.interop.assemble import assemble, is_count
 from apportion.interop.formats import FORMATS
 from apportion.interop.peek import beside, settings_in
 from apportion.interop.reading import read_pt
-from apportion.trust import inside, refuse_mistyped
+from apportion.trust import expanded, inside, refuse_mistyped
 
 OURS = "apportion"
 REMOTE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -83,7 +83,7 @@ def _count(k: Any) -> Any:
 
 def _local(path_or_repo: str | Path, subfolder: str | None) -> tuple[Path, dict[str, Any]]:
     """Where the files lie, or are put by a download; and what a list of releases says beyond them."""
-    path = Path(path_or_repo).expanduser()
+    path = expanded(path_or_repo)
     if path.exists():
         return inside(path, subfolder) if subfolder else path, {}
     name = SCHEME.sub(r"\1://", str(path_or_repo))
