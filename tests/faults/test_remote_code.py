@@ -94,7 +94,7 @@ def pickled_weights(model: Path, marker: Path) -> None:
 
 def bare_pickle(model: Path, marker: Path) -> None:
     (model / "model.safetensors").unlink()
-    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(marker)))
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(marker), 2))
 
 
 REFUSED = [

@@ -113,29 +113,35 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 def _check(manifest: dict[str, Any], folder: Path) -> None:
     check_fields(manifest, FIELDS, LATER)
-    sizes = {name: manifest[name] for name in ("rows", "shard_rows", "context_tokens", "contexts") if name in manifest}
-    for name, hookpoint in manifest["hookpoints"].items():
-        where = f"hookpoints.{name}"
-        check_fields(hookpoint, OF_HOOKPOINT, COUNTED, where)
-        token_filter = TokenFilter.from_dict(hookpoint["filter"])
-        sizes[f"{where}.d_in"] = hookpoint["d_in"]
-        if hookpoint["folder"] != folder_name(name):
-            raise ValueError(f"{where}.folder is {hookpoint['folder']!r}, not {folder_name(name)!r}.")
-        within(folder, hookpoint["folder"])
-        if not all(0 <= i < 2**31 for i in token_filter.special_ids):
-            raise ValueError(f"{where}.filter.special_ids are no ids of tokens.")
-    for name, size in sizes.items():
-        if not 1 <= size <= MOST:
-            raise ValueError(f"{name} = {size} is no possible number.")
+    for name in ("rows", "shard_rows", "context_tokens", "contexts"):
+        _check_size(name, manifest.get(name, 1))
     if manifest["dtype"] not in DTYPES:
         raise ValueError(f"dtype is {manifest['dtype']!r}, and not one of {', '.join(DTYPES)}.")
     if not manifest["hookpoints"]:
         raise ValueError("hookpoints is empty.")
+    for name, hookpoint in manifest["hookpoints"].items():
+        _check_hookpoint(name, hookpoint, folder)
     check_fields(manifest["model"], {}, OF_MODEL, "model")
     _check_shards(manifest)
     has_samples = any("sample_sha256" in shard for shard in manifest["shards"])
     if (DIGEST in manifest or has_samples) and manifest.get(DIGEST) != _digest(manifest):
         raise ValueError(f"something was changed since it was written ({DIGEST} is not that of its content).")
+
+
+def _check_size(name: str, size: int) -> None:
+    if not 1 <= size <= MOST:
+        raise ValueError(f"{name} = {size} is no possible number.")
+
+
+def _check_hookpoint(name: str, about: dict[str, Any], folder: Path) -> None:
+    where = f"hookpoints.{name}"
+    check_fields(about, OF_HOOKPOINT, COUNTED, where)
+    _check_size(f"{where}.d_in", about["d_in"])
+    if about["folder"] != folder_name(name):
+        raise ValueError(f"{where}.folder is {about['folder']!r}, not {folder_name(name)!r}.")
+    within(folder, about["folder"])
+    if not all(0 <= i < 2**31 for i in TokenFilter.from_dict(about["filter"]).special_ids):
+        raise ValueError(f"{where}.filter.special_ids are no ids of tokens.")
 
 
 def _check_shards(manifest: dict[str, Any]) -> None:
