@@ -52,7 +52,7 @@ def read_text(file: Path, limit: int = MOST_TEXT) -> str:
 
 def expanded(path: str | Path) -> Path:
     """A path with the home folder in place of ~."""
-    if len(str(path)) > 1000 or "\n" in str(path):
+    if (len(str(path)) > 1000 or "\n" in str(path)) and not os.path.lexists(path):
         raise ValueError(f"{str(path)[:40]!r}... is no path: to give text itself, put it into a list: [text]")
     try:
         return Path(path).expanduser()

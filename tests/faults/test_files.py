@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from trials import trials
 
 import apportion as ap
-from apportion.interop.peek import yaml_in
+from apportion.interop.peek import names_in, yaml_in
 from apportion.trust import read_text
 
 W = torch.eye(4, 8)
@@ -126,13 +127,13 @@ def time_limit() -> Iterator[None]:
 
 
 def opcodes(file: Path) -> None:
-    """60 MB of: push None, drop it."""
-    file.write_bytes(b"\x80\x02" + b"N0" * 30_000_000 + b"N.")
+    """60 MB of: push None."""
+    file.write_bytes(b"\x80\x02" + b"N" * 60_000_000 + b".")
 
 
 def opcodes_in_zip(file: Path) -> None:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02" + b"N0" * 30_000_000 + b"N.")
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"N" * 60_000_000 + b".")
         archive.writestr("archive/version", b"3\n")
 
 
@@ -213,6 +214,27 @@ def test_long_lines_are_read_in_one_go(line: tuple[str, str], tmp_path: Path, ti
     (tmp_path / "config.yaml").write_text(f"model_name: gpt2  # small\n{line[1]}\nk: '3'\nnone: null\n")
     found = yaml_in(tmp_path / "config.yaml")
     assert (found["model_name"], found["k"]) == ("gpt2", "3") and "none" not in found
+
+
+@pytest.mark.fault("file attacks")
+@pytest.mark.parametrize("name", trials(["a pipe", "/dev/zero", "a folder"]))
+def test_what_is_no_regular_file_is_called_so(name: str, tmp_path: Path, time_limit: None) -> None:
+    dict(CONTENTS)[name](tmp_path / "a")
+    with pytest.raises(ValueError, match="no regular file"):
+        read_text(tmp_path / "a")
+
+
+@pytest.mark.fault("file attacks")
+@pytest.mark.parametrize("size", trials([200 << 20]))
+def test_a_look_into_a_packed_pickle_is_a_short_one(size: int, tmp_path: Path) -> None:
+    """A string of any length, in a file of a thousandth of it."""
+    with zipfile.ZipFile(tmp_path / "ae.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02X" + size.to_bytes(4, "little") + bytes(size) + b".")
+    tracemalloc.start()
+    names_in(tmp_path / "ae.pt")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 << 20
 
 
 def test_the_limit_itself(tmp_path: Path) -> None:
