@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import apportion as ap
 from apportion import SAES, load
+from apportion.activations.manifest import sealed
 from apportion.allocation import RULES, Candidates, Rule, Settled
 from apportion.architectures import rule_choices
 from apportion.cli import main, parse
@@ -455,7 +456,7 @@ def test_eval_refuses_a_cache_of_another_model(cache: Path, tmp_path: Path, caps
     subprocess.run(["cp", "-r", str(cache), str(other)], check=True)
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["model"] |= {"weights_sha256": "0" * 64, "probe": None, "name_or_path": "another-model"}
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    (other / "manifest.json").write_text(json.dumps(sealed(manifest)))
     assert main(["eval", str(tmp_path / "run"), "--acts", str(other)]) == 2
     assert "another-model" in capsys.readouterr().err
 

@@ -39,18 +39,24 @@ def foreign(tmp_path: Path, tiny_model_dir: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def told(tmp_path: Path) -> list[str]:
+    """The model that `foreign` names; it is not loaded on the word of a file that came from elsewhere."""
+    return ["--model", str(tmp_path / "tiny-llama")]
+
+
 def test_info(foreign, capsys):
     assert main(["info", str(foreign)]) == 0
     said = capsys.readouterr().out
     assert "topk, d_in 32, d_sae 64, k 4, model.layers.1" in said and "hook_resid_post" in said
 
 
-def test_eval_and_report_inside_the_model_that_it_names(foreign, text, tmp_path):
+def test_eval_and_report_inside_the_model_that_it_names(foreign, text, told, tmp_path):
     figures, out = tmp_path / "figures.json", tmp_path / "report"
-    assert main(["eval", str(foreign), "--text", str(text), "--tokens", "1k", "--json", str(figures)]) == 0
+    assert main(["eval", str(foreign), "--text", str(text), "--tokens", "1k", *told, "--json", str(figures)]) == 0
     found = json.loads(figures.read_text())
     assert found["l0"] == 4 and found["fvu"] > 0 and "delta_ce" in found and found["hookpoint"] == "model.layers.1"
-    options = ["--text", str(text), "--tokens", "1k", "--ce-tokens", "256", "--out", str(out)]
+    options = [*told, "--text", str(text), "--tokens", "1k", "--ce-tokens", "256", "--out", str(out)]
     assert main(["report", str(foreign), *options]) == 0
     assert json.loads((out / "report.json").read_text())["methods"]["topk"]["l0"] == 4
 
@@ -71,7 +77,7 @@ def test_what_is_no_sae(tmp_path, text, capsys):
         assert "in no format that is known" in error and "sae_lens" in error and error.count("\n") == 1
 
 
-def test_eval_begins_contexts_as_the_file_says(foreign, text, tmp_path):
+def test_eval_begins_contexts_as_the_file_says(foreign, text, told, tmp_path):
     """The tokenizer of this model adds BOS by itself; the SAE may have been trained without."""
     settings = json.loads((foreign / "cfg.json").read_text())
     entropies = {}
@@ -79,7 +85,7 @@ def test_eval_begins_contexts_as_the_file_says(foreign, text, tmp_path):
         metadata = settings["metadata"] | ({} if said is None else {"prepend_bos": said})
         (foreign / "cfg.json").write_text(json.dumps(settings | {"metadata": metadata}))
         figures = tmp_path / f"{said}.json"
-        assert main(["eval", str(foreign), "--text", str(text), "--tokens", "512", "--json", str(figures)]) == 0
+        assert main(["eval", str(foreign), "--text", str(text), "--tokens", "512", *told, "--json", str(figures)]) == 0
         entropies[said] = json.loads(figures.read_text())["ce_clean"]
     assert entropies[None] == entropies[True] != entropies[False]
 
@@ -95,7 +101,7 @@ def test_convert_chooses_who_runs_the_model(foreign, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
-def test_an_sae_that_says_no_l0(foreign, text, tmp_path, capsys):
+def test_an_sae_that_says_no_l0(foreign, text, told, tmp_path, capsys):
     """No k is invented, and nothing stumbles over there being none."""
     settings = json.loads((foreign / "cfg.json").read_text()) | {"architecture": "standard"}
     settings.pop("k")
@@ -103,8 +109,8 @@ def test_an_sae_that_says_no_l0(foreign, text, tmp_path, capsys):
     assert main(["info", str(foreign)]) == 0
     assert "k None" in capsys.readouterr().out
     figures, out = tmp_path / "figures.json", tmp_path / "report"
-    assert main(["eval", str(foreign), "--text", str(text), "--tokens", "512", "--json", str(figures)]) == 0
+    assert main(["eval", str(foreign), "--text", str(text), "--tokens", "512", *told, "--json", str(figures)]) == 0
     assert json.loads(figures.read_text())["k"] is None and json.loads(figures.read_text())["l0"] > 0
-    options = ["--text", str(text), "--tokens", "1k", "--ce-tokens", "256", "--out", str(out)]
+    options = [*told, "--text", str(text), "--tokens", "1k", "--ce-tokens", "256", "--out", str(out)]
     assert main(["report", str(foreign), *options]) == 0
     assert (out / "report.html").is_file()

@@ -59,7 +59,7 @@ def test_settings_of_saes_get_hints_too() -> None:
         ap.create("topk", d_in=16, dict_size=64)
     with pytest.raises(ValueError, match="d_sae must be a whole number"):
         ap.create("topk", d_in=16, d_sae=64.5)
-    with pytest.raises(ValueError, match="k must be a number, got '4'"):
+    with pytest.raises(ValueError, match="k must be a whole number, got '4'"):
         ap.create("topk", d_in=16, d_sae=64, k="4")
 
 

@@ -18,20 +18,8 @@ from apportion.architectures import SAE, SAES, rule_choices
 PACKAGE = Path(apportion.__file__).parent
 
 ORDER = [
-    {
-        "latents",
-        "metrics",
-        "losses",
-        "disk",
-        "durable",
-        "interrupt",
-        "locks",
-        "processes",
-        "settings",
-        "torch_state",
-        "extras",
-        "answers",
-    },
+    {"latents", "metrics", "losses", "disk", "durable", "interrupt", "locks", "processes", "settings", "torch_state"}
+    | {"answers", "extras", "fields", "trust"},
     {"allocation"},
     {"kernels"},
     {"architectures", "embedded"},
@@ -54,7 +42,7 @@ EXCEPTIONS = {
 
 HELPERS = {
     "allocation": {"annealing", "base", "zipf", "reference"},
-    "architectures": {"affine", "auxiliary", "base", "calibrate", "convert", "files", "inputs", "sparsity"},
+    "architectures": {"affine", "auxiliary", "base", "calibrate", "checks", "convert", "files", "inputs", "sparsity"},
 }
 """Files of these rooms that are no rule and no architecture."""
 

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from apportion.extras import install
 from apportion.interrupt import end_like_ctrl_c
+from apportion.trust import shown
 
 DEBUG = "--debug"
 NOT_DONE, DIVERGED, STOPPED = 2, 3, 130
@@ -105,8 +106,7 @@ def one_line(error: BaseException, words: Sequence[str] = ()) -> str:
 
     The traceback of an error that nobody expected is written to a file; `words` are noted in it.
     """
-    said = " ".join(_said(error, words).split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in said)
+    return shown(" ".join(_said(error, words).split()))
 
 
 def _said(error: BaseException, words: Sequence[str]) -> str:

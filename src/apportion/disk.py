@@ -31,6 +31,7 @@ from torch import Tensor
 from apportion.answers import of_the_system, out_of_memory
 from apportion.durable import complete, is_unfinished, make_durable, move_up, place_in, sweep, sync_folder
 from apportion.locks import LOCK, Lock, lock_of
+from apportion.trust import MOST_TEXT, read_text
 
 OF_NOBODY = ("lost+found", LOCK)
 """What may lie in a folder that counts as empty: what the root folder of a disk has, and a lock."""
@@ -160,11 +161,12 @@ def plain(value: Any) -> Any:
     return value
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    return parse_json(file.read_bytes(), str(file))
+def read_json(file: Path, limit: int = MOST_TEXT) -> dict[str, Any]:
+    """The JSON object in a file. ValueError for anything else, and for what is no regular file or too long."""
+    return parse_json(read_text(file, limit), str(file))
 
 
-def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+def parse_json(text: str, where: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

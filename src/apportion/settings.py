@@ -6,10 +6,12 @@ calls `check_names`, which knows what other libraries call them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from apportion.fields import fits, in_words
 
 ELSEWHERE = {
     "learning_rate": "lr",
@@ -57,6 +59,20 @@ def settle(config: Any, strict: bool = True) -> None:
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{field.name} = {value} does not fit into 64 bits. Use a number below 2**63.")
         object.__setattr__(config, field.name, value)
+
+
+def check_kinds(config: type, values: Mapping[str, Any]) -> None:
+    """ValueError for a value that is not of the kind that a dataclass of settings says it is, or none of its choices.
+
+    A fraction where a whole number belongs is left to `settle`.
+    """
+    hints = get_type_hints(config)
+    for name in [field.name for field in fields(config) if field.name in values]:
+        value, kind = values[name], hints[name]
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise ValueError(f"{name} cannot be {value!r}; {nearest(str(value), get_args(kind))}")
+        if not fits(value, kind) and not (takes_whole(kind) and fits(value, float)):
+            raise ValueError(f"{name} must be {in_words(kind)}, got {value!r}.")
 
 
 def takes_whole(kind: Any) -> bool:

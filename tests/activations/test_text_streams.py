@@ -153,4 +153,4 @@ def test_a_dataset_that_cannot_be_opened_names_split_and_configuration(monkeypat
     monkeypatch.setattr(datasets, "load_dataset", missing)
     with pytest.raises(ValueError, match=r"split 'test' and configuration 'v2' \(Config name is missing\.\)"):
         list(TextSource("org/corpus", split="test", config="v2").pieces())
-    assert asked == [(("org/corpus", "v2"), {"split": "test", "streaming": True})]
+    assert asked == [(("org/corpus", "v2"), {"split": "test", "streaming": True, "trust_remote_code": False})]

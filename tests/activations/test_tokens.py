@@ -140,8 +140,10 @@ def test_mistakes_about_text_are_named(tmp_path: Path) -> None:
 def test_datasets_are_streamed_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def fake(name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
-        assert (name, config, split, streaming) == ("owner/texts", None, "test", True)
+    def fake(
+        name: str, config: str | None, *, split: str, streaming: bool, trust_remote_code: bool
+    ) -> list[dict[str, str]]:
+        assert (name, config, split, streaming, trust_remote_code) == ("owner/texts", None, "test", True, False)
         return [{"story": "one"}, {"story": "two"}]
 
     monkeypatch.setattr(datasets, "load_dataset", fake)

@@ -120,7 +120,8 @@ MADE = {
         ("", Made("circuit_tracer", "layer_3.safetensors", COLUMNS | {"W_enc": ENC})),
         ("", Made("apportion", "model.safetensors", OURS, "config.json",
                   {"format": "apportion", "version": 1, "sae": "topk", "info": {},
-                   "settings": {"d_in": D, "d_sae": F, "k": 3}},
+                   "settings": {"d_in": D, "d_sae": F, "k": 3, "input_norm": "dataset", "subtract_b_dec": True,
+                                "affinity": "code"}},
                   ("d_in", "d_sae"), "k", ("settings",))),
     ]
 }  # fmt: skip

@@ -198,7 +198,7 @@ DAMAGE = {
     "no weights": (lambda f: weights_of(f).unlink(), "in no format that is known.*cfg.json"),
     "no config": (lambda f: (f / "cfg.json").unlink(), "has no cfg.json"),
     "cut config": (lambda f: (f / "cfg.json").write_text('{"d_in": 6'), "cfg.json is not valid JSON"),
-    "binary config": (lambda f: (f / "cfg.json").write_bytes(b"\xff\xfe"), "cfg.json is not valid JSON"),
+    "binary config": (lambda f: (f / "cfg.json").write_bytes(b"\xff\xfe"), "cfg.json is no text in UTF-8"),
     "a list": (lambda f: (f / "cfg.json").write_text("[1]"), "does not hold a JSON object"),
     "a deep config": (lambda f: (f / "cfg.json").write_text("[" * 200_000), "cfg.json is not valid JSON"),
     "a missing tensor": (lambda f: rewrite(weights_of(f), lambda t: t.pop("b_enc")), "b_enc is missing; it has W_dec"),

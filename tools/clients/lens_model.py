@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def lens_model(folder: Path) -> HookedSAETransformer:
     """A Llama from its folder; AssertionError unless its logits are those of transformers."""
-    theirs = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).float().eval()
     about = theirs.config
     cfg = HookedTransformerConfig(
         d_model=about.hidden_size,
@@ -34,7 +34,7 @@ def lens_model(folder: Path) -> HookedSAETransformer:
         tokenizer_prepends_bos=False,
         device="cpu",
     )
-    model = HookedSAETransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder)).eval()
+    model = HookedSAETransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False)).eval()
     state = convert_llama_weights(theirs, cfg)
     plain = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False, "fold_value_biases": False}
     model.load_and_process_state_dict(state, **plain)

@@ -27,6 +27,7 @@ from apportion.activations.documents import Reading
 from apportion.activations.filter import TokenFilter
 from apportion.activations.fingerprint import model_fingerprint, tokenizer_fingerprint
 from apportion.activations.hookpoints import expand
+from apportion.activations.manifest import torch_dtype
 from apportion.activations.model import (
     check_context_tokens,
     check_finite,
@@ -34,7 +35,6 @@ from apportion.activations.model import (
 )
 from apportion.activations.model import load_model as load_model
 from apportion.activations.progress import progress_bar
-from apportion.activations.store import torch_dtype
 from apportion.activations.text import Text, TextSource
 from apportion.activations.tokens import PackedContexts, num_contexts_for, special_ids, vocabulary_size
 from apportion.activations.writer import StoreWriter, check_free_disk, check_out

@@ -16,12 +16,15 @@ for the same row for ever, so it travels with the cache and with the SAE trained
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, get_type_hints
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from apportion.fields import check_fields
+from apportion.settings import check_names
 
 FIT_ROWS = 50_000
 REASONS: tuple[str, ...] = ("first_position", "special", "norm_outlier")
@@ -101,6 +104,9 @@ class TokenFilter:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> TokenFilter:
+        """What `to_dict` made. ValueError, naming it, for a setting of another kind or one that there is not."""
+        check_names(values, (field.name for field in fields(TokenFilter)), "the token filter")
+        check_fields(values, {}, get_type_hints(TokenFilter), "filter")
         return TokenFilter(**{**values, "special_ids": tuple(values.get("special_ids", ()))})
 
 

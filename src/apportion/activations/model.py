@@ -19,17 +19,20 @@ from torch import Tensor, nn
 from apportion import embedded
 from apportion.activations.filter import row_norms
 from apportion.activations.hookpoints import Hookpoint, capture
+from apportion.activations.manifest import torch_dtype
 from apportion.activations.passes import by_context, modules_of, parameters_of
-from apportion.activations.store import torch_dtype
 from apportion.answers import out_of_memory
 from apportion.disk import check_may_open
 from apportion.extras import need
 from apportion.torch_state import in_eval_mode, usual
+from apportion.trust import expanded, refuse_mistyped
 
 logger = logging.getLogger(__name__)
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """Files that a folder with a tokenizer has, one of them at least."""
+ASKED = "trust_remote_code"
+"""What transformers tells to pass where a checkpoint has code of its own, in every version."""
 
 
 @usual()
@@ -41,6 +44,7 @@ def load_model(
     device_map: str | None = None,
     attn_implementation: str | None = None,
     auto_class: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """A transformers model in eval mode and its tokenizer: a local folder, a Hugging Face Hub id, or "embedded".
 
@@ -50,22 +54,34 @@ def load_model(
     AutoModel for an encoder, ...) unless `auto_class` names another. The tokenizer is None where there is none: token
     ids can be given in place of text. ValueError for what cannot be loaded, and for weights that the checkpoint does
     not have: they would be random.
+
+    A checkpoint may bring code of its own. It is run only with `trust_remote_code`, and nobody is asked on the way; and
+    weights in pickles are read as numbers only (transformers does so by itself).
     """
     wanted = torch_dtype(dtype)
     need("A language model", "transformers", *([] if device_map is None else ["accelerate"]))
+    name, where = _place(name_or_folder)
     import transformers  # heavy
 
-    name = str(Path(name_or_folder).expanduser()) if str(name_or_folder).startswith("~") else str(name_or_folder)
-    where = str(embedded.present(embedded.MODEL)) if name == "embedded" else name
     placed = {"device_map": device_map, "attn_implementation": attn_implementation}
     try:
         with _quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(where)
+            config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+            if attn_implementation is None and not trust_remote_code and _fetches_kernels(config):
+                raise _brings_code(name)
             kind = _auto_class(transformers, config, auto_class)
             model, loading = kind.from_pretrained(
-                where, dtype=wanted, output_loading_info=True, **{n: v for n, v in placed.items() if v is not None}
+                where,
+                dtype=wanted,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                **{n: v for n, v in placed.items() if v is not None},
             )
+    except BringsCode:
+        raise
     except Exception as error:  # a damaged folder lets transformers raise anything
+        if ASKED in str(error) and not trust_remote_code:
+            raise _brings_code(name) from None
         _check_may_open(where)
         if out_of_memory(error):
             raise
@@ -74,7 +90,7 @@ def load_model(
             f'tokenizer, a Hub id that is reachable from here, or "embedded" ({_reason(error)})'
         ) from error
     _check_complete(model, sorted(loading["missing_keys"]), name)
-    tokenizer = _tokenizer(transformers, where)
+    tokenizer = _tokenizer(transformers, name, where, trust_remote_code)
     if tokenizer is None:
         logger.warning("%s has no tokenizer: give token ids in place of text", name)
     else:
@@ -85,22 +101,51 @@ def load_model(
     return model.eval().requires_grad_(False), tokenizer
 
 
-def load_tokenizer(name_or_folder: str | Path) -> Any:
+def load_tokenizer(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer alone of what `load_model` loads; None if there is none."""
     need("A tokenizer", "transformers")
+    name, where = _place(name_or_folder)
     import transformers  # heavy
 
-    name = str(name_or_folder)
-    return _tokenizer(transformers, str(embedded.present(embedded.MODEL)) if name == "embedded" else name)
+    return _tokenizer(transformers, name, where, trust_remote_code)
 
 
-def _tokenizer(transformers: Any, where: str) -> Any:
+def _place(name_or_folder: str | Path) -> tuple[str, str]:
+    """What a model is called, and what transformers is to load. ValueError for a path at which there is nothing."""
+    name = str(expanded(name_or_folder)) if str(name_or_folder).startswith("~") else str(name_or_folder)
+    if name == "embedded":
+        return name, str(embedded.present(embedded.MODEL))
+    if not Path(name).exists():
+        refuse_mistyped(name, "a model's id on the Hub")
+    return name, name
+
+
+class BringsCode(ValueError):
+    """A checkpoint wants code of its own to be run, and the caller did not say that it may."""
+
+
+def _brings_code(name: str) -> BringsCode:
+    return BringsCode(
+        f"{name!r} brings code of its own, which could do anything on this machine. If you trust whoever wrote it, say "
+        "so: trust_remote_code=True (--trust-remote-code)"
+    )
+
+
+def _fetches_kernels(config: Any) -> bool:
+    """Does the configuration, or one of its towers', take its attention from a repository, which is code to be run?"""
+    towers = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
+    return any("/" in str(getattr(tower, "_attn_implementation", "")) for tower in towers)
+
+
+def _tokenizer(transformers: Any, name: str, where: str, trust_remote_code: bool) -> Any:
     """The tokenizer of a checkpoint; None if it has none (some versions then make one without a vocabulary)."""
     try:
         with _quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
         words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
     except Exception as error:  # see above; and where there is none, transformers raises many kinds too
+        if ASKED in str(error) and not trust_remote_code:
+            raise _brings_code(name) from None
         _check_may_open(where)
         if any((Path(where) / name).is_file() for name in TOKENIZERS):
             logger.warning("the tokenizer in %s cannot be loaded (%s)", where, _reason(error))

@@ -43,10 +43,10 @@ def progress_bar(what: str, total: int, done: int = 0, *, show: bool = True) -> 
 
     console = Console(file=_Unbothered(sys.stderr))  # type: ignore[arg-type]
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
-        TextColumn("{task.fields[watched]}"),
+        TextColumn("{task.fields[watched]}", markup=False),
         TimeRemainingColumn(),
     )
     begun = done

@@ -12,6 +12,7 @@ keeps it.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, reduce
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from apportion.activations.batch import Batch
 from apportion.activations.hookpoints import choose_from
-from apportion.activations.store import ActivationStore, read_manifest
+from apportion.activations.manifest import read_manifest
+from apportion.activations.store import ActivationStore
 
 
 def open_stores(folder: str | Path, hookpoints: str | None = None) -> list[ActivationStore]:
@@ -54,6 +56,10 @@ class Aligned(ABC):
         """True for the tokens that every hookpoint keeps."""
         return reduce(torch.logical_and, (store.mask for store in self.stores))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The stores, which are sent as paths, and not what was made of them."""
+        return {name: value for name, value in vars(self).items() if name != "mask"}
+
     @property
     def contexts(self) -> Int[Tensor, " rows"]:
         return self.stores[0].contexts
@@ -65,7 +71,7 @@ class Aligned(ABC):
     def describe(self) -> dict[str, Any]:
         """What the hookpoints share, and under `sites` what each has of its own; `filtered_share` is of tokens."""
         each = [store.describe() for store in self.stores]
-        own = {"hookpoint", *self.stores[0].manifest["hookpoints"][self.stores[0].hookpoint]}
+        own = {"hookpoint", "content_sha256", *self.stores[0].manifest["hookpoints"][self.stores[0].hookpoint]}
         folders = [str(store.folder.resolve()) for store in self.stores]
         if len(set(folders)) > 1:
             own |= {"model", "model_dtype"}
@@ -75,8 +81,9 @@ class Aligned(ABC):
             **({"folders": folders} if len(set(folders)) > 1 else {}),
             "hookpoint": self.hookpoint,
             "d_in": self.d_in,
+            "content_sha256": hashlib.sha256("".join(one["content_sha256"] for one in each).encode()).hexdigest(),
             "filtered_share": 1 - self.mask.double().mean().item(),
-            "sites": [{key: about[key] for key in about if key in own} for about in each],
+            "sites": [{key: about[key] for key in about if key in own - {"content_sha256"}} for about in each],
         }
 
 

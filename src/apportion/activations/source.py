@@ -36,6 +36,13 @@ class CacheSource:
         self._held_out = (store.mask & split_held_out(held_out)[0][contexts]).nonzero().squeeze(1)
         self._order = EpochOrder((store.mask & ~held_out[contexts]).nonzero().squeeze(1), seed)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The store, which is sent as a path, and the position."""
+        return type(self), (self.store, self.held_out_share, self.seed), self.state_dict()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.load_state_dict(state)
+
     @property
     def d_in(self) -> int:
         return self.store.d_in

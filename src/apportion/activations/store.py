@@ -1,6 +1,6 @@
 """The activation cache: rows of numbers on disk, with everything one must know about them.
 
-    acts/manifest.json                      model, hookpoints, filter, tokenizer, text, dtype, rows, sha256 of files
+    acts/manifest.json                      model, hookpoints, filter, tokenizer, text, dtype, rows, digests of files
     acts/tokens-00000.safetensors           tokens, positions, contexts: int32 [rows]
     acts/model.layers.15/00000.safetensors  acts [rows, d_in] in the chosen dtype, mask [rows] (True = takes part)
 
@@ -12,7 +12,7 @@ a folder with a manifest is a whole cache. `ended` in the manifest says whether 
     stream: ...      the stream that the text came from failed for good
     interrupted      it was told to stop
 
-Reading maps the files into memory: gathering random rows costs page-cache accesses, not file reads.
+manifest.py has the fields of the manifest, shards.py what is looked at when a cache is opened.
 """
 
 from __future__ import annotations
@@ -23,62 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
-from safetensors import SafetensorError, safe_open
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion.activations.batch import Batch
 from apportion.activations.filter import TokenFilter
 from apportion.activations.hookpoints import Hookpoint
-from apportion.activations.text import expanded
+from apportion.activations.manifest import DIGEST, acts_file, read_manifest, token_file, torch_dtype
+from apportion.activations.progress import progress_bar
+from apportion.activations.shards import Column, Shard, ShardedRows, open_shards, sha256_of
 from apportion.answers import of_the_system
-from apportion.disk import check_may_open, read_json
+from apportion.disk import check_may_open
+from apportion.trust import expanded
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not supported: use one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def folder_name(hookpoint: str) -> str:
-    """The folder of a hookpoint inside a cache: its name without characters that file systems dislike."""
-    return hookpoint.replace(":", "--")
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-class ShardedRows:
-    """One tensor [rows, ...] that lies in several memory-mapped files of `shard_rows` rows each."""
-
-    def __init__(self, files: list[Path], key: str, shard_rows: int) -> None:
-        self.shard_rows = shard_rows
-        self._parts: list[Tensor] = []
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                self._parts.append(opened.get_tensor(key))  # a view of the mapped file: nothing is read yet
-
-    def gather(self, indices: Int[Tensor, " n"]) -> Shaped[Tensor, "n ..."]:
-        """The rows at `indices`, in that order."""
-        if len(self._parts) == 1:
-            return self._parts[0][indices]
-        first = self._parts[0]
-        out = torch.empty((len(indices), *first.shape[1:]), dtype=first.dtype)
-        shard = indices // self.shard_rows
-        for number in shard.unique().tolist():
-            where = (shard == number).nonzero().squeeze(1)
-            out[where] = self._parts[number][indices[where] - number * self.shard_rows]
-        return out
-
-    def all(self) -> Shaped[Tensor, "rows ..."]:
-        return torch.cat(self._parts)
+LARGEST_ID = 1 << 24
+"""No vocabulary has more tokens."""
 
 
 class ActivationStore:
@@ -92,8 +51,18 @@ class ActivationStore:
         self.rows: int = self.manifest["rows"]
         self.d_in: int = about["d_in"]
         self.filter = TokenFilter.from_dict(about["filter"])
-        self._subfolder = about["folder"]
-        self._acts = self._open(f"{self._subfolder}/{{:05d}}.safetensors", "acts")
+        labels = {name: Column((), torch.int32) for name in ("tokens", "positions", "contexts")}
+        acts = {"acts": Column((self.d_in,), torch_dtype(self.manifest["dtype"])), "mask": Column((), torch.bool)}
+        self._labels = self._opened([token_file(number) for number in range(self.num_shards)], labels)
+        self._rows = self._opened([acts_file(self.hookpoint, number) for number in range(self.num_shards)], acts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Where it lies, not what it holds: a process that it is sent to opens it again."""
+        return type(self), (self.folder.absolute(), self.hookpoint)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.manifest["shards"])
 
     def _choose(self, hookpoint: str | None) -> str:
         names = list(self.manifest["hookpoints"])
@@ -105,60 +74,72 @@ class ActivationStore:
             raise ValueError(f"the cache {str(self.folder)!r} has {problem}: choose one of {', '.join(names)}")
         return name
 
-    def _open(self, pattern: str, key: str) -> ShardedRows:
-        files = [self.folder / pattern.format(number) for number in range(len(self.manifest["shards"]))]
+    def _opened(self, files: list[str], columns: dict[str, Column]) -> dict[str, ShardedRows]:
+        """The columns in one file of each shard."""
+        shards = [
+            Shard(self.folder / file, shard["rows"], shard.get("sample_sha256", {}).get(file))
+            for file, shard in zip(files, self.manifest["shards"], strict=True)
+        ]
         try:
-            return ShardedRows(files, key, self.manifest["shard_rows"])
-        except (OSError, SafetensorError, RuntimeError) as error:
+            return open_shards(shards, columns, self.manifest["shard_rows"])
+        except (OSError, RuntimeError, ValueError) as error:
             if (system := of_the_system(error)) is not None:
                 raise system from error
-            for file in files:
-                check_may_open(file)
+            for shard in shards:
+                check_may_open(shard.file)
             raise ValueError(f"the cache {str(self.folder)!r} is damaged ({error}): collect it again") from error
-
-    @cached_property
-    def _tokens(self) -> ShardedRows:
-        return self._open("tokens-{:05d}.safetensors", "tokens")
-
-    @cached_property
-    def _positions(self) -> ShardedRows:
-        return self._open("tokens-{:05d}.safetensors", "positions")
 
     @cached_property
     def mask(self) -> Bool[Tensor, " rows"]:
         """True for the rows that take part."""
-        return self._open(f"{self._subfolder}/{{:05d}}.safetensors", "mask").all()
+        return self._rows["mask"].all()
 
     @cached_property
     def tokens(self) -> Int[Tensor, " rows"]:
-        return self._tokens.all()
+        return self._below("tokens", LARGEST_ID)
 
     @cached_property
     def positions(self) -> Int[Tensor, " rows"]:
-        return self._positions.all()
+        return self._below("positions", self.manifest["context_tokens"])
 
     @cached_property
     def contexts(self) -> Int[Tensor, " rows"]:
         """For each row the number of the context it comes from."""
-        return self._open("tokens-{:05d}.safetensors", "contexts").all()
+        return self._below("contexts", self.manifest.get("contexts", self.rows))
+
+    def _below(self, name: str, limit: int) -> Int[Tensor, " rows"]:
+        """A column of numbers from 0 to below `limit`; others lead to tables of any size, so ValueError for them."""
+        column = self._labels[name].all()
+        low, high = (int(end) for end in column.aminmax())
+        if low < 0 or high >= limit:
+            raise ValueError(
+                f"the cache {str(self.folder)!r} is damaged ({name} between {low} and {high}, where they lie between "
+                f"0 and {limit - 1}): collect it again"
+            )
+        return column
 
     def gather(self, indices: Int[Tensor, " n"]) -> Float[Tensor, "n d_in"]:
         """The activations at `indices`, in that order, as float32."""
-        return self._acts.gather(indices).float()
+        return self._rows["acts"].gather(indices).float()
 
     def gather_labels(self, indices: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
         """The tokens and positions at `indices`."""
-        return self._tokens.gather(indices), self._positions.gather(indices)
+        return self._labels["tokens"].gather(indices), self._labels["positions"].gather(indices)
 
     def batch(self, indices: Int[Tensor, " n"]) -> Batch:
         """The rows at `indices` with their labels."""
         tokens, positions = self.gather_labels(indices)
         return Batch(self.gather(indices), tokens=tokens, positions=positions)
 
-    def verify(self) -> None:
-        """ValueError naming the files whose sha256 differs from the manifest's."""
-        wanted = {name: digest for shard in self.manifest["shards"] for name, digest in shard["sha256"].items()}
-        bad = [n for n, d in wanted.items() if not (self.folder / n).is_file() or sha256_of(self.folder / n) != d]
+    def verify(self, progress: bool = False) -> None:
+        """Read all of the cache, every hookpoint. ValueError naming the files whose sha256 is not the manifest's."""
+        bad: list[str] = []
+        with progress_bar("verifying", self.rows, show=progress) as show:
+            done = 0
+            for shard in self.manifest["shards"]:
+                bad += [name for name, digest in shard["sha256"].items() if _digest(self.folder / name) != digest]
+                done += shard["rows"]
+                show(done)
         if bad:
             raise ValueError(
                 f"the cache {str(self.folder)!r} is damaged: {', '.join(bad)} changed since it was "
@@ -168,27 +149,29 @@ class ActivationStore:
     @property
     def tokens_sha256(self) -> str:
         """Which tokens these are: equal for equal tokens in equal contexts, at whatever hookpoint and precision."""
-        shards = self.manifest["shards"]
-        each = [shard["sha256"].get(f"tokens-{number:05d}.safetensors") for number, shard in enumerate(shards)]
+        return self._digest_of([token_file(number) for number in range(self.num_shards)])
+
+    @property
+    def content_sha256(self) -> str:
+        """Which activations these are: equal for equal rows in the same precision and shards, wherever they lie."""
+        return self._digest_of([acts_file(self.hookpoint, number) for number in range(self.num_shards)])
+
+    def _digest_of(self, files: list[str]) -> str:
+        each = [shard["sha256"][file] for file, shard in zip(files, self.manifest["shards"], strict=True)]
         return hashlib.sha256(repr(each).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """What one must know about these rows: everything in the manifest but the shard list."""
         about = self.manifest["hookpoints"][self.hookpoint]
-        shared = {k: v for k, v in self.manifest.items() if k not in ("shards", "hookpoints", "shard_rows")}
-        shared |= {"tokens_sha256": self.tokens_sha256, "hookpoint": self.hookpoint}
-        return shared | {k: v for k, v in about.items() if k != "folder"}
+        left_out = ("shards", "hookpoints", "shard_rows", DIGEST)
+        shared = {k: v for k, v in self.manifest.items() if k not in left_out}
+        shared |= {"tokens_sha256": self.tokens_sha256, "content_sha256": self.content_sha256}
+        return shared | {"hookpoint": self.hookpoint} | {k: v for k, v in about.items() if k != "folder"}
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    folder = expanded(folder)
-    file = folder / MANIFEST
-    if not file.is_file():
-        raise ValueError(f"{str(folder)!r} is no activation cache (no {MANIFEST}): make one with `apportion collect`")
-    manifest = read_json(file)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{str(file)!r} has format version {manifest.get('format_version')!r}, this program reads "
-            f"{FORMAT_VERSION}: collect the cache again or use a matching version of apportion"
-        )
-    return manifest
+def _digest(file: Path) -> str | None:
+    """None for what is no file, or cannot be read."""
+    try:
+        return sha256_of(file) if file.is_file() else None
+    except OSError:
+        return None

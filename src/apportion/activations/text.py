@@ -3,7 +3,7 @@
     notes.txt, notes.jsonl.gz, ...   a file (text_files.py says which kinds, and how each is read)
     folder/                          all such files below it, sorted by path
     folder/                          a dataset saved with `save_to_disk`
-    owner/dataset                    a `datasets` id, streamed from the split `split`
+    owner/dataset                    a `datasets` id, streamed from the split `split`; none that is a program
     ["...", "..."]                   documents in memory: a list, a generator, an array, rows that are dicts,
                                      a `datasets.Dataset`, a data frame, or token ids (documents.py)
 
@@ -37,6 +37,7 @@ from apportion.activations.text_files import (
 )
 from apportion.activations.text_streams import steady_rows
 from apportion.extras import need
+from apportion.trust import expanded, refuse_mistyped
 
 Text = Any
 """What a user calls text: a `TextSource`, or anything that it takes as `where`."""
@@ -93,6 +94,7 @@ class TextSource:
         elif isinstance(self.where, Path) or kind_of_file(path) or path.is_absolute() or str(path).count("/") > 1:
             raise ValueError(f"no text at {str(path)!r}: give an existing file or folder, or a datasets id")
         else:
+            refuse_mistyped(str(self.where), "a datasets id")
             return []
         for file in found:
             check_readable(file)
@@ -166,7 +168,7 @@ class TextSource:
         name = str(self.where)
 
         def opened() -> Iterable[Any]:
-            return load_dataset(name, self.config, split=self.split, streaming=True)
+            return load_dataset(name, self.config, split=self.split, streaming=True, trust_remote_code=False)
 
         try:
             rows = opened()
@@ -187,16 +189,6 @@ class TextSource:
         if files := self.files():
             return described | {"files": len(files), "bytes": self.num_bytes()}
         return described | {"split": self.split, "field": self.field, "config": self.config}
-
-
-def expanded(path: str | Path) -> Path:
-    """A path with the home folder in place of ~."""
-    if len(str(path)) > 1000 or "\n" in str(path):
-        raise ValueError(f"{str(path)[:40]!r}... is no path: to give text itself, put it into a list: [text]")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{str(path)!r}: {error}. Write the path in full.") from None
 
 
 def split_pieces(document: str, place: str = "") -> Iterator[Piece]:

@@ -17,11 +17,20 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from apportion.activations.filter import FIT_ROWS, REASONS, TokenFilter, row_norms
-from apportion.activations.store import FORMAT_VERSION, MANIFEST, folder_name, sha256_of, torch_dtype
-from apportion.activations.text import expanded
+from apportion.activations.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    acts_file,
+    folder_name,
+    sealed,
+    token_file,
+    torch_dtype,
+)
+from apportion.activations.shards import sample_sha256_of, sha256_of
 from apportion.disk import occupied, whole_folder, write_json, write_tensors
 from apportion.durable import place_in
 from apportion.locks import Lock, lock_of
+from apportion.trust import expanded, within
 
 SHARD_ROWS = 1 << 17
 SHARD_BYTES = 1 << 30
@@ -90,7 +99,7 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         self.partial = self._whole.__enter__()
         for name in self.stats:
-            (self.partial / folder_name(name)).mkdir()
+            within(self.partial, folder_name(name)).mkdir(parents=True)
         return self
 
     def __exit__(
@@ -119,7 +128,7 @@ class StoreWriter:
         labels = torch.cat(self._labels, dim=1)
         tokens, positions, contexts = (column[:rows].clone() for column in labels)
         columns = {"tokens": tokens, "positions": positions, "contexts": contexts}
-        sha256 = self._save(f"tokens-{number:05d}.safetensors", columns)
+        files = [self._save(token_file(number), columns)]
         for name, stats in self.stats.items():
             held = torch.cat(self._acts[name])
             x, self._acts[name] = held[:rows], [held[rows:].clone()]
@@ -127,22 +136,22 @@ class StoreWriter:
             if number == 0:
                 stats.fit(norms, tokens, positions, self.special_ids)
             mask = stats.mask(norms, tokens, positions)
-            sha256 |= self._save(
-                f"{folder_name(name)}/{number:05d}.safetensors", {"acts": x.contiguous(), "mask": mask}
-            )
+            files.append(self._save(acts_file(name, number), {"acts": x.contiguous(), "mask": mask}))
         self._labels, self._pending = [labels[:, rows:].clone()], self._pending - rows
-        self.shards.append({"rows": rows, "sha256": sha256})
+        digests = {"sha256": sha256_of, "sample_sha256": sample_sha256_of}
+        self.shards.append({"rows": rows} | {
+            field: {file: digest(self.partial / file) for file in files} for field, digest in digests.items()
+        })  # fmt: skip
 
-    def _save(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-        file = self.partial / name
-        write_tensors(file, tensors)
-        return {name: sha256_of(file)}
+    def _save(self, name: str, tensors: dict[str, Tensor]) -> str:
+        write_tensors(self.partial / name, tensors)
+        return name
 
     def finish(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """Write what is pending and the manifest, which is returned; the cache is in place when the context ends."""
         if self._pending:
             self._flush(self._pending)
-        manifest = {
+        manifest = sealed({
             "format": "apportion-activations",
             "format_version": FORMAT_VERSION,
             **about,
@@ -151,7 +160,7 @@ class StoreWriter:
             "shard_rows": self.shard_rows,
             "hookpoints": {name: stats.to_dict(name, self.rows) for name, stats in self.stats.items()},
             "shards": self.shards,
-        }
+        })  # fmt: skip
         write_json(self.partial / MANIFEST, manifest)
         return manifest
 

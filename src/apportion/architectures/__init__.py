@@ -11,8 +11,7 @@ that rule: create("matryoshka", allocation="feature_choice", budgets="zipf", ...
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from apportion.allocation import RULES, Rule
 from apportion.architectures.base import SAE, SAEConfig
@@ -30,7 +29,7 @@ from apportion.architectures.plain import Plain
 from apportion.architectures.relu import ReLU
 from apportion.architectures.switch import Switch
 from apportion.architectures.transcoder import Transcoder
-from apportion.settings import nearest, plain_number, settle
+from apportion.settings import check_kinds, nearest, plain_number, settle
 from apportion.torch_state import usual
 
 
@@ -236,30 +235,18 @@ def _made(name: str, settings: dict[str, Any], to_train: bool) -> SAE:
     if missing:
         raise ValueError(f"create({name!r}) needs {' and '.join(missing)}.")
     values = entry.defaults | settings
+    for part in (entry.architecture, rule_type):
+        check_kinds(part.Config, values)
     config, rule_config = (
         part.Config(**{f.name: values[f.name] for f in fields(part.Config) if f.name in values})
         for part in (entry.architecture, rule_type)
     )
     settle(rule_config, strict=False)
-    for part in (config, rule_config):
-        _check_choices(part)
     rule = rule_type(rule_config, config.d_sae)
     sae = entry.architecture(config, rule)
     sae.name = name
     sae.allocation_name = known.get("allocation")
     return sae.train()
-
-
-def _check_choices(config: Any) -> None:
-    """Refuse words that are none of a setting's choices, and words where a number belongs."""
-    for setting, kind in get_type_hints(type(config)).items():
-        value = getattr(config, setting)
-        number = {int, float} & {kind, *get_args(kind)}
-        if number and get_origin(kind) is not tuple and not isinstance(value, int | float | NoneType):
-            raise ValueError(f"{setting} must be a number, got {value!r}.")
-        if get_origin(kind) is Literal and getattr(config, setting) not in get_args(kind):
-            meant = nearest(str(getattr(config, setting)), get_args(kind))
-            raise ValueError(f"{setting} cannot be {getattr(config, setting)!r}; {meant}")
 
 
 __all__ = ["SAES", "NamedSAE", "SAE", "SAEConfig", "create", "load", "named", "rebuild", "rule_choices", "to_jumprelu"]

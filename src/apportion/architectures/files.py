@@ -11,7 +11,6 @@ takes that of the weights. (A config edited by hand keeps its id, and is taken a
 from __future__ import annotations
 
 import hashlib
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,10 @@ from safetensors.torch import load_file
 
 from apportion.architectures.affine import blank_weights
 from apportion.architectures.base import SAE
-from apportion.disk import all_finite, damaged, json_text, parse_json, read_json, replacing, write_tensors
+from apportion.architectures.checks import DECIDING, check_info, check_tensors
+from apportion.disk import damaged, json_text, parse_json, read_json, replacing, write_tensors
 from apportion.torch_state import usual
+from apportion.trust import within
 
 VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -58,7 +59,7 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
     """
     from apportion.architectures import rebuild
 
-    folder = Path(path) / subfolder if subfolder else Path(path)
+    folder = within(Path(path), subfolder) if subfolder else Path(path)
     config_file, tensor_file = folder / CONFIG, folder / WEIGHTS
     for file in (config_file, tensor_file):
         if not file.is_file() and (folder / "run.json").is_file():
@@ -71,7 +72,7 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
     if not isinstance(found := config.get("version"), int) or found > VERSION:
         raise ValueError(f"{config_file} has version {found}; this apportion reads up to {VERSION}. Upgrade.")
     settings, info = config.get("settings"), config.get("info", {})
-    if not isinstance(settings, dict) or not isinstance(info, dict):
+    if not isinstance(settings, dict):
         raise ValueError(f"{config_file} has no settings, or none that are a JSON object.")
     try:
         tensors = load_file(tensor_file)
@@ -79,29 +80,28 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
         raise damaged(tensor_file, error) from None
     _check_sizes(settings, tensors, tensor_file)
     try:
+        check_info(info)
+        _check_deciding(name := str(config.get("sae")), settings)
         with blank_weights():
-            sae = rebuild(config.get("sae", ""), **settings)
+            sae = rebuild(name, **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_file} does not describe an SAE: {error}") from error
-    wanted = sae.state_dict()
-    wrong = sorted(wanted.keys() ^ tensors.keys())
-    if wrong:
-        raise ValueError(f"{tensor_file} does not fit its config: missing or unexpected {', '.join(wrong)}.")
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(
-                f"{tensor_file}: {name} has shape {list(tensor.shape)}, its config says {list(wanted[name].shape)}."
-            )
-        if tensor.dtype.is_floating_point != wanted[name].dtype.is_floating_point:
-            raise ValueError(f"{tensor_file}: {name} holds {tensor.dtype}, {wanted[name].dtype} is expected.")
-    for name in [*dict(sae.named_parameters()), *(name for name in tensors if name.startswith("input."))]:
-        if not all_finite(tensors[name]):
-            raise ValueError(f"{tensor_file}: {name} holds NaN or infinity.")
-    stored = reduce(torch.promote_types, (tensors[name].dtype for name, _ in sae.named_parameters()))
-    sae.to(stored)
+    try:
+        sae.to(check_tensors(sae, tensors))
+    except ValueError as error:
+        raise ValueError(f"{tensor_file}: {error}") from None
     sae.load_state_dict(tensors)
     sae.info = info
     return sae.eval()
+
+
+def _check_deciding(name: str, settings: dict[str, Any]) -> None:
+    """ValueError if the config lacks a setting that decides what the SAE computes."""
+    from apportion.architectures import named
+
+    known = named(name).settings(settings.get("allocation"), to_train=False)
+    if missing := [setting for setting in DECIDING if setting in known and setting not in settings]:
+        raise ValueError(f"its settings lack {', '.join(missing)}.")
 
 
 def _check_sizes(settings: dict[str, Any], tensors: dict[str, torch.Tensor], file: Path) -> None:

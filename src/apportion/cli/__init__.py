@@ -7,6 +7,7 @@
     apportion report runs/x runs/y --out report/
     apportion convert runs/x sae/ --to sae_lens
     apportion info PATH
+    apportion cache verify PATH
 
 A mistake is answered with one line and exit code 2, before any long work; answers.py has the other ways to end.
 """
@@ -21,7 +22,8 @@ import tyro
 from tyro.conf import subcommand
 
 from apportion.answers import answered
-from apportion.cli.arguments import OPTIONS
+from apportion.cli.arguments import OPTIONS, Harmless
+from apportion.cli.cache import Cache
 from apportion.cli.collect import Collect
 from apportion.cli.convert import Convert
 from apportion.cli.demo import Demo
@@ -46,6 +48,7 @@ def parse(argv: list[str]) -> Any:
         "report": Report,
         "convert": Convert,
         "info": Info,
+        "cache": Cache,
     }
     union = Union[tuple(Annotated[c, subcommand(name)] for name, c in commands.items())]  # noqa: UP007
     return tyro.cli(cast(Any, union), args=argv, prog="apportion", description=DESCRIPTION, registry=OPTIONS)
@@ -53,7 +56,8 @@ def parse(argv: list[str]) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `apportion`; returns the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    (handler := logging.StreamHandler(sys.stderr)).setFormatter(Harmless("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("apportion").setLevel(logging.INFO)
     return answered("apportion", _run, argv)
 

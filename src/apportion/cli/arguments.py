@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from apportion.trust import expanded, shown
 
 
 def whole_number(text: str) -> int:
@@ -66,7 +69,7 @@ def _paths(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
-        instance_from_str=lambda words: Path(words[0]).expanduser(),
+        instance_from_str=lambda words: expanded(words[0]),
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
     )
@@ -149,6 +152,8 @@ class Model:
     """Which attention the language model uses: eager, sdpa, ...; default: what transformers takes."""
     auto_class: str | None = None
     """The auto class of transformers to load it with, such as AutoModel; default: that of the checkpoint."""
+    trust_remote_code: bool = False
+    """Run the code that a checkpoint brings, which could do anything; without this, such a checkpoint is refused."""
 
     def load(self, name: str, dtype: str | None = None) -> tuple[Any, Any]:
         """The model and its tokenizer; `dtype` is the precision unless an option says otherwise."""
@@ -161,6 +166,7 @@ class Model:
             device_map=self.device_map,
             attn_implementation=self.attn_implementation,
             auto_class=self.auto_class,
+            trust_remote_code=self.trust_remote_code,
         )
 
 
@@ -193,11 +199,35 @@ def check_same_model(
     logging.getLogger("apportion").warning("%s The figures say how well the SAE does there.", both)
 
 
+def model_to_follow(name: str, saes: Iterable[str]) -> str:
+    """The language model that SAEs ask for, if it is to be loaded on their word; else ValueError with what to give.
+
+    A file can name any model. So it is followed, and said, only of SAEs that were trained here, as run.json beside or
+    above them tells; others were downloaded, converted, or handed over. The embedded model is always there.
+    """
+    for sae in saes if name != "embedded" else ():
+        folder = expanded(sae)
+        if not any((place / "run.json").is_file() for place in (folder, folder.parent)):
+            raise ValueError(
+                f"{sae} asks for the language model {name!r}, and was not trained here (it has no run.json): if you "
+                f"trust it, give the model yourself: --model {quote(name)}"
+            )
+    logging.getLogger("apportion").info("The model that was trained on is loaded: %s", name)
+    return name
+
+
 def describe_filter(about: dict[str, Any]) -> str:
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in about["filtered"].items())
-    return f"left out {about['filtered_share']:.2%} ({left_out})"
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in about.get("filtered", {}).items())
+    return f"left out {about.get('filtered_share', 0.0):.2%} ({left_out})"
 
 
 def say(text: str) -> None:
     """Results go to stdout; progress and errors to stderr."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(shown(text) + "\n")
+
+
+class Harmless(logging.Formatter):
+    """Messages as a terminal can be shown them, whatever names from files are in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))

@@ -8,16 +8,17 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model
+from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, model_to_follow
 from apportion.cli.rows import kind_of, open_rows
 from apportion.extras import need
+from apportion.trust import expanded
 
 
 @dataclass(kw_only=True)
 class Eval:
     """Evaluate trained SAEs in eval mode, on a cache or inside the language model; several side by side."""
 
-    run_folders: Annotated[Positional[tuple[Path, ...]], arg(name="runs")]
+    run_folders: Annotated[Positional[tuple[str, ...]], arg(name="runs")]
     """Run folders or saved SAEs, one or several to compare."""
     model: str | None = None
     """The language model for cross-entropy; default: the one the SAE was trained on. Used together with --text."""
@@ -60,7 +61,7 @@ class Eval:
         packages = ["transformers", *self.corpus.packages] if in_model else []
         need("This evaluation", *packages, *([] if self.plots is None else ["matplotlib"]))
         device = best_device(self.loading.device)
-        saes = {str(folder): load(folder).to(device) for folder in self.run_folders}
+        saes = {folder: load(folder).to(device) for folder in self.run_folders}
         if len(saes) < len(self.run_folders):
             raise ValueError("The same run is named twice. Name each once.")
         for sae in saes.values():
@@ -126,10 +127,10 @@ class Eval:
 
     def _folder(self, sae: Any) -> Path:
         """The cache to evaluate an SAE on; ValueError if it is not there."""
-        if self.acts is not None and not self.acts.expanduser().exists():
+        if self.acts is not None and not self.acts.exists():
             raise ValueError(f"There is no cache at --acts {self.acts}.")
         folder = self.acts or sae.info.get("source", {}).get("folder")
-        if folder is None or not Path(folder).expanduser().exists():
+        if folder is None or not expanded(folder).exists():
             raise ValueError(
                 f"The cache that {sae.name} was trained on is not there ({folder}). "
                 "Give --acts CACHE, or --text FILE to evaluate inside the model."
@@ -165,7 +166,7 @@ class Eval:
         if any(sae.hookpoint is None for sae in saes.values()):
             raise ValueError("This SAE does not say which model and hookpoint it belongs to. Give --model.")
         self.corpus.source()  # mistakes show before the model is loaded
-        name = self.model or str(names.pop())
+        name = self.model or model_to_follow(names.pop(), saes)
         dtypes = {sae.info.get("source", {}).get("model_dtype") for sae in saes.values()}
         model, tokenizer = self.loading.load(name, dtypes.pop() if len(dtypes) == 1 else None)
         found = {"model": model_fingerprint(model)}

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from tyro.conf import Positional
 
-from apportion.cli.arguments import describe_filter, say
+from apportion.cli.arguments import say
+from apportion.cli.cache import say_cache, verify
+from apportion.trust import expanded
 
 
 @dataclass(kw_only=True)
 class Info:
     """Say what a folder holds: a cache, a run, or a saved SAE, also of another library."""
 
-    path: Positional[Path | None] = None
+    path: Positional[str | None] = None
     """The folder."""
     kernels: bool = False
     """Say which kernels run on this machine, and why."""
@@ -31,18 +32,13 @@ class Info:
             if not self.kernels:
                 raise ValueError("Name a folder: a cache, a run or a saved SAE; or ask for --kernels.")
             return
-        if (self.path / "manifest.json").exists():
-            from apportion.activations.store import ActivationStore, read_manifest
-
-            manifest = read_manifest(self.path)
+        folder = expanded(self.path)
+        if (folder / "manifest.json").exists():
+            say_cache(folder)
             if self.verify:
-                ActivationStore(self.path, next(iter(manifest["hookpoints"]))).verify()
-            say(f"{self.path}: activation cache, {manifest['rows']:,} tokens, {manifest['dtype']}")
-            say(f"  model {manifest['model']['name_or_path']}, text {manifest['text']}")
-            for name, about in manifest["hookpoints"].items():
-                say(f"  {name}: width {about['d_in']}, {describe_filter(about)}")
+                verify(folder)
             say("  all checksums agree" if self.verify else "  checksums not compared (--verify)")
-        elif (self.path / "run.json").exists() and not (self.path / "config.json").exists():
+        elif (folder / "run.json").exists() and not (folder / "config.json").exists():
             say(f"{self.path}: a run that has not finished. Go on with apportion train ... --resume")
         else:
             from apportion.interop.load import load

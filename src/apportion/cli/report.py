@@ -9,16 +9,17 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, say
+from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, model_to_follow, say
 from apportion.cli.rows import kind_of, open_rows
 from apportion.extras import need
+from apportion.trust import expanded
 
 
 @dataclass(kw_only=True)
 class Report:
     """Write report.html, a page to look at, and report.json about trained SAEs of the same hookpoints."""
 
-    run_folders: Annotated[Positional[tuple[Path, ...]], arg(name="runs")]
+    run_folders: Annotated[Positional[tuple[str, ...]], arg(name="runs")]
     """Run folders or saved SAEs, one or several to compare."""
     out: Path | None = None
     """The folder for report.html and report.json; default: the first run's."""
@@ -42,13 +43,15 @@ class Report:
 
         if not self.run_folders:
             raise ValueError("Name at least one run folder.")
-        out = self._claimed()
         device = best_device(self.loading.device)
         saes = self._named([load(folder).to(device) for folder in self.run_folders])
+        out = self._claimed()
         trained_on = self._trained_on(list(saes.values()))
         name = self.model or trained_on.get("model", {}).get("name_or_path")
         packages = [] if name is None else ["transformers", *self.corpus.packages]
         need("This report", *packages, "matplotlib", "jinja2")
+        if name is not None and self.model is None:
+            model_to_follow(name, self.run_folders)
         text = None if self.corpus == Text() else self.corpus.source()
         cache = self._cache(trained_on, text)
         model = tokenizer = None
@@ -68,10 +71,13 @@ class Report:
 
     def _claimed(self) -> Path:
         """Where the report goes; ValueError for a folder that holds the report of something else."""
-        out = (self.out or self.run_folders[0]).expanduser()
+        runs = [expanded(folder) for folder in self.run_folders]
+        if self.out is None and not runs[0].is_dir():
+            raise ValueError(f"{runs[0]} is no folder here, into which the report could go. Give --out.")
+        out = self.out or runs[0]
         if out.is_file():
             raise ValueError(f"--out {out} is a file. Give a folder.")
-        if out in self.run_folders or not out.is_dir() or not any(out.iterdir()):
+        if out in runs or not out.is_dir() or not any(out.iterdir()):
             return out
         if not (out / "report.json").is_file():
             raise ValueError(f"{out} exists and holds something else than a report. Choose another --out.")
@@ -80,7 +86,7 @@ class Report:
     def _named(self, saes: list[Any]) -> dict[str, Any]:
         """A name for each SAE: what it is if that tells them apart, else its folder."""
         kinds = [sae.name for sae in saes]
-        names = kinds if len(set(kinds)) == len(kinds) else [str(folder) for folder in self.run_folders]
+        names = kinds if len(set(kinds)) == len(kinds) else list(self.run_folders)
         if len(set(names)) < len(names):
             raise ValueError("The same run is named twice. Name each once.")
         return dict(zip(names, saes, strict=True))
@@ -109,7 +115,7 @@ class Report:
             if trained_on["hookpoint"] is None:
                 raise ValueError("The SAE does not say which hookpoint it belongs to. Give --acts CACHE.")
             return None
-        if self.acts is not None and not self.acts.expanduser().exists():
+        if self.acts is not None and not self.acts.exists():
             raise ValueError(f"There is no cache at --acts {self.acts}.")
         folder = self.acts or trained_on.get("folder")
         if folder is None or not Path(folder).exists():

@@ -20,6 +20,7 @@ from apportion.cli.rows import kind_of, open_rows, settings_of
 from apportion.extras import need
 from apportion.training import TrainConfig
 from apportion.training.run import RUN, is_finished
+from apportion.trust import expanded, refuse_mistyped
 
 SAE_FLAGS_OWN = {"d_in", "d_out", "num_sites", "d_sae", "k", "seed", "hookpoint"}
 """SAE settings that the train command asks for in its own words, or that follow from the activations."""
@@ -118,9 +119,11 @@ class TrainBase:
         from apportion.activations import CacheSource, ContextSource, LiveSource, read_contexts
         from apportion.activations.hookpoints import expand
 
-        self.source = str(Path(self.source).expanduser()) if self.source.startswith("~") else self.source
-        if not Path(self.source).exists() and self.source.count("/") != 1 and self.source != "embedded":
-            raise ValueError(f"There is no cache or model at {self.source!r}.")
+        self.source = str(expanded(self.source)) if self.source.startswith("~") else self.source
+        if not Path(self.source).exists() and self.source != "embedded":
+            refuse_mistyped(self.source, "a model's id on the Hub")
+            if self.source.count("/") != 1:
+                raise ValueError(f"There is no cache or model at {self.source!r}.")
         if (Path(self.source) / "manifest.json").exists():
             if self.training_objective in THROUGH_MODEL:
                 raise ValueError(f"{self.training_objective} runs the language model: give a model, not a cache.")

@@ -19,6 +19,7 @@ from apportion.allocation.zipf import ZipfFit
 from apportion.disk import replacing
 from apportion.evals.measure import Measurement
 from apportion.extras import need
+from apportion.trust import shown
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")
 """Paul Tol's bright palette: distinct for colour-blind readers too."""
@@ -175,5 +176,5 @@ def fvu_chart(
 
 
 def _plain(name: str) -> str:
-    """A name in which matplotlib sees no formula."""
-    return name.replace("$", r"\$")
+    """A name in which matplotlib sees no formula, and no character without a picture."""
+    return shown(name, keep="").replace("$", r"\$")

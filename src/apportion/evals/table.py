@@ -7,6 +7,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from apportion.trust import shown
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("k", "k", "g"),
@@ -27,26 +30,26 @@ OFF_BUDGET = 0.05
 
 def print_table(results: Mapping[str, Mapping[str, Any]], console: Console | None = None) -> None:
     """One row per SAE; columns that no result has are left out. Says over how many tokens, and what was filtered."""
-    shown = [c for c in COLUMNS if any(c[0] in r for r in results.values())]
+    columns = [c for c in COLUMNS if any(c[0] in r for r in results.values())]
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("SAE", overflow="fold")
-    for _, title, _ in shown:
+    for _, title, _ in columns:
         table.add_column(title, justify="right")
+    results = {shown(name, keep=""): result for name, result in results.items()}
     for name, result in results.items():
-        cells = ((result.get(key), style) for key, _, style in shown)
-        table.add_row(name, *("-" if value is None else format(value, style) for value, style in cells))
+        cells = ((result.get(key), style) for key, _, style in columns)
+        table.add_row(Text(name), *("-" if value is None else format(value, style) for value, style in cells))
     modes = {result["mode"] for result in results.values()}
     mode = modes.pop() if len(modes) == 1 else "eval mode"
     console = console or Console()
     console.print(table)
     for name, result in results.items():
         if (budget := off_budget(result)) is not None:
-            console.print(f"{name}: {budget}", style="bold yellow", highlight=False)
+            console.print(Text(f"{name}: {budget}", style="bold yellow"))
     for said in dict.fromkeys(_evaluated_on(result, mode) for result in results.values()):
         names = [name for name, result in results.items() if _evaluated_on(result, mode) == said]
-        console.print(
-            said if len(names) == len(results) else f"{', '.join(names)}: {said}", style="dim", highlight=False
-        )
+        line = said if len(names) == len(results) else f"{', '.join(names)}: {said}"
+        console.print(Text(line, style="dim"))
     console.print(
         "Dead: never active on these tokens. unfilt.: FVU over all tokens. ΔCE: loss that splicing adds, in nats; "
         "rec.0, rec.µ: share of it recovered against zero and mean ablation.",
@@ -57,7 +60,7 @@ def print_table(results: Mapping[str, Mapping[str, Any]], console: Console | Non
 
 def _evaluated_on(result: Mapping[str, Any], mode: str) -> str:
     left_out = f"{result['filtered_share']:.2%} of tokens filtered out"
-    return f"{result['tokens']:,} tokens ({result.get('rows', 'held-out')}), {mode}; {left_out}."
+    return f"{result['tokens']:,} tokens ({shown(result.get('rows', 'held-out'))}), {mode}; {left_out}."
 
 
 def off_budget(result: Mapping[str, Any]) -> str | None:

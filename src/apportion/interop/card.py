@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apportion.architectures import SAE, SAES
+from apportion.trust import shown
 
 PLOTS = "plots"
 """The folder of the images."""
@@ -166,7 +167,7 @@ def _table(values: Mapping[str, Any]) -> str:
 
 
 def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return shown(str(value).replace("\n", " ")).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _name(source: Mapping[str, Any]) -> str | None:
@@ -176,7 +177,8 @@ def _name(source: Mapping[str, Any]) -> str | None:
 
 
 def _code(value: object) -> str | None:
-    return None if value is None else f"`{value}`"
+    """As code, of which a backtick would be the end."""
+    return None if value is None else f"`{str(value).replace('`', chr(39))}`"
 
 
 def _is(value: object) -> bool:

@@ -26,6 +26,7 @@ from apportion.architectures import SAE
 from apportion.disk import whole_folder, write_json, write_tensors
 from apportion.interop.export import unit
 from apportion.interop.writing import empty_folder
+from apportion.trust import expanded, within
 
 SMALLEST = 1e-5
 LARGEST = torch.finfo(torch.float16).max
@@ -48,7 +49,7 @@ def write_delphi_cache(
         raise ValueError(f"n_splits must lie between 1 and d_sae = {sae.d_sae}, got {n_splits}.")
     store = source if isinstance(source, ActivationStore) else None
     hookpoint = sae.hookpoint or (store.hookpoint if store else "sae")
-    target = empty_folder(Path(folder) / hookpoint)
+    target = empty_folder(within(expanded(folder), hookpoint))
     blocks = _of_store(store) if store else _of_pairs(source)  # type: ignore[arg-type]
     tokens, locations, activations = _matches(sae, blocks)
     about = sae.info.get("source", {}) | (store.describe() if store else {})

@@ -20,8 +20,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from apportion.extras import need
-from apportion.interop.reading import inside
 from apportion.interop.releases import RELEASES, closest, place_in
+from apportion.trust import inside
 
 WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 SETTINGS = (".json", ".yaml", ".yml")

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from apportion.architectures import SAE, files
+from apportion.architectures.checks import check_info
 from apportion.disk import check_may_open
 from apportion.interop.assemble import assemble, is_count
 from apportion.interop.formats import FORMATS
 from apportion.interop.peek import beside, settings_in
-from apportion.interop.reading import inside, read_pt
+from apportion.interop.reading import read_pt
+from apportion.trust import expanded, inside, refuse_mistyped
 
 OURS = "apportion"
 REMOTE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -60,6 +62,7 @@ def load(
         if parts.k is None and config and "k" in config:
             parts.k = _count(config["k"])
             given.pop("k", None)
+        check_info(parts.info)
         sae = assemble(parts, dtype)
     except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, struct.error) as error:
         raise ValueError(f"{path} does not fit the format {name}: {type(error).__name__}: {error}") from error
@@ -81,7 +84,7 @@ def _count(k: Any) -> Any:
 
 def _local(path_or_repo: str | Path, subfolder: str | None) -> tuple[Path, dict[str, Any]]:
     """Where the files lie, or are put by a download; and what a list of releases says beyond them."""
-    path = Path(path_or_repo).expanduser()
+    path = expanded(path_or_repo)
     if path.exists():
         return inside(path, subfolder) if subfolder else path, {}
     name = SCHEME.sub(r"\1://", str(path_or_repo))
@@ -89,6 +92,7 @@ def _local(path_or_repo: str | Path, subfolder: str | None) -> tuple[Path, dict[
         raise ValueError(
             f"{name} does not exist. Give a folder, a file, or a repository of the Hub (org/name){_as(name)}."
         )
+    refuse_mistyped(name, "a repository of the Hub")
     from apportion.interop.hub import download
     from apportion.interop.releases import listed_settings
 

@@ -5,6 +5,7 @@ What cannot be read has no names; whoever then reads the file says what is wrong
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import pickletools
@@ -12,12 +13,18 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-LONGEST = 100_000_000
+from apportion.disk import read_json
+from apportion.trust import MOST_TEXT, check_regular, read_text
+
+LONGEST = MOST_TEXT
 """Bytes of a header or a pickle that are worth a look."""
-PLAIN = re.compile(r"^([\w-]+):[ \t]+('[^'\n]*'|\"[^\"\n]*\"|[^\s#][^\n#]*?)[ \t]*(?:#.*)?$", re.MULTILINE)
+MOST_INSTRUCTIONS = 100_000
+"""In a pickle, of which a state dict has some ten for each tensor."""
+NAME = re.compile(r"[\w-]+")
 PICKLES = 5
 """torch.save of before 1.6 wrote this many one after the other; the fourth holds the names, and so may the last."""
 
@@ -25,6 +32,7 @@ PICKLES = 5
 def names_in(file: Path) -> frozenset[str]:
     """Names of the tensors of a .safetensors or .npz; every string in the pickle of a .pt or .pth, keys among them."""
     try:
+        check_regular(file)
         if file.suffix == ".safetensors":
             return frozenset(_safetensors_header(file)) - {"__metadata__"}
         if file.suffix == ".npz":
@@ -40,19 +48,32 @@ def names_in(file: Path) -> frozenset[str]:
 def settings_in(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size <= LONGEST else {}
-    except (OSError, ValueError, RecursionError):
+        return read_json(file)
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def yaml_in(file: Path) -> dict[str, str]:
     """The plain values at the top of a YAML file (`name: value`), as strings; empty if there is none."""
     try:
-        text = file.read_text(encoding="utf-8") if file.stat().st_size <= LONGEST else ""
+        lines = read_text(file).splitlines()
     except (OSError, ValueError):
         return {}
-    return {found[1]: found[2].strip("'\"") for found in PLAIN.finditer(text) if found[2] not in ("null", "~")}
+    found = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        if NAME.fullmatch(name) and value[:1] in (" ", "\t"):
+            found[name] = _plain_value(value.strip(" \t"))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _plain_value(text: str) -> str | None:
+    """A number, a word, or what is between quotes; None for null, for nothing, and for what goes on in other lines."""
+    if text[:1] in ("'", '"'):
+        value, end, rest = text[1:].partition(text[0])
+        return value if end and (not rest.strip(" \t") or rest.strip(" \t").startswith("#")) else None
+    value = text.partition("#")[0].strip(" \t")
+    return None if value in ("", "null", "~") else value
 
 
 def first_file(path: Path, patterns: Iterable[str]) -> Path | None:
@@ -76,21 +97,33 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
         return json.loads(f.read(length)) if length <= LONGEST else {}
 
 
+def endless(file: Path) -> bool:
+    """True for a .pt or .pth with more instructions than a state dict has; it would take minutes to read them."""
+    return sum(1 for _ in islice(_instructions(file), MOST_INSTRUCTIONS)) == MOST_INSTRUCTIONS
+
+
 def _pickled_words(file: Path) -> Iterator[str]:
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            entry = next(e for e in archive.infolist() if e.filename.endswith("data.pkl") and e.file_size <= LONGEST)
-            with archive.open(entry) as stream:
-                yield from _words(stream, 1)
-    else:
+    """Strings in the pickles of a file."""
+    return (arg for code, arg in islice(_instructions(file), MOST_INSTRUCTIONS) if "UNICODE" in code.name and arg)
+
+
+def _instructions(file: Path) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """What the pickles of a file say, read as data: no instruction is carried out."""
+    if not zipfile.is_zipfile(file):
         with file.open("rb") as stream:
-            yield from _words(stream, PICKLES)
+            yield from _of_pickles(stream, PICKLES)
+        return
+    with zipfile.ZipFile(file) as archive:
+        for name in [name for name in archive.namelist() if name.endswith("data.pkl")][:1]:
+            with archive.open(name) as stream:
+                yield from _of_pickles(stream, 1)
 
 
-def _words(stream: IO[bytes], pickles: int) -> Iterator[str]:
-    """Strings in pickles that follow each other, read as data: no instruction of theirs is carried out."""
+def _of_pickles(stream: IO[bytes], pickles: int) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """The instructions of pickles that follow each other, as far as they are worth a look."""
+    beginning = io.BytesIO(stream.read(LONGEST))
     try:
         for _ in range(pickles):
-            yield from (arg for code, arg, _ in pickletools.genops(stream) if "UNICODE" in code.name and arg)
+            yield from ((code, arg) for code, arg, _ in pickletools.genops(beginning))
     except (ValueError, pickle.UnpicklingError, EOFError):
         return  # what follows is no pickle

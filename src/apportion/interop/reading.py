@@ -7,7 +7,6 @@ anything raise anything, so that here, and only here, every Exception is caught.
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -20,28 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apportion.disk import all_finite, damaged, read_json
+from apportion.interop.peek import MOST_INSTRUCTIONS, endless
+from apportion.trust import check_regular, inside
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What an SAE can be kept in; what is coarser becomes float32."""
 MOST_UNPACKED = 100
 """How many times as large as its file the contents of an archive may be; those of weights are hardly larger."""
-
-
-def inside(folder: Path, name: str) -> Path:
-    """What has that name in `folder`; it may lie deeper, but not outside, even by a link to another folder.
-
-    Links to files are followed: caches of the Hub consist of them.
-    """
-    relative = Path(os.path.normpath(name))
-    if relative.is_absolute() or os.pardir in relative.parts:
-        raise ValueError(f"{name!r} leads out of {folder}. Give something inside the folder.")
-    found = folder / relative
-    if not found.exists():
-        raise ValueError(f"{folder} has no {name}.")
-    at = found if found.is_dir() else found.parent
-    if not at.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{name!r} leads out of {folder}, to {at.resolve()}. Give that folder itself.")
-    return found
 
 
 def file_in(folder: Path, name: str) -> Path:
@@ -67,6 +51,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
+    check_regular(file)
     try:
         return load_file(file)
     except Exception as error:
@@ -75,6 +60,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def read_npz(file: Path) -> dict[str, Tensor]:
     """Arrays of numbers; arrays of Python objects, which would have to be unpickled, are refused."""
+    check_regular(file)
     try:
         _check_archive(file)
         with np.load(file, allow_pickle=False) as arrays:
@@ -88,9 +74,12 @@ def read_pt(file: Path, trust: bool = False) -> Any:
 
     With `trust` other Python objects are unpickled as well, which can execute anything that the file's author wants.
     """
+    check_regular(file)
     try:
         if zipfile.is_zipfile(file):
             _check_archive(file)
+        if not trust and endless(file):
+            raise ValueError(f"it has more than {MOST_INSTRUCTIONS:,} instructions, and a state dict has some hundred")
         return torch.load(file, map_location="cpu", weights_only=not trust)
     except ImportError as error:
         raise ValueError(f"{file} holds objects of {error.name}, which is not installed.") from None

@@ -113,7 +113,7 @@ class TrainModel:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         if (self.out / "tokenizer.json").exists():
-            return AutoTokenizer.from_pretrained(self.out)
+            return AutoTokenizer.from_pretrained(self.out, trust_remote_code=False)
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from apportion.activations import ActivationStore, CacheSource, GroundTruthConfig, GroundTruthSource, Source
 from apportion.activations.batch import Batch
+from apportion.activations.manifest import read_manifest
 from apportion.activations.sites import PairStore, Rows, SitesStore
-from apportion.activations.store import read_manifest
 from apportion.activations.world import World
 from apportion.architectures import SAE
 from apportion.evals import Measurement, evaluate_rows, held_out_rows

@@ -1,0 +1,107 @@
+"""The files of a cache: looked at when it is opened, read when rows are asked for.
+
+Opening reads of every file its header and five blocks of 4 KiB, whose digest is compared with the one that the manifest
+has: so it notices files that are missing, cut, zeroed or exchanged, and nearly always others; only hashing all of them
+(`ActivationStore.verify`, `apportion cache verify`) notices every edited row. Files are mapped into memory: gathering
+random rows costs page-cache accesses, not file reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int, Shaped
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+BLOCK_BYTES = 4096
+BLOCKS = 5
+"""The first, the last, and others evenly between."""
+
+
+class Column(NamedTuple):
+    """What each row of a shard has under one name."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Shard(NamedTuple):
+    """A file, and what the manifest says of it."""
+
+    file: Path
+    rows: int
+    sample_sha256: str | None
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sample_sha256_of(file: Path) -> str:
+    """Digest of the size of a file and of `BLOCKS` blocks of it."""
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        digest = hashlib.sha256(f"{size}\n".encode())
+        for i in range(BLOCKS):
+            stream.seek(max(0, size - BLOCK_BYTES) * i // (BLOCKS - 1))
+            digest.update(stream.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+class ShardedRows:
+    """One tensor [rows, ...] that lies in several memory-mapped files of `shard_rows` rows each."""
+
+    def __init__(self, parts: Sequence[Shaped[Tensor, "rows ..."]], shard_rows: int) -> None:
+        self._parts, self.shard_rows = list(parts), shard_rows
+
+    def gather(self, indices: Int[Tensor, " n"]) -> Shaped[Tensor, "n ..."]:
+        """The rows at `indices`, in that order."""
+        if len(self._parts) == 1:
+            return self._parts[0][indices]
+        first = self._parts[0]
+        out = torch.empty((len(indices), *first.shape[1:]), dtype=first.dtype)
+        shard = indices // self.shard_rows
+        for number in shard.unique().tolist():
+            where = (shard == number).nonzero().squeeze(1)
+            out[where] = self._parts[number][indices[where] - number * self.shard_rows]
+        return out
+
+    def all(self) -> Shaped[Tensor, "rows ..."]:
+        return torch.cat(self._parts)
+
+
+def open_shards(shards: Sequence[Shard], columns: Mapping[str, Column], shard_rows: int) -> dict[str, ShardedRows]:
+    """The columns that lie in these files, mapped. ValueError, naming the file, for one that is not as it should be."""
+    opened = [_opened(shard, columns) for shard in shards]
+    return {name: ShardedRows([parts[name] for parts in opened], shard_rows) for name in columns}
+
+
+def _opened(shard: Shard, columns: Mapping[str, Column]) -> dict[str, Tensor]:
+    file = shard.file
+    if not file.is_file():
+        raise ValueError(f"{file} is missing")
+    try:
+        if shard.sample_sha256 not in (None, sample_sha256_of(file)):
+            raise ValueError(f"{file} changed since it was collected")
+        with safe_open(file, framework="pt") as opened:
+            parts = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except PermissionError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    wanted = {name: (torch.Size((shard.rows, *column.shape)), column.dtype) for name, column in columns.items()}
+    found = {name: (part.shape, part.dtype) for name, part in parts.items()}
+    if found != wanted:
+        raise ValueError(f"{file} holds {_listed(found)}, and should hold {_listed(wanted)}")
+    return parts
+
+
+def _listed(columns: Mapping[str, tuple[torch.Size, torch.dtype]]) -> str:
+    return ", ".join(f"{name} {list(shape)} {dtype}" for name, (shape, dtype) in sorted(columns.items())) or "nothing"

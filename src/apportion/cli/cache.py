@@ -1,0 +1,65 @@
+"""`apportion cache`: what a cache holds, and whether it is whole. To add a command, add one class and one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+from tyro.conf import Positional, arg, subcommand
+
+from apportion.cli.arguments import describe_filter, say
+
+
+@dataclass(kw_only=True)
+class CacheInfo:
+    """Say what a cache holds."""
+
+    path: Positional[Path]
+    """The folder of the cache."""
+
+    def run(self) -> None:
+        say_cache(self.path)
+
+
+@dataclass(kw_only=True)
+class CacheVerify:
+    """Read all of a cache and compare every file with the checksums in its manifest."""
+
+    path: Positional[Path]
+    """The folder of the cache."""
+
+    def run(self) -> None:
+        verify(self.path)
+        say(f"{self.path}: all checksums agree")
+
+
+COMMANDS: dict[str, type] = {"info": CacheInfo, "verify": CacheVerify}
+Command: Any = Union[tuple(Annotated[c, subcommand(name)] for name, c in COMMANDS.items())]  # noqa: UP007
+
+
+@dataclass(kw_only=True)
+class Cache:
+    """Commands about a cache of activations."""
+
+    command: Annotated[Command, arg(name="")]  # pyright: ignore[reportInvalidTypeForm]
+
+    def run(self) -> None:
+        self.command.run()
+
+
+def say_cache(path: Path) -> None:
+    from apportion.activations.manifest import read_manifest
+
+    manifest = read_manifest(path)
+    say(f"{path}: activation cache, {manifest['rows']:,} tokens, {manifest['dtype']}")
+    say(f"  model {manifest['model'].get('name_or_path')}, text {manifest['text']}")
+    for name, about in manifest["hookpoints"].items():
+        say(f"  {name}: width {about['d_in']}, {describe_filter(about)}")
+
+
+def verify(path: Path) -> None:
+    """ValueError unless every hookpoint can be opened and every file has the digest in the manifest."""
+    from apportion.activations.sites import open_stores
+
+    open_stores(path)[0].verify(progress=True)
