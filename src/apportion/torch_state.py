@@ -33,7 +33,7 @@ class usual(ContextDecorator):
         if (dtype := torch.get_default_dtype()) != torch.float32:
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, dtype)
-        if torch.get_default_device().type != "cpu":
+        if torch.empty(0).device.type != "cpu":  # get_default_device fails in torch 2.6 once it was set to None
             stack.enter_context(torch.device("cpu"))
         if self.learning:
             stack.enter_context(torch.inference_mode(False))

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, Overflow
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, Literal
@@ -23,10 +23,12 @@ def whole_number(text: str) -> int:
         number = Decimal(text if factor == 1 else text[:-1]) * factor
     except InvalidOperation:
         raise ValueError(f"{text!r} is not a number; write 900000, 900k, 10M or 1.5B.") from None
+    except Overflow:
+        number = Decimal(2**63)
+    if number.is_finite() and abs(number) >= 2**63:
+        raise ValueError(f"{text!r} does not fit into 64 bits. Use a number below 2**63.")
     if not number.is_finite() or number != int(number):
         raise ValueError(f"{text!r} is not a whole number.")
-    if abs(number) >= 2**63:
-        raise ValueError(f"{text!r} does not fit into 64 bits. Use a number below 2**63.")
     return int(number)
 
 
