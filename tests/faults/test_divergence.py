@@ -121,8 +121,9 @@ def test_a_rate_that_is_too_high_is_said_and_noted_and_the_checkpoint_stays(sae,
     except ValueError as refused:
         assert "lr = " in str(refused), "seen in a step"
         return
-    assert t.verdict and "FVU" in t.verdict and "come to nothing" in caplog.text and t.verdict in caplog.text
-    assert ap.load(tmp_path / "run").info["training"]["diverged"] == t.verdict
+    assert t.verdict and "FVU" in t.verdict.text and t.verdict.diverged
+    assert "come to nothing" in caplog.text and t.verdict.text in caplog.text
+    assert ap.load(tmp_path / "run").info["training"]["verdict"] == t.verdict.text
     assert (tmp_path / "run" / "checkpoint-18").is_dir()
 
 
@@ -130,7 +131,7 @@ def test_a_rate_that_is_too_high_is_said_and_noted_and_the_checkpoint_stays(sae,
 def test_one_that_comes_to_something_is_not_blamed(tmp_path, caplog):
     t = trainer(lr=1e-2, steps=60)
     sae = t.fit(rows(), tmp_path / "run", progress=False)
-    assert t.verdict is None and "diverged" not in sae.info["training"] and "nothing" not in caplog.text
+    assert t.verdict is None and "verdict" not in sae.info["training"] and "training has" not in caplog.text
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
@@ -140,7 +141,20 @@ def test_duplicates_that_leave_feature_choice_without_matches_are_pointed_out():
     x[::2] *= -1
     t = trainer("feature_choice")
     t.fit(x, progress=False)
-    assert t.verdict and "held-out L0 is 0, far from k = 4" in t.verdict
+    assert t.verdict and "held-out L0 is 0, far from k = 4" in t.verdict.text and t.verdict.diverged
+
+
+@pytest.mark.fault("divergence")
+def test_one_that_was_trained_for_too_short_is_told_from_one_that_is_lost(tmp_path, caplog, capsys):
+    """Its L0 is on the way to k: said loudly, the checkpoint stays, and the command has succeeded."""
+    words = ["train", "embedded", "--hookpoint", "model.layers.1", "--tokens", "2k", "--context-tokens", "32"]
+    words += ["--sae", "gated", "--k", "4", "--d-sae", "64", "--batch-tokens", "256", "--out", str(tmp_path / "run")]
+    assert main(words) == 0
+    assert "far from k = 4" in capsys.readouterr().out and "training has not come far: gated" in caplog.text
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+    assert json.loads((tmp_path / "run" / "finished.json").read_text())["diverged"] is False
+    assert main([*words, "--requeue"]) == 0
+    assert "far from k = 4" in capsys.readouterr().out and list((tmp_path / "run").glob("checkpoint-*"))
 
 
 @pytest.mark.fault("divergence")

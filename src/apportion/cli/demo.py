@@ -59,7 +59,8 @@ class Demo:
             raise
         print_table(report.figures["methods"])
         say(f"\nOpen {self.out / 'report.html'}")
-        useless = [m["training"]["diverged"] for m in report.figures["methods"].values() if "diverged" in m["training"]]
+        trained = [method["training"] for method in report.figures["methods"].values()]
+        useless = [one["verdict"] for one in trained if one.get("diverged")]
         if useless:
             say(f"But it tells of results that are of no use: {'; '.join(useless)}")
             return DIVERGED

@@ -99,7 +99,8 @@ class TrainBase:
         say(f"{self.out}: {sae.name} on {trainer.tokens:,} tokens of {sae.hookpoint}")
         say(f"  calibrated on {calibration['tokens']:,} held-out tokens: L0 {calibration['l0']:.2f}")
         if trainer.verdict is not None:
-            say(f"  but the result is of no use: {trainer.verdict}")
+            say(f"  but {'the result is of no use: ' * trainer.verdict.diverged}{trainer.verdict.text}")
+        if trainer.verdict is not None and trainer.verdict.diverged:
             return DIVERGED
         say(f"  next: apportion eval {self.out if len(saes) == 1 else self.out / 'sae-0'}")
         return None

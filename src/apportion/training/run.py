@@ -31,6 +31,7 @@ from apportion.durable import remove, sweep, sync_folder
 from apportion.locks import LOCK, Lock
 from apportion.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from apportion.training.same import check_same
+from apportion.training.verdict import Verdict
 
 if TYPE_CHECKING:
     from apportion.training.trainer import Trainer
@@ -120,7 +121,8 @@ class RunFolder:
                 restore(sae, load(self.folder / name))
             done = read_json(file) if (file := self.folder / FINISHED).is_file() else [{}, *read_log(self.folder)][-1]
             trainer.steps, trainer.tokens, trainer.seconds = (done.get(n, 0) for n in ("steps", "tokens", "seconds"))
-            trainer.verdict = done.get("diverged")
+            if done.get("verdict"):
+                trainer.verdict = Verdict(done["verdict"], done.get("diverged", False))
             self._tidy(trainer)
             return False
         found, damaged = checkpoints(self.folder), []
@@ -168,8 +170,10 @@ class RunFolder:
         self._lock.check()
         for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
             sae.save(self.folder / name)
-        done = {"steps": trainer.steps, "tokens": trainer.tokens, "seconds": trainer.seconds}
-        write_json(self.folder / FINISHED, done | {"diverged": trainer.verdict})
+        done: dict[str, Any] = {"steps": trainer.steps, "tokens": trainer.tokens, "seconds": trainer.seconds}
+        if trainer.verdict is not None:
+            done |= {"verdict": trainer.verdict.text, "diverged": trainer.verdict.diverged}
+        write_json(self.folder / FINISHED, done)
         self._tidy(trainer)
 
     def _tidy(self, trainer: Trainer) -> None:

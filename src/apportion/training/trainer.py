@@ -40,7 +40,7 @@ from apportion.training.objectives import Objective, TrainingContext, local_reco
 from apportion.training.run import RunFolder, restore
 from apportion.training.same import MAY_DIFFER
 from apportion.training.verdict import ROWS as VERDICT_ROWS
-from apportion.training.verdict import verdict
+from apportion.training.verdict import Verdict, verdict
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Trainer:
         self.steps = 0
         self.tokens = 0
         self.seconds = 0.0
-        self.verdict: str | None = None
+        self.verdict: Verdict | None = None
         """After `fit`: what makes the result useless, if anything does."""
         self._input_ready = not any(s.needs_fit for s in self.saes)
 
@@ -237,7 +237,7 @@ class Trainer:
         the disk; so does being told to end (see interrupt.py). With `resume` a run goes on from its last checkpoint,
         with the same result as an uninterrupted one; one that has not begun begins, and of one that is finished the
         SAE is returned as it is. Rows that would spoil it (NaN, absurdly large ones) are a ValueError before it begins.
-        If it has come to nothing (held-out FVU above 1, L0 far from k) that is logged and noted in `verdict` and in the
+        If the result is poor (held-out FVU above 1, L0 far from k) that is logged and noted in `verdict` and in the
         SAE's info; the last checkpoints then stay.
         """
         source = source_of(source, self.config.seed, len(self.sae.row_shape), self.sae.needs_target)
@@ -302,15 +302,16 @@ class Trainer:
     def _judge(self, source: Source) -> None:
         """Set `verdict`, and say it."""
         reconstructs = getattr(self.objective, "reconstructs", True)
+        found = []
         for own in self.learners:
-            if own.trains and (found := verdict(own.sae, source.held_out(VERDICT_ROWS), reconstructs)):
-                own.sae.info["training"]["diverged"] = found
-                self.verdict = found if self.verdict is None else f"{self.verdict}; {found}"
-        if self.verdict is not None:
-            logger.warning(
-                "training has come to nothing: %s (lr = %g). Lower lr, train longer, or look at the rows.",
-                self.verdict, self.config.lr,
-            )  # fmt: skip
+            if own.trains and (one := verdict(own.sae, source.held_out(VERDICT_ROWS), reconstructs)):
+                own.sae.info["training"] |= {"verdict": one.text, "diverged": one.diverged}
+                found.append(one)
+        if found:
+            self.verdict = Verdict("; ".join(one.text for one in found), any(one.diverged for one in found))
+            what = "training has come to nothing" if self.verdict.diverged else "training has not come far"
+            remedy = "Lower lr, train longer, or look at the rows."
+            logger.warning("%s: %s (lr = %g). %s", what, self.verdict.text, self.config.lr, remedy)
 
     def _train(
         self, source: Source, run: RunFolder | None, total_steps: int, progress: bool, interrupts: Interrupts
