@@ -33,6 +33,10 @@ def _sae(seed: int) -> ap.SAE:
     return sae.eval()
 
 
+TIMES = ("seconds", "tokens_per_s", "manifest_sha256")
+"""What a manifest says of when it was written, and its digest."""
+
+
 @contextmanager
 def allowed(words: str) -> Iterator[None]:
     """Where all was done before, the command says so."""
@@ -51,7 +55,7 @@ def _collect(root: Path, lm: tuple[Any, Any]) -> None:
 
 def _cache(root: Path) -> dict[str, Any]:
     found = contents(root / "acts")
-    found["manifest.json"] = json.loads(found["manifest.json"]) | {"seconds": 0, "tokens_per_s": 0}
+    found["manifest.json"] = json.loads(found["manifest.json"]) | dict.fromkeys(TIMES)
     return found
 
 

@@ -128,13 +128,14 @@ class Stops(ArraySource):
 def test_a_record_that_lacks_something_is_named(name: str, stopped: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(stopped, tmp_path / "run"))
     file, change = RECORDS[name]
-    (record,) = folder.rglob(file)
-    content = json.loads(record.read_text())
-    change(content)
-    record.write_text(json.dumps(content))
+    for record in folder.rglob(file):  # of both checkpoints, as an older version wrote them, without checksums
+        content = json.loads(record.read_text())
+        content.pop("crc32", None)
+        change(content)
+        record.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"damaged|belongs to a source") as refused:
         trainer().fit(rows(), folder, resume=True, progress=False)
-    assert str(record.parent) in str(refused.value) or "belongs to a source" in str(refused.value)
+    assert str(folder) in str(refused.value) or "belongs to a source" in str(refused.value)
     assert "Unexpected" not in str(refused.value)
     if file == "run.json":
         with pytest.raises(ValueError, match="is damaged"):

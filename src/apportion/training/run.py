@@ -127,8 +127,8 @@ class RunFolder:
             return False
         found, damaged = checkpoints(self.folder), []
         for folder in reversed(found):
-            if (checkpoint := self._whole(folder, trainer)) is not None:
-                trainer.restore(checkpoint, source)
+            if (checkpoint := self._whole(folder, trainer, source)) is not None:
+                trainer.restore(checkpoint)
                 self._kept, self._saved_tokens = [f for f in found if f not in damaged][-KEPT:], trainer.tokens
                 logger.info("resuming %s at step %d", self.folder, trainer.steps)
                 break
@@ -142,15 +142,23 @@ class RunFolder:
         self._cut_log(trainer.steps)
         return True
 
-    def _whole(self, folder: Path, trainer: Trainer) -> Checkpoint | None:
-        """A checkpoint as far as it fits this trainer; None, and a word in the log, for a damaged one."""
+    def _whole(self, folder: Path, trainer: Trainer, source: Source) -> Checkpoint | None:
+        """A checkpoint that fits this trainer, with the source put to its position; None, and a word in the log, for a
+        damaged one. ValueError if it is of another source."""
         try:
-            return read_checkpoint(folder, trainer)
+            checkpoint = read_checkpoint(folder, trainer)
         except (PermissionError, MemoryError):
             raise
         except Exception as error:  # whatever damage makes of reading
-            logger.warning("%s is damaged (%s); trying an older one", folder, " ".join(str(error).split()))
-            return None
+            problem = str(error)
+        else:
+            try:
+                source.load_state_dict(checkpoint.values["source"])
+                return checkpoint
+            except (LookupError, TypeError, AttributeError):
+                problem = "the position of the source is incomplete"
+        logger.warning("%s is damaged (%s); trying an older one", folder, " ".join(problem.split()))
+        return None
 
     def _cut_log(self, steps: int) -> None:
         """Forget lines after the checkpoint, which will be written again, and what is no line of ours."""

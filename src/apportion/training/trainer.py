@@ -397,14 +397,13 @@ class Trainer:
     def check_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """ValueError unless this is all of what `state` returned after a step, of a trainer like this one."""
         for name, kind in (("steps", int), ("tokens", int), ("seconds", int | float)):
-            if not isinstance(values.get(name), kind):
+            if isinstance(values.get(name), bool) or not isinstance(values.get(name), kind):
                 raise ValueError(f"{name} is {values.get(name)!r}")
         for i, own in enumerate(self.learners):
             own.check_state({n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")})
 
-    def restore(self, checkpoint: Checkpoint, source: Source) -> None:
-        """Go back to where a run was: everything is checked already, but for the position of the source."""
-        source.load_state_dict(checkpoint.values["source"])
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to where a run was; everything is checked already."""
         for sae, saved in zip(self.saes, checkpoint.saes, strict=True):
             restore(sae, saved)
         self.load_state(checkpoint.tensors, checkpoint.values)
