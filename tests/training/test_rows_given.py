@@ -19,7 +19,7 @@ from apportion.activations import Source
 from apportion.activations.stream import StreamSource
 from apportion.cli import main
 from apportion.training import local_reconstruction
-from apportion.training.trainer import source_of
+from apportion.training.given import source_of
 
 D_IN, D_SAE, K, BATCH = 16, 48, 4, 200
 X = 3 * torch.randn(4000, D_IN, generator=torch.Generator().manual_seed(0)) + 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -22,12 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apportion.activations.batch import ArraySource, Batch, Source
+from apportion.activations.batch import Batch, Source
 from apportion.activations.progress import progress_bar
 from apportion.activations.sane import SaneRows
-from apportion.activations.stream import StreamSource, check_alike, joined, rows_in
 from apportion.architectures import SAE, SAES
-from apportion.architectures.inputs import as_tensor, is_array
+from apportion.architectures.inputs import as_tensor
 from apportion.disk import all_finite
 from apportion.interrupt import Interrupted, Interrupts
 from apportion.processes import refuse_several_processes
@@ -35,6 +34,7 @@ from apportion.settings import plain_number
 from apportion.torch_state import usual
 from apportion.training.checkpoint import Checkpoint
 from apportion.training.config import TrainConfig
+from apportion.training.given import HeldOut, source_of
 from apportion.training.learner import Learner
 from apportion.training.objectives import Objective, TrainingContext, local_reconstruction
 from apportion.training.run import RunFolder, restore
@@ -46,40 +46,8 @@ logger = logging.getLogger(__name__)
 
 FIT_INPUT_ROWS = 32_768
 """Rows from which mean and scale of the input are estimated."""
-CALIBRATION_ROWS = 1_000_000
-"""Held-out rows on which thresholds are calibrated, at most."""
 CHECK_FINITE_STEPS = 100
 """Steps between checks that the loss is finite."""
-
-
-def source_of(given: Any, seed: int, row_dims: int = 1, pairs: bool = False) -> Source:
-    """Whatever a user calls activations, as a source; ValueError for what is none. Arguments as of `StreamSource`."""
-    if isinstance(given, Source):
-        return given
-    if isinstance(given, Batch) or is_array(given):
-        given = [given]
-    if isinstance(given, list | tuple) and given:
-        parts = [rows_in(part, row_dims, pairs) for part in given]
-        for part in parts:
-            check_alike(part, parts[0])
-        rows = joined(parts) if len(parts) > 1 else parts[0]
-        return ArraySource(rows.x, seed=seed, target=rows.target)
-    if isinstance(given, Iterable) and not isinstance(given, str | Mapping):
-        return StreamSource(given, row_dims=row_dims, pairs=pairs)
-    raise ValueError(
-        "fit takes a tensor or array of rows, an iterable of them (of a Dataset its DataLoader), or a source of "
-        f"activations (of a folder CacheSource(ActivationStore(folder))), got {type(given).__name__}."
-    )
-
-
-class _HeldOut:
-    """The rows that a source keeps back, as often as they are asked for."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.source.held_out(CALIBRATION_ROWS)
 
 
 class Trainer:
@@ -287,7 +255,7 @@ class Trainer:
         for sae in self.saes:
             sae.info["source"] = source.describe()  # with the counts of a source that filters as it goes
             sae.info["training"] = settings | {"tokens": self.tokens, **self._objective()}
-            sae.calibrate(_HeldOut(source))
+            sae.calibrate(HeldOut(source))
             sae.eval()
         self._judge(source)
 
