@@ -36,12 +36,12 @@ def main() -> int:
         status = subprocess.run(words, cwd=ROOT, check=False).returncode
         families = json.loads(found.read_text())
     lines = [
-        [family, str(n["tried"]), str(n["survived"]), str(n["not possible here"] or "")]
+        [family, str(n["tried"]), str(n["survived"]), str(n["did not come about"] or "")]
         for family, n in sorted(families.items())
     ]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "safetensors", "transformers"))
     head = f"{date.today()}, {hardware('cpu')}, {platform.system()} {platform.release()}, {versions}:\n\n"
-    table = markdown(["What was tried", "Trials", "Survived", "Not possible on that machine"], lines)
+    table = markdown(["What was tried", "Trials", "Survived", "Did not come about"], lines)
     write_text(options.docs, between(options.docs, "trials", head + table))
     print(table)
     return status

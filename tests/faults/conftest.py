@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-OUTCOMES: dict[str, dict[str, int]] = defaultdict(lambda: {"tried": 0, "survived": 0, "not possible here": 0})
+OUTCOMES: dict[str, dict[str, int]] = defaultdict(lambda: {"tried": 0, "survived": 0, "did not come about": 0})
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -19,7 +19,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
         return
     outcomes = OUTCOMES[mark.args[0]]
     if report.skipped and report.when in ("setup", "call"):
-        outcomes["not possible here"] += 1
+        outcomes["did not come about"] += 1
     elif report.when == "call" or (report.when == "setup" and report.failed):
         count = dict(item.user_properties).get("trials", 1)
         assert isinstance(count, int)

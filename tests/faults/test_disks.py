@@ -139,7 +139,7 @@ def try_it(confined: Confined, name: str, made: Path, options: str, room: str, *
     code, said = confined.run(words(name, confined, made), **more)
     if code in (0, 3):
         assert RESULT[name] in confined.files
-        return
+        pytest.skip("there was room enough")
     assert code == 2, said
     assert_one_line(said, *expected)
     assert_nothing_lost(confined, name, before)

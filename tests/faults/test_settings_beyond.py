@@ -37,7 +37,7 @@ OPTIONS = ["seed", "d-sae", "k-aux", "batch-tokens", "tokens", "log-every-steps"
 NUMBERS = [str(2**63), str(2**64), "1e30", str(-(2**63) - 1), "9" * 5000, "1e999999999"]
 
 
-@pytest.mark.fault("quotas")
+@pytest.mark.fault("numbers beyond 64 bits")
 @pytest.mark.parametrize("number", trials(NUMBERS, 3))
 @pytest.mark.parametrize("option", trials(OPTIONS, 4))
 def test_options_beyond_64_bits(option: str, number: str, acts: Path, tmp_path: Path, capsys) -> None:
@@ -47,7 +47,7 @@ def test_options_beyond_64_bits(option: str, number: str, acts: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.fault("quotas")
+@pytest.mark.fault("numbers beyond 64 bits")
 @pytest.mark.parametrize("number", trials(["1e17", "1e18", str(2**63 - 1), "-1", "0"], 2))
 @pytest.mark.parametrize("option", trials([o for o in OPTIONS if o not in ("k", "tokens")], 3))
 def test_options_within_64_bits(option: str, number: str, acts: Path, tmp_path: Path, capsys) -> None:
