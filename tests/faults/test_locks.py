@@ -255,3 +255,16 @@ def test_the_holder_says_that_it_lives(tmp_path: Path, monkeypatch: pytest.Monke
             time.sleep(0.01)
         assert time.time() - (tmp_path / LOCK).stat().st_mtime < 30
     assert not (tmp_path / LOCK).exists()
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    """A folder from elsewhere can have one, to anything that its user may write."""
+    (precious := tmp_path / "precious").write_text("mine")
+    (tmp_path / "run").mkdir()
+    for folder in (tmp_path / "run", tmp_path):
+        (link := folder / f"x{LOCK}").symlink_to(precious)
+        with pytest.raises(OSError), Lock(link, "the run"):
+            pass
+        assert precious.read_text() == "mine"
+        sweep(folder)
+        assert precious.read_text() == "mine"

@@ -32,6 +32,7 @@ from apportion.locks import LOCK, Lock
 from apportion.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from apportion.training.same import check_same
 from apportion.training.verdict import Verdict
+from apportion.trust import expanded
 
 if TYPE_CHECKING:
     from apportion.training.trainer import Trainer
@@ -55,7 +56,8 @@ class RunFolder:
     def __init__(
         self, folder: Path, description: dict[str, Any], resume: bool, defaults: dict[str, dict[str, Any]]
     ) -> None:
-        self.folder, self.description, self.resume, self.defaults = folder.expanduser(), description, resume, defaults
+        folder = expanded(folder).absolute()  # whatever becomes of the current directory meanwhile
+        self.folder, self.description, self.resume, self.defaults = folder, description, resume, defaults
         self._lock = Lock(self.folder / LOCK, f"the run in {folder}")
         self._kept: list[Path] = []
         self._saved_tokens: int | None = None
@@ -69,7 +71,7 @@ class RunFolder:
         with ExitStack() as if_it_fails:
             with naming(self.folder):
                 if not self.folder.exists():
-                    self.folder.mkdir(parents=True)
+                    self.folder.mkdir(parents=True, exist_ok=True)
                     sync_folder(self.folder.parent)
                     if_it_fails.callback(_remove_if_empty, self.folder)
                 if_it_fails.enter_context(self._lock)

@@ -29,7 +29,7 @@ from apportion.activations.stream import StreamSource, check_alike, joined, rows
 from apportion.architectures import SAE, SAES
 from apportion.architectures.inputs import as_tensor, is_array
 from apportion.disk import all_finite
-from apportion.interrupt import Interrupted, Interrupts
+from apportion.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.processes import refuse_several_processes
 from apportion.settings import plain_number
 from apportion.torch_state import usual
@@ -114,6 +114,7 @@ class Trainer:
         self.verdict: Verdict | None = None
         """After `fit`: what makes the result useless, if anything does."""
         self._input_ready = not any(s.needs_fit for s in self.saes)
+        self._torn = False
 
     @property
     def sae(self) -> SAE:
@@ -252,7 +253,8 @@ class Trainer:
                 run = until_then.enter_context(folder)
             try:
                 self._run(source, run, total_steps, progress, interrupts)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stopped:
+                self._torn = isinstance(stopped, GivenUp)
                 raise Interrupted(f"stopped at step {self.steps}" if run is None else run.left(self)) from None
         return self.sae
 
@@ -266,6 +268,8 @@ class Trainer:
             for sae in self.saes:
                 sae.eval()
             return
+        if self._torn:
+            raise ValueError("This trainer was broken off within a step, and there is no checkpoint: make a new one.")
         with interrupts.let_through():
             if not getattr(source, "makes_rows", False) and self.steps < total_steps:
                 self._fit_input(self._sane_sample(source))
@@ -415,3 +419,4 @@ class Trainer:
             own.load_state({n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")})
         self.steps, self.tokens, self.seconds = values["steps"], values["tokens"], values["seconds"]
         self._input_ready = True
+        self._torn = False
