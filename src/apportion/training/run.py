@@ -13,6 +13,7 @@ two newer ones are on the disk. A run goes on from the newest that is whole, wha
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from apportion.activations.batch import Source
+from apportion.answers import out_of_memory
 from apportion.architectures import SAE
 from apportion.architectures.files import load
 from apportion.disk import naming, occupied, plain, read_json, read_record, write_json, write_text
@@ -41,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 KEPT = 2
 """Checkpoints that a run keeps: if the disk damages one, there is another."""
+NOT_THEIRS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
+"""Errors of reading a checkpoint that have nothing to do with it; an older one would meet them too."""
 RUN, LOG, FINISHED = "run.json", "metrics.jsonl", "finished.json"
 
 
@@ -148,9 +152,9 @@ class RunFolder:
         """A checkpoint as far as it fits this trainer; None, and a word in the log, for a damaged one."""
         try:
             return read_checkpoint(folder, trainer)
-        except (PermissionError, MemoryError):
-            raise
         except Exception as error:  # whatever damage makes of reading
+            if out_of_memory(error) or (isinstance(error, OSError) and error.errno in NOT_THEIRS):
+                raise
             logger.warning("%s is damaged (%s); trying an older one", folder, " ".join(str(error).split()))
             return None
 
