@@ -78,6 +78,16 @@ def replacing(file: Path) -> Iterator[Path]:
             sync_folder(file.parent)
 
 
+def check_may_write(file: Path) -> None:
+    """CannotWrite if nothing can be made where `file` is to be written: said before the work, not after it."""
+    folder = file.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if _open_here(file) is None and (file.is_file() or not file.exists()):
+        with naming(file), place_in(folder, file.name):
+            pass
+
+
 def _open_here(file: Path) -> int | None:
     """The number of what this process has open, of which `file` is the name."""
     if (name := str(file.absolute())) in STANDARD:
