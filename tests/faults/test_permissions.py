@@ -67,7 +67,11 @@ def test_file_systems_that_know_less(number: int, tmp_path: Path, monkeypatch: p
 
 
 def test_a_disk_that_fails_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
     def fails(opened: int) -> None:
+        if not stat.S_ISDIR(os.fstat(opened).st_mode):
+            return fsync(opened)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", fails)
