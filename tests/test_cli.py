@@ -437,7 +437,8 @@ def test_eval_says_what_does_not_go_together(
         capsys.readouterr()
         assert main(["eval", str(run), *options]) == 2
         assert expected in capsys.readouterr().err
-    (run / "config.json").unlink()
+    for name in ("config.json", "finished.json"):
+        (run / name).unlink()
     assert main(["eval", str(run)]) == 2
     assert "not finished" in capsys.readouterr().err
 
@@ -662,6 +663,7 @@ def test_a_script_that_is_run_again_begins_goes_on_or_leaves_it(
         return step(self, batch)
 
     monkeypatch.setattr(ap.Trainer, "step", stopped)
+    assert main([*words, "--resume"]) == 2 and "Give one of them" in capsys.readouterr().err
     assert main(words) == 130
     said = capsys.readouterr().out
     assert f"Stopped: step 4, 256 tokens, is on the disk; everything is in {out}. Go on with --resume.\n" in said

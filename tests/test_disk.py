@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 import apportion as ap
-from apportion import disk
+from apportion import disk, durable
 from apportion.architectures import files
 from apportion.durable import is_unfinished
 
@@ -123,6 +123,35 @@ def test_the_file_that_makes_a_folder_valid_is_moved_last(tmp_path, monkeypatch)
             (partial / name).write_text("")
         monkeypatch.setattr(Path, "rename", noted)
     assert order[1:] == ["b", "c", "a.json"], "the first rename says that it is complete"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "folder in place"])
+def test_bytes_are_safe_before_the_name_and_the_name_after_it(tmp_path, monkeypatch, kind):
+    """What power cuts show by chance."""
+    order: list[str] = []
+    sync, rename, replace = durable._sync, Path.rename, Path.replace
+    monkeypatch.setattr(durable, "_sync", lambda path, flags: order.append(f"sync {path.name}") or sync(path, flags))
+    monkeypatch.setattr(Path, "rename", lambda p, to: order.append(f"rename {Path(to).name}") or rename(p, to))
+    monkeypatch.setattr(Path, "replace", lambda p, to: order.append(f"rename {Path(to).name}") or replace(p, to))
+    out = tmp_path / "out"
+    if kind == "file":
+        disk.write_text(out, "x")
+        assert order == ["sync out", "rename out", f"sync {tmp_path.name}"]
+        return
+    if kind == "folder in place":
+        out.mkdir()
+    with disk.whole_folder(out, last=["last"]) as partial:
+        for name in ("x", "last"):
+            (partial / name).write_text(name)
+    own = f"sync {partial.name}"
+    assert set(order[:2]) == {"sync x", "sync last"} and order[2] == own
+    assert order[3:] == {
+        "folder": ["rename out", f"sync {tmp_path.name}"],
+        "folder in place": [
+            f"rename {partial.name.replace('unfinished', 'complete')}", "sync out", "rename x", "sync out",
+            "rename last", "sync out",
+        ],
+    }[kind]  # fmt: skip
 
 
 def test_numbers_of_other_libraries_are_numbers(tmp_path):

@@ -18,9 +18,12 @@ import errno
 import json
 import math
 import os
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,13 +31,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from apportion.answers import of_the_system, out_of_memory
+from apportion.answers import REMEDIES, of_the_system, out_of_memory
 from apportion.durable import complete, is_unfinished, make_durable, move_up, place_in, sweep, sync_folder
 from apportion.locks import LOCK, Lock, lock_of
-from apportion.trust import MOST_TEXT, read_text
+from apportion.trust import MOST_TEXT, read_text, resolved
 
 OF_NOBODY = ("lost+found", LOCK)
 """What may lie in a folder that counts as empty: what the root folder of a disk has, and a lock."""
+STANDARD = ("/dev/stdout", "/dev/stderr")
 OF_THE_SYSTEM = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM}
 """Errors that say nothing about what a file holds."""
 
@@ -48,13 +52,21 @@ def replacing(file: Path) -> Iterator[Path]:
     """A path to write to; at the end of the block it becomes `file`, for good; after an exception it is gone.
 
     Within a folder that is itself unfinished nothing is made durable: that happens to all of it at the end. Of a link,
-    what it leads to is replaced; a pipe or a device (/dev/stdout) is written to.
+    what it leads to is replaced; a pipe or a device is written to, and so is what this process has open (/dev/stdout),
+    after what it holds.
     """
+    if (number := _open_here(file)) is not None:
+        with naming(file), TemporaryDirectory() as place:
+            yield (partial := Path(place) / file.name)
+            sys.stdout.flush()
+            with os.fdopen(number, "wb", closefd=False) as stream:
+                stream.write(partial.read_bytes())
+        return
     if file.exists() and not file.is_file() and not file.is_dir():
         with naming(file):
             yield file
         return
-    file = file.resolve() if file.is_symlink() else file
+    file = resolved(file.absolute()) if file.is_symlink() else file
     with naming(file), place_in(file.parent, file.name) as place:
         partial = place / file.name
         yield partial
@@ -64,6 +76,24 @@ def replacing(file: Path) -> Iterator[Path]:
         partial.replace(file)
         if final:
             sync_folder(file.parent)
+
+
+def check_may_write(file: Path) -> None:
+    """CannotWrite if nothing can be made where `file` is to be written: said before the work, not after it."""
+    folder = file.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if _open_here(file) is None and (file.is_file() or not file.exists()):
+        with naming(file), place_in(folder, file.name):
+            pass
+
+
+def _open_here(file: Path) -> int | None:
+    """The number of what this process has open, of which `file` is the name."""
+    if (name := str(file.absolute())) in STANDARD:
+        return STANDARD.index(name) + 1
+    found = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", name)
+    return int(found[1]) if found else None
 
 
 @contextmanager
@@ -83,9 +113,8 @@ def naming(file: Path) -> Iterator[None]:
 
 def _cannot_write(file: Path, error: Exception) -> CannotWrite:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return CannotWrite(
-        f"{file} cannot be written ({reason}). What was there before is untouched; make room, or choose another place."
-    )
+    remedy = REMEDIES.get(getattr(error, "errno", None) or 0, "make room, or choose another place")
+    return CannotWrite(f"{file} cannot be written ({reason}). What was there before is untouched; {remedy}.")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ which are left there belong to nobody. The kernel ends such locks with their pro
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -26,6 +27,9 @@ from apportion.locks import LOCK, STALE_S, fcntl, host_name, locked, remove_if_g
 
 UNFINISHED, COMPLETE = "unfinished", "complete"
 PLACE = re.compile(rf"(?:^|\.)({UNFINISHED}|{COMPLETE})-([0-9a-f]{{8}})-[0-9a-f]{{8}}$")
+CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOTTY, errno.EACCES, errno.EPERM}
+"""What a file system answers that cannot make a folder durable, or set permissions; and a folder that may be written in
+and not be listed."""
 TRIES = 100
 """How often a lock is tried, every tenth of a second."""
 
@@ -35,13 +39,15 @@ def place_in(folder: Path, name: str = "") -> Iterator[Path]:
     """A new folder in `folder`, whose name says what it is to become; at the end of the block it is gone."""
     if not is_unfinished(folder):
         sweep(folder)
+    pid = os.getpid()
     place = folder / f"{name}{'.' * bool(name)}{UNFINISHED}-{host_name()}-{uuid4().hex[:8]}"
     with _shared(folder):
         try:
             place.mkdir()
             yield place
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            if os.getpid() == pid:  # a fork that ends leaves it to whom it belongs
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def is_unfinished(path: Path) -> bool:
@@ -104,20 +110,33 @@ def make_durable(path: Path) -> None:
     """
     mode = (path if path.is_dir() else path.parent).stat().st_mode & 0o666
     if not path.is_dir():
-        path.chmod(mode)
+        _set_mode(path, mode)
         _sync(path, os.O_RDONLY)
         return
     for at, _, names in os.walk(path, topdown=False):
         for name in names:
-            (file := Path(at) / name).chmod(mode)
+            _set_mode(file := Path(at) / name, mode)
             _sync(file, os.O_RDONLY)
         sync_folder(Path(at))
 
 
+def _set_mode(file: Path, mode: int) -> None:
+    try:
+        file.chmod(mode)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
+
+
 def sync_folder(folder: Path) -> None:
-    """The names in `folder` are on the disk when this returns."""
-    if os.name != "nt":
+    """The names in `folder` are on the disk when this returns, where the file system knows how to see to it."""
+    if os.name == "nt":
+        return
+    try:
         _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
 
 
 def _sync(path: Path, flags: int) -> None:

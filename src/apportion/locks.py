@@ -27,6 +27,8 @@ except ImportError:  # Windows: what a lock says decides alone
     fcntl = None
 
 LOCK = ".apportion.lock"
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+"""A lock is written, and a folder from elsewhere can have a link of that name to anything."""
 TOUCHED_EVERY_S = 60
 TRIES = 20
 """How often a lock is looked at before it counts as held by somebody who does not say who he is."""
@@ -43,13 +45,14 @@ class Lock:
     """Held while entered. `file` lies where the work lies, and vanishes at the end."""
 
     def __init__(self, file: Path, what: str) -> None:
-        self.file, self.what = file, what
+        self.file, self.what = file.absolute(), what
         self._opened: int | None = None
+        self._pid = 0
         self._done = threading.Event()
 
     def __enter__(self) -> Lock:
         for trial in range(TRIES):
-            opened = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+            opened = os.open(self.file, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
             if self._take(opened, trial):
                 break
             os.close(opened)
@@ -68,7 +71,7 @@ class Lock:
     ) -> None:
         self._done.set()
         if self._opened is not None:
-            if self._is(self._opened):
+            if self._pid == os.getpid() and self._is(self._opened):  # a fork that ends gives nothing up
                 with suppress(OSError):  # a disk that can only be read any more; it is unlocked all the same
                     self.file.unlink()
             os.close(self._opened)
@@ -84,7 +87,7 @@ class Lock:
         holder, had = _read(opened), locked(opened, "LOCK_EX")
         gone = is_gone(holder, time() - os.fstat(opened).st_mtime, unlocked=had is True)
         if had is not False and gone and self._is(opened):
-            self._opened = opened
+            self._opened, self._pid = opened, os.getpid()
             return True
         if holder and gone and trial == TRIES // 2:  # a child of the holder, which does not write, outlived it
             self.file.unlink(missing_ok=True)
@@ -109,7 +112,7 @@ class Lock:
 def remove_if_gone(file: Path) -> None:
     """Remove a lock that nobody holds."""
     with suppress(OSError):
-        opened = os.open(file, os.O_RDWR)
+        opened = os.open(file, os.O_RDWR | NO_LINK)
         try:
             had = locked(opened, "LOCK_EX") is True
             if is_gone(_read(opened), time() - os.fstat(opened).st_mtime, unlocked=had):

@@ -2,6 +2,7 @@
 
     read_text(file)             a small text file: a regular one, and no longer than it may be
     expanded(path)              a path as a user writes it
+    resolved(path)              the same without links
     within(folder, name)        where something of that name goes in a folder
     inside(folder, name)        what has that name in a folder
     shown(text)                 text as a terminal can be shown it
@@ -51,13 +52,22 @@ def read_text(file: Path, limit: int = MOST_TEXT) -> str:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with the home folder in place of ~."""
-    if (len(str(path)) > 1000 or "\n" in str(path)) and not os.path.lexists(path):
-        raise ValueError(f"{str(path)[:40]!r}... is no path: to give text itself, put it into a list: [text]")
+    """A path with the home folder in place of ~. ValueError for a name that is no text, as libraries need it."""
     try:
+        str(path).encode()
         return Path(path).expanduser()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(path)!r} is no name in UTF-8: rename it, or choose another.") from None
     except RuntimeError as error:
         raise ValueError(f"{str(path)!r}: {str(error).rstrip('.')}. Write the path in full.") from None
+
+
+def resolved(path: str | Path) -> Path:
+    """A path without ~ and links. ValueError for links that lead in a circle."""
+    try:
+        return expanded(path).resolve()
+    except RuntimeError as error:
+        raise ValueError(f"{str(path)!r} leads nowhere ({error}): choose another place.") from None
 
 
 def check_regular(file: Path) -> None:

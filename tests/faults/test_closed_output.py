@@ -49,3 +49,16 @@ def test_training_does_not_need_stderr(where: str, tmp_path: Path) -> None:
     options = "--hookpoint model.layers.1 --tokens 2k --context-tokens 32 --k 4 --d-sae 64 --batch-tokens 256 --lr 3e-3"
     assert shell(f"$A train embedded {options} --out {tmp_path}/run {where}").returncode in (0, 3)
     assert ap.load(tmp_path / "run").hookpoint == "model.layers.1"
+
+
+@pytest.mark.fault("closed output")
+@pytest.mark.parametrize("redirect", trials(["> {log}", ">> {log}", "| cat >> {log}"], 2))
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1"])
+def test_what_goes_to_the_output_joins_what_is_there(name: str, redirect: str, tmp_path: Path) -> None:
+    (log := tmp_path / "log").write_text("before\n")
+    inode = log.stat().st_ino
+    write = (
+        f"from apportion.disk import write_json; from pathlib import Path; print(1); write_json(Path('{name}'), {{}})"
+    )
+    shell(f'{sys.executable} -c "{write}; print(2)" {redirect.format(log=log)}')
+    assert log.read_text() == "before\n" * (">>" in redirect) + "1\n{}\n2\n" and log.stat().st_ino == inode

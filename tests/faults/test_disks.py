@@ -232,3 +232,16 @@ def test_what_may_not_be_read_is_not_called_damaged(name: str, made: Path) -> No
     assert done.returncode == 2
     assert_one_line(done.stderr, str(secret), "ermission denied", "ask whoever owns it")
     assert "damaged" not in done.stderr
+
+
+@pytest.mark.fault("read-only")
+@pytest.mark.parametrize("words", [
+    ["eval", "nowhere", "--json", "/proc/a.json"], ["eval", "nowhere", "--plots", "/proc/plots"],
+    ["report", "{sae}", "--out", "/proc/report"],
+], ids=["eval --json", "eval --plots", "report"])  # fmt: skip
+def test_where_results_cannot_go_is_said_before_the_work(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ap.create("topk", d_in=4, d_sae=8, k=2).save(tmp_path / "sae")
+    assert main([word.format(sae=tmp_path / "sae") for word in words]) == 2
+    assert_one_line(capsys.readouterr().err, "/proc/", "cannot be written")

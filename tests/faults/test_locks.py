@@ -180,13 +180,22 @@ def test_a_lock_that_was_left(name: str, tmp_path: Path, whole: dict[str, Any]) 
         assert contents(tmp_path / "run") == whole and not orphans(tmp_path)
 
 
-@pytest.mark.parametrize(("silent_s", "holds"), [(5, True), (700, False)])
+@pytest.mark.parametrize(
+    ("says", "silent_s", "holds"),
+    [
+        ({"host": "another", "boot": "another"}, 5, True),
+        ({"host": "another", "boot": "another"}, 700, False),
+        ({}, 700, True),
+        ({"start": "1"}, 0, False),
+        ({"pid": 999_999_999}, 0, False),
+    ],
+)
 def test_where_the_file_system_has_no_locks(
-    silent_s: float, holds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    says: dict[str, Any], silent_s: float, holds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then what the lock says decides alone."""
     monkeypatch.setattr(locks, "fcntl", None)
-    (lock := tmp_path / LOCK).write_text(json.dumps({**US, "host": "another", "boot": "another"}))
+    (lock := tmp_path / LOCK).write_text(json.dumps(US | says))
     os.utime(lock, (time.time() - silent_s,) * 2)
     if holds:
         with pytest.raises(ValueError, match="being written"):
@@ -255,3 +264,16 @@ def test_the_holder_says_that_it_lives(tmp_path: Path, monkeypatch: pytest.Monke
             time.sleep(0.01)
         assert time.time() - (tmp_path / LOCK).stat().st_mtime < 30
     assert not (tmp_path / LOCK).exists()
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    """A folder from elsewhere can have one, to anything that its user may write."""
+    (precious := tmp_path / "precious").write_text("mine")
+    (tmp_path / "run").mkdir()
+    for folder in (tmp_path / "run", tmp_path):
+        (link := folder / f"x{LOCK}").symlink_to(precious)
+        with pytest.raises(OSError), Lock(link, "the run"):
+            pass
+        assert precious.read_text() == "mine"
+        sweep(folder)
+        assert precious.read_text() == "mine"

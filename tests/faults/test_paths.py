@@ -10,20 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from small_run import train
 from test_caches import D_IN, A, write_cache
 from trials import trials
 
 import apportion as ap
 from apportion.activations import ActivationStore, TextSource, TokenFilter, load_model
 from apportion.activations.model import load_tokenizer
-from apportion.activations.writer import StoreWriter
+from apportion.activations.writer import StoreWriter, check_out
 from apportion.architectures import files
 from apportion.cli import main
+from apportion.disk import write_json
 from apportion.interop.delphi import write_delphi_cache
 from apportion.interop.export import export, writable
 from apportion.interop.hub import select
 from apportion.interop.publish import push_to_hub
-from apportion.trust import refuse_mistyped, within
+from apportion.trust import expanded, refuse_mistyped, within
 
 OUT = [
     *("../..", "..", "../evil", "a/../../evil", "a/b/../../../evil", "/tmp/evil", "/evil", "../sibling/evil"),
@@ -233,3 +235,27 @@ def test_commands(command: str, name: str, nowhere: Path, capsys: pytest.Capture
     assert said.count("\n") == 1
     assert any(words in said for words in ("does not exist", "give an existing", "no text at"))
     assert not Path("out").exists()
+
+
+@pytest.mark.fault("mistyped paths")
+@pytest.mark.parametrize("write", [
+    lambda place: write_json(place, {}),
+    lambda place: ap.export(ap.create("topk", d_in=8, d_sae=16, k=2).eval(), place, "sae_lens"),
+    lambda place: check_out(place),
+    lambda place: train(place),
+], ids=["file", "export", "cache", "run"])  # fmt: skip
+def test_links_in_a_circle_are_answered(write: Callable[[Path], Any], tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises((ValueError, OSError), match="circle"):
+        write(tmp_path / "circle")
+    assert [f.name for f in tmp_path.iterdir()] == ["circle"]
+
+
+@pytest.mark.fault("mistyped paths")
+def test_any_name_that_is_text_is_a_name(tmp_path: Path) -> None:
+    for name in ("two\nlines", "a b", "\u00fcn\u00ef", "/".join(["deep" * 50] * 8)):
+        train(tmp_path / name / "run")
+        assert ap.load(expanded(tmp_path / name / "run")).d_in == 8
+    with pytest.raises(ValueError, match="no name in UTF-8"):
+        train(tmp_path / "a\udcffb")
+    assert not (tmp_path / "a\udcffb").exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +43,37 @@ def test_the_umask_decides(umask: int, tiny_model_dir: Path, tmp_path: Path) -> 
     assert len(found) > 20 and "acts/model.layers.0/00000.safetensors" in found
     for name, mode in found.items():
         assert mode == (0o777 if (tmp_path / name).is_dir() else 0o666) & ~umask, name
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EPERM])
+def test_file_systems_that_know_less(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of network and FUSE file systems some have no fsync of folders, and some no permissions."""
+    fsync, refused = os.fsync, []
+
+    def of_files(opened: int) -> None:
+        if stat.S_ISDIR(os.fstat(opened).st_mode):
+            refused.append(opened)
+            raise OSError(number, os.strerror(number))
+        fsync(opened)
+
+    def chmod(*args: Any, **settings: Any) -> None:
+        refused.append("chmod")
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    monkeypatch.setattr(Path, "chmod", chmod)
+    train(tmp_path / "run")
+    assert len(refused) > 10 and ap.load(tmp_path / "run").d_in == 8
+
+
+def test_a_disk_that_fails_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def fails(opened: int) -> None:
+        if not stat.S_ISDIR(os.fstat(opened).st_mode):
+            return fsync(opened)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_json(tmp_path / "a.json", {})

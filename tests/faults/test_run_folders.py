@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from small_run import Watched, contents, newest_step, train
 from trials import trials
 
 import apportion as ap
+from apportion.training import checkpoint
 
 pytestmark = pytest.mark.fault("damaged run folders")
 
@@ -210,3 +212,38 @@ def test_a_setting_that_an_older_run_lacks_means_its_default(begun: Path, whole:
     assert {k: v for k, v in contents(out).items() if k != "run.json"} == {
         k: v for k, v in contents(whole).items() if k != "run.json"
     }
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+], ids=["memory", "torch", "files"])  # fmt: skip
+def test_what_this_machine_lacks_is_no_damage(
+    error: Exception, begun: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To begin anew would be the wrong advice."""
+
+    def lacking(file: Path) -> Any:
+        raise error
+
+    shutil.copytree(begun, tmp_path / "run")
+    with monkeypatch.context() as patched, pytest.raises(type(error)):
+        patched.setattr(checkpoint, "load_file", lacking)
+        train(tmp_path / "run")
+    train(tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(whole)
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
+def test_a_finished_run_that_lacks_its_sae_is_not_said_to_go_on(missing: str, tmp_path: Path) -> None:
+    """As after a copy that was broken off: --resume would say that it is finished."""
+    train(tmp_path / "run")
+    (tmp_path / "run" / missing).unlink()
+    for read in (ap.load, train):
+        with pytest.raises(ValueError, match=f"{missing} is missing"):
+            read(tmp_path / "run")
+
+
+def test_infinite_settings_are_the_same_when_a_run_goes_on(tmp_path: Path) -> None:
+    saes = [train(tmp_path / "run", clip_ratio=float("inf")) for _ in range(2)]
+    torch.testing.assert_close(saes[0].state_dict(), saes[1].state_dict(), rtol=0, atol=0)

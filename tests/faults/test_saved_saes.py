@@ -200,3 +200,30 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
         found = load_file(tmp_path / name / "model.safetensors")
         assert all(torch.equal(t.nan_to_num(7), found[key].nan_to_num(7)) for key, t in tensors_of(name).items())
         assert ap.load(tmp_path / name).settings() == made(name).settings()
+
+
+@pytest.mark.fault("dtype attacks")
+@pytest.mark.parametrize("spoil", trials([
+    lambda sae: sae.info.update(source="mine"),
+    lambda sae: sae.info.update(calibration={"tokens": 3, "l0": float("nan")}),
+    lambda sae: sae.b_enc.data.fill_(float("nan")),
+    lambda sae: sae.input.scale.fill_(1e20),
+]))  # fmt: skip
+def test_what_could_not_be_loaded_is_not_saved(spoil: Callable[[Any], Any], tmp_path: Path) -> None:
+    sae = ap.create("topk", d_in=4, d_sae=8, k=2)
+    sae.save(tmp_path / "sae")
+    spoil(sae)
+    with pytest.raises(ValueError, match="is not saved: "):
+        sae.save(tmp_path / "sae")
+    assert torch.equal(ap.load(tmp_path / "sae").input.scale, torch.ones(()))
+    with pytest.raises(ValueError, match="is not saved: "):
+        sae.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.fault("dtype attacks")
+@pytest.mark.parametrize("scale", [1e-18, 1e-16, 1e16, 1e18])
+def test_rows_beyond_float32_are_refused_before_a_run(scale: float, tmp_path: Path) -> None:
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)) * scale
+    with pytest.raises(ValueError, match="Multiply all rows by one number"):
+        ap.create("topk", d_in=4, d_sae=8, k=2).fit_input(x)

@@ -16,31 +16,33 @@ from apportion.activations.batch import Batch
 logger = logging.getLogger(__name__)
 
 LARGE, ABSURD = 1e3, 1e6
-"""Times the median norm: from where a row is pointed out, as attention sinks without the token filter are; and from
+"""Times the usual norm: from where a row is pointed out, as attention sinks without the token filter are; and from
 where it is refused. Of the models we know none has a row ten thousand times as large as its median row."""
+USUAL = 0.9
+"""The norm that so many rows do not exceed is the usual one: what is larger in every tenth row is no outlier."""
 
 
 class SaneRows:
-    """Compares rows with the first ones; those have to be many enough for a median."""
+    """Compares rows with the first ones; those have to be many enough to tell what is usual."""
 
     def __init__(self, sample: Batch, what: str = "The training rows") -> None:
-        self.medians = [_median(_norms(part)) for part in _parts(sample)]
+        self.usual = [_usual(_norms(part)) for part in _parts(sample)]
         self._pointed_out = False
         self.check(sample, what)
 
     def check(self, rows: Batch, what: str, first: int | None = None) -> None:
         """ValueError naming the first row of `rows` that holds NaN or infinity, or is absurdly large. A row is named
         by its place in the source: as the batch has it, or else counted from `first`."""
-        for part, median in zip(_parts(rows), self.medians, strict=True):
+        for part, usual in zip(_parts(rows), self.usual, strict=True):
             norms = _norms(part)
-            if not len(norms) or bool(norms.amax() <= LARGE * median):  # false for NaN too
+            if not len(norms) or bool(norms.amax() <= LARGE * usual):  # false for NaN too
                 continue
             worst = int(norms.nan_to_num(torch.inf).argmax())
             where = f"{what}{_place(rows, worst, first)}"
             if not bool(norms[worst].isfinite()):
                 raise ValueError(f"{where} hold NaN or infinity. Leave such rows out.")
-            norm, times = norms[worst].item(), (norms[worst] / median).item()
-            found = f"a row whose norm {norm:.3g} is {times:.3g} times the median"
+            norm, times = norms[worst].item(), (norms[worst] / usual).item()
+            found = f"a row whose norm {norm:.3g} is {times:.3g} times the usual one"
             if times > ABSURD:
                 raise ValueError(f"{where} have {found}. Leave it out: the input scale would be that of one row.")
             if not self._pointed_out:
@@ -66,7 +68,7 @@ def _norms(x: Float[Tensor, " n *row"]) -> Float[Tensor, " n"]:
     return norms if bool(norms.isfinite().all()) else torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
 
 
-def _median(norms: Float[Tensor, " n"]) -> Tensor:
+def _usual(norms: Float[Tensor, " n"]) -> Tensor:
     """Of finite rows that are not zero; infinite if there is none, so that nothing counts as large beside it."""
     norms = norms[(norms > 0) & norms.isfinite()]
-    return norms.median() if len(norms) else torch.tensor(torch.inf)
+    return norms.kthvalue(1 + int(USUAL * (len(norms) - 1))).values if len(norms) else torch.tensor(torch.inf)

@@ -45,6 +45,7 @@ class ActivationStore:
 
     def __init__(self, folder: str | Path, hookpoint: str | None = None) -> None:
         self.folder = expanded(folder)
+        self._place = self.folder.absolute()
         self.manifest = read_manifest(self.folder)
         self.hookpoint = self._choose(hookpoint)
         about = self.manifest["hookpoints"][self.hookpoint]
@@ -58,7 +59,7 @@ class ActivationStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Where it lies, not what it holds: a process that it is sent to opens it again."""
-        return type(self), (self.folder.absolute(), self.hookpoint)
+        return type(self), (self._place, self.hookpoint)
 
     @property
     def num_shards(self) -> int:
@@ -137,7 +138,7 @@ class ActivationStore:
         with progress_bar("verifying", self.rows, show=progress) as show:
             done = 0
             for shard in self.manifest["shards"]:
-                bad += [name for name, digest in shard["sha256"].items() if _digest(self.folder / name) != digest]
+                bad += [name for name, digest in shard["sha256"].items() if _digest(self._place / name) != digest]
                 done += shard["rows"]
                 show(done)
         if bad:

@@ -14,6 +14,7 @@ every tokenizer splits at line ends anyway.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,12 @@ class TextSource:
 
     @property
     def path(self) -> Path | None:
-        """Where on this disk; None for what is in memory."""
-        return expanded(self.where) if isinstance(self.where, str | Path) else None
+        """Where on this disk; None for what is in memory. ValueError for what can only be text itself."""
+        if not isinstance(where := self.where, str | Path):
+            return None
+        if (len(str(where)) > 1000 or "\n" in str(where)) and not os.path.lexists(where):
+            raise ValueError(f"{str(where)[:40]!r}... is no path: to give text itself, put it into a list: [text]")
+        return expanded(where)
 
     def files(self) -> list[Path]:
         """The files to read; empty when the text is not in files of its own. ValueError if a path cannot be read."""

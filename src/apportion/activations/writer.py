@@ -30,7 +30,7 @@ from apportion.activations.shards import sample_sha256_of, sha256_of
 from apportion.disk import occupied, whole_folder, write_json, write_tensors
 from apportion.durable import place_in
 from apportion.locks import Lock, lock_of
-from apportion.trust import expanded, within
+from apportion.trust import resolved, within
 
 SHARD_ROWS = 1 << 17
 SHARD_BYTES = 1 << 30
@@ -167,10 +167,7 @@ class StoreWriter:
 
 def check_out(out: str | Path) -> Path:
     """Where the cache will lie, without ~ and links; ValueError if something is there or nothing can be written."""
-    try:
-        place = expanded(out).resolve()
-    except RuntimeError as error:  # links in a circle
-        raise ValueError(f"{str(out)!r} leads nowhere ({error}): choose another folder") from None
+    place = resolved(out)
     if occupied(place):
         raise ValueError(f"{str(out)!r} exists already: choose another folder or delete it first")
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from apportion.architectures.base import SAE
+from apportion.architectures.inputs import SCALES
 from apportion.disk import all_finite
 from apportion.fields import check_fields
 
@@ -22,8 +23,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 UNSET = ("allocation.threshold", "allocation.density", "coefficient.log_first")
 """Tensors that are NaN or infinite until they are set."""
 RANGES = {
-    "scale": (1e-15, 1e15),
-    "site_scale": (1e-15, 1e15),
+    "scale": SCALES,
+    "site_scale": SCALES,
     "threshold": (0.0, inf),
     "density": (0.0, 1.0),
     "bandwidth": (1e-15, 1e15),
@@ -31,8 +32,7 @@ RANGES = {
     "compensation": (0.0, inf),
     "value": (0.0, inf),
 }
-"""Between what the entries of a tensor lie, by the last part of its name. Outputs are divided by scales, and energies
-have their squares, so these stay well within float32."""
+"""Between what the entries of a tensor lie, by the last part of its name."""
 
 INFO: dict[str, Any] = {"source": dict, "calibration": dict, "training": dict, "format": str | None}
 SOURCE: dict[str, Any] = {

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from apportion.architectures.affine import blank_weights
 from apportion.architectures.base import SAE
 from apportion.architectures.checks import DECIDING, check_info, check_tensors
-from apportion.disk import damaged, json_text, parse_json, read_json, replacing, write_tensors
+from apportion.disk import damaged, json_text, parse_json, plain, read_json, replacing, write_tensors
 from apportion.torch_state import usual
 from apportion.trust import within
 
@@ -40,10 +40,15 @@ SIZES = [
 
 
 def save(sae: SAE, folder: Path) -> None:
-    """Write both files, or leave what was there."""
+    """Write both files, or leave what was there. ValueError for what `load` would not read."""
     folder = folder.expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().contiguous().cpu() for name, t in sae.state_dict().items()}
+    try:
+        check_info(plain(sae.info))
+        check_tensors(sae, tensors)
+    except ValueError as error:
+        raise ValueError(f"This SAE could not be read again, and is not saved: {error}") from None
+    folder.mkdir(parents=True, exist_ok=True)
     config = {"format": "apportion", "version": VERSION, "sae": sae.name, "settings": sae.settings(), "info": sae.info}
     text = json_text(config | {"id": hashlib.sha256(json_text(config).encode()).hexdigest()})
     with replacing(folder / CONFIG) as partial:
@@ -61,9 +66,9 @@ def load(path: str | Path, subfolder: str | None = None) -> SAE:
 
     folder = within(Path(path), subfolder) if subfolder else Path(path)
     config_file, tensor_file = folder / CONFIG, folder / WEIGHTS
+    if (folder / "run.json").is_file() and not any((folder / file).is_file() for file in (CONFIG, "finished.json")):
+        raise ValueError(f"{folder} is a run that has not finished. Go on with it: apportion train ... --resume")
     for file in (config_file, tensor_file):
-        if not file.is_file() and (folder / "run.json").is_file():
-            raise ValueError(f"{folder} is a run that has not finished. Go on with it: apportion train ... --resume")
         if not file.is_file():
             raise ValueError(f"{folder} is not a saved SAE: {file.name} is missing. Give a folder that sae.save wrote.")
     config = _config_of(config_file, tensor_file)

@@ -30,6 +30,9 @@ Centre = Literal["mean", "geometric_median"]
 PER_TOKEN = ("token_standardise", "token_norm")
 SMALLEST = {"token_standardise": 1e-5, "token_norm": 1e-8}
 """Added to what a vector is divided by."""
+SCALES = (1e-15, 1e15)
+"""Between what scales lie: outputs are divided by them, and energies have their squares, so they stay well within
+float32."""
 HINT_ROWS = 32
 """Rows that tell something about centre and scale."""
 
@@ -134,8 +137,14 @@ class InputDescription(nn.Module):
                 f"The {len(x)} rows given to fit the input scale have a mean squared distance of {energy.min():g} "
                 "from their centre; a positive, finite one is needed. Give more rows, without NaN and not all equal."
             )
+        scale = (x.shape[-1] / energy).sqrt()
+        if bool(((scale < SCALES[0]) | (scale > SCALES[1])).any()):
+            raise ValueError(
+                f"The rows given to fit the input scale have a mean squared distance of {energy.min():g} from their "
+                "centre, with which float32 cannot work. Multiply all rows by one number, so that it comes near to 1."
+            )
         self.mean.copy_(centre)
-        self.scale.copy_((x.shape[-1] / energy).sqrt())
+        self.scale.copy_(scale)
 
     def apply_to(self, x: Float[Tensor, " n *sites d_in"]) -> Float[Tensor, " n *sites d_in"]:
         if self.kind == "dataset":

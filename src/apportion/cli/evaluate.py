@@ -44,7 +44,7 @@ class Eval:
     loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
 
     def run(self) -> None:
-        from apportion.disk import write_json
+        from apportion.disk import check_may_write, write_json
         from apportion.evals.plots import save_plots
         from apportion.evals.table import print_table
         from apportion.interop.load import load
@@ -54,6 +54,8 @@ class Eval:
         in_model = self.corpus != Text()
         if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
             raise ValueError(f"--json {self.json} is not a file in an existing folder.")
+        for file in filter(None, (self.json, self.plots and self.plots / "density.png")):
+            check_may_write(file)
         if in_model and self.acts is not None:
             raise ValueError("Give either --acts (a cache) or --text / --dataset (inside the model), not both.")
         if self.model is not None and not in_model:

@@ -38,6 +38,7 @@ class Report:
 
     def run(self) -> None:
         from apportion.activations.fingerprint import model_fingerprint
+        from apportion.disk import check_may_write
         from apportion.evals.report import make_report
         from apportion.interop.load import load
 
@@ -45,7 +46,7 @@ class Report:
             raise ValueError("Name at least one run folder.")
         device = best_device(self.loading.device)
         saes = self._named([load(folder).to(device) for folder in self.run_folders])
-        out = self._claimed()
+        check_may_write((out := self._claimed()) / "report.json")
         trained_on = self._trained_on(list(saes.values()))
         name = self.model or trained_on.get("model", {}).get("name_or_path")
         packages = [] if name is None else ["transformers", *self.corpus.packages]

@@ -107,6 +107,10 @@ class TrainBase:
 
     def _check_out(self) -> None:
         there, again = (self.out / RUN).exists(), self.resume or self.requeue
+        if self.resume and self.requeue:
+            raise ValueError(
+                "--resume is for a run that is there and not finished, --requeue for any. Give one of them."
+            )
         if self.resume and not there:
             raise ValueError(f"There is no run to resume in {self.out}. Leave --resume out, or check the folder.")
         if self.resume and is_finished(self.out):

@@ -16,7 +16,7 @@ from torch import Tensor
 from apportion.disk import occupied
 from apportion.interop.hook_names import LAYERS, family_of_model
 from apportion.interop.parts import Kind, Parts
-from apportion.trust import expanded
+from apportion.trust import resolved
 
 SAVE = "save it in ours with sae.save"
 
@@ -75,7 +75,7 @@ def dict_of(value: Any) -> dict[str, Any]:
 
 def empty_folder(folder: str | Path) -> Path:
     """The folder, which does not exist or is empty; ValueError if it is not so."""
-    path = expanded(folder).resolve()
+    path = resolved(folder)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{folder} is a file. Give a new folder.")
     if occupied(path):

@@ -13,6 +13,7 @@ two newer ones are on the disk. A run goes on from the newest that is whole, wha
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from apportion.activations.batch import Source
+from apportion.answers import out_of_memory
 from apportion.architectures import SAE
 from apportion.architectures.files import load
 from apportion.disk import naming, occupied, plain, read_json, read_record, write_json, write_text
@@ -32,6 +34,7 @@ from apportion.locks import LOCK, Lock
 from apportion.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from apportion.training.same import check_same
 from apportion.training.verdict import Verdict
+from apportion.trust import expanded
 
 if TYPE_CHECKING:
     from apportion.training.trainer import Trainer
@@ -40,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 KEPT = 2
 """Checkpoints that a run keeps: if the disk damages one, there is another."""
+NOT_THEIRS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
+"""Errors of reading a checkpoint that have nothing to do with it; an older one would meet them too."""
 RUN, LOG, FINISHED = "run.json", "metrics.jsonl", "finished.json"
 
 
@@ -55,7 +60,8 @@ class RunFolder:
     def __init__(
         self, folder: Path, description: dict[str, Any], resume: bool, defaults: dict[str, dict[str, Any]]
     ) -> None:
-        self.folder, self.description, self.resume, self.defaults = folder.expanduser(), description, resume, defaults
+        folder = expanded(folder).absolute()  # whatever becomes of the current directory meanwhile
+        self.folder, self.description, self.resume, self.defaults = folder, description, resume, defaults
         self._lock = Lock(self.folder / LOCK, f"the run in {folder}")
         self._kept: list[Path] = []
         self._saved_tokens: int | None = None
@@ -69,7 +75,7 @@ class RunFolder:
         with ExitStack() as if_it_fails:
             with naming(self.folder):
                 if not self.folder.exists():
-                    self.folder.mkdir(parents=True)
+                    self.folder.mkdir(parents=True, exist_ok=True)
                     sync_folder(self.folder.parent)
                     if_it_fails.callback(_remove_if_empty, self.folder)
                 if_it_fails.enter_context(self._lock)
@@ -147,9 +153,9 @@ class RunFolder:
         damaged one. ValueError if it is of another source."""
         try:
             checkpoint = read_checkpoint(folder, trainer)
-        except (PermissionError, MemoryError):
-            raise
         except Exception as error:  # whatever damage makes of reading
+            if out_of_memory(error) or (isinstance(error, OSError) and error.errno in NOT_THEIRS):
+                raise
             problem = str(error)
         else:
             try:
@@ -163,6 +169,10 @@ class RunFolder:
     def _cut_log(self, steps: int) -> None:
         """Forget lines after the checkpoint, which will be written again, and what is no line of ours."""
         file = self.folder / LOG
+        if file.is_symlink():
+            raise ValueError(
+                f"{file} is a link, and would be written to: put the file itself in its place, or remove it."
+            )
         if not file.is_file():
             return
         lines = file.read_bytes().splitlines(keepends=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apportion.activations.fingerprint import model_difference
+from apportion.disk import json_text
 
 MAY_DIFFER = {
     "log_every_steps", "checkpoint_every_tokens", "checkpoint_every_minutes", "folder", "folders", "filtered",
@@ -25,7 +26,7 @@ def check_same(
     A setting that the record lacks, because the version that wrote it had none, meant its default, which `defaults` has
     for each part. Of the source only what was recorded is compared.
     """
-    now = json.loads(json.dumps(now))
+    now = json.loads(json_text(now))  # as a record has it
     for part, where in (("sae", ("sae", "settings")), ("objective", ("objective",)), ("train", ("train",)),
                         ("source", ("source",))):  # fmt: skip
         old, new = _at(before, where, folder, optional=part == "objective"), _at(now, where, folder, optional=True)

@@ -28,7 +28,7 @@ from apportion.activations.sane import SaneRows
 from apportion.architectures import SAE, SAES
 from apportion.architectures.inputs import as_tensor
 from apportion.disk import all_finite
-from apportion.interrupt import Interrupted, Interrupts
+from apportion.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.processes import refuse_several_processes
 from apportion.settings import plain_number
 from apportion.torch_state import usual
@@ -82,6 +82,7 @@ class Trainer:
         self.verdict: Verdict | None = None
         """After `fit`: what makes the result useless, if anything does."""
         self._input_ready = not any(s.needs_fit for s in self.saes)
+        self._torn = False
 
     @property
     def sae(self) -> SAE:
@@ -220,7 +221,8 @@ class Trainer:
                 run = until_then.enter_context(folder)
             try:
                 self._run(source, run, total_steps, progress, interrupts)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stopped:
+                self._torn = isinstance(stopped, GivenUp)
                 raise Interrupted(f"stopped at step {self.steps}" if run is None else run.left(self)) from None
         return self.sae
 
@@ -234,6 +236,8 @@ class Trainer:
             for sae in self.saes:
                 sae.eval()
             return
+        if self._torn:
+            raise ValueError("This trainer was broken off within a step, and there is no checkpoint: make a new one.")
         with interrupts.let_through():
             if not getattr(source, "makes_rows", False) and self.steps < total_steps:
                 self._fit_input(self._sane_sample(source))
@@ -382,3 +386,4 @@ class Trainer:
             own.load_state({n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")})
         self.steps, self.tokens, self.seconds = values["steps"], values["tokens"], values["seconds"]
         self._input_ready = True
+        self._torn = False

@@ -15,7 +15,7 @@ ROWS = 8192
 """Held-out rows on which FVU is measured."""
 FAR, LOST = 2.0, 10.0
 """L0 is far from k above FAR times k and below k / FAR; below k / LOST hardly anything fires."""
-WORSE = 2.0
+WORSE = 10.0
 """An FVU above this does not come from training too short."""
 
 
