@@ -40,7 +40,7 @@ def main() -> int:
         for family, n in sorted(families.items())
     ]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "safetensors", "transformers"))
-    head = f"{date.today()}, {hardware('cpu')}, {platform.system()} {platform.release()}, {versions}:\n\n"
+    head = f"{date.today()}, {hardware('cpu')}, {platform.system()}, {versions}:\n\n"
     table = markdown(["What was tried", "Trials", "Survived", "Did not come about"], lines)
     write_text(options.docs, between(options.docs, "trials", head + table))
     print(table)
