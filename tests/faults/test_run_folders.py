@@ -143,6 +143,7 @@ def line(text: bytes) -> Callable[[Path], Any]:
 STRAY: dict[str, Callable[[Path], Any]] = {
     "a line of the log that is no JSON": line(b"garbage\n"),
     "a byte of the log that is no text": line(b'{"step": 9, "\xff\xfe": 1}\n\xff\n'),
+    "half a character in the log": line(b'{"step": 3, "x": "\xed\xa0\x80"}\n'),
     "zeros at the end of the log": line(bytes(4096)),
     "a line that is cut off": line(b'{"step": 9, "lo'),
     "a line without a step": line(b'{"loss": 1}\n[1]\n7\n{"step": "9"}\n{"step": null}\n'),

@@ -241,7 +241,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 def step_of(line: bytes) -> int | None:
     """The step of a line of the log; None if it is none of ours."""
     try:
-        found = json.loads(line)
+        found = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
     return found.get("step") if isinstance(found, dict) else None
