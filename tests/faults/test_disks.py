@@ -151,7 +151,7 @@ FULL = [(f"{name} on {size} KiB", name, size) for name in COMMANDS for size in S
 
 
 @pytest.mark.fault("full disk")
-@pytest.mark.parametrize("case", trials(FULL, 6))
+@pytest.mark.parametrize("case", trials(FULL, 5))
 def test_a_full_disk(case: tuple[str, str, int], confined: Confined, made: Path) -> None:
     _, name, size = case
     try_it(confined, name, made, f"size={size + (32 if name == 'save' else 0)}k", "size=64m")
@@ -182,7 +182,7 @@ LIMITS = [(f"{name}, files of {n}", name, n) for name in COMMANDS for n in (100,
 
 
 @pytest.mark.fault("quotas")
-@pytest.mark.parametrize("case", trials(LIMITS, 5))
+@pytest.mark.parametrize("case", trials(LIMITS, 3))
 def test_files_that_may_not_grow(case: tuple[str, str, int], confined: Confined, made: Path) -> None:
     _, name, size = case
     try_it(confined, name, made, "size=64m", "size=64m", "File too large", limits={"FSIZE": size})
@@ -220,7 +220,7 @@ SECRET = {"cache": "acts/model.layers.1/00000.safetensors", "tokens": "acts/toke
 
 
 @pytest.mark.fault("read-only")
-@pytest.mark.parametrize("name", trials(list(SECRET), 2))
+@pytest.mark.parametrize("name", trials(list(SECRET), 1))
 def test_what_may_not_be_read_is_not_called_damaged(name: str, made: Path) -> None:
     secret = made / SECRET[name]
     mode = secret.stat().st_mode
