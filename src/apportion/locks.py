@@ -1,6 +1,6 @@
 """One process at a time writes a run, or a cache.
 
-    with Lock(folder, "the run in runs/x"):      ValueError if somebody else has it
+    with Lock(file, "the run in runs/x"):      ValueError if somebody else has it
 
 A lock is a file that its holder keeps locked (flock, which ends with the process, however it ends) and touches every
 minute; it says which process of which boot of which machine holds it, since when. Where flock does not reach, because

@@ -132,7 +132,7 @@ def test_what_many_rows_are_is_no_outlier():
     """Most rows all but empty, as of a layer that writes to few tokens."""
     x = rows()
     x[torch.arange(len(x)) % 5 < 3] *= 1e-8
-    trainer().fit(x, progress=False)
+    assert trainer().fit(x, progress=False).info["calibration"]["tokens"] > 0
 
 
 @pytest.mark.fault("divergence")

@@ -5,7 +5,7 @@ metrics.jsonl       one line every few steps
 checkpoint-<step>/  everything to go on from there; the last two are kept
 config.json, model.safetensors    the finished SAE: ap.load(folder); of several, each in its folder sae-<i>
 finished.json       comes last: the run is over
-.lock               while a process writes here
+.apportion.lock     while a process writes here
 
 At every moment there is a whole checkpoint that survives a power cut, once there has been one: an older one goes when
 two newer ones are on the disk. A run goes on from the newest that is whole, whatever happened to others.
@@ -184,7 +184,7 @@ class RunFolder:
             write_text(file, b"".join(kept).decode())
 
     def finish(self, trainer: Trainer) -> None:
-        """The finished SAE replaces the checkpoints, unless the run came to nothing: then they stay."""
+        """The finished SAE replaces the checkpoints, unless there is something wrong with it: then they stay."""
         self._lock.check()
         for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
             sae.save(self.folder / name)

@@ -80,7 +80,7 @@ class Trainer:
         self.tokens = 0
         self.seconds = 0.0
         self.verdict: Verdict | None = None
-        """After `fit`: what makes the result useless, if anything does."""
+        """After `fit`: what is wrong with the result, if anything is."""
         self._input_ready = not any(s.needs_fit for s in self.saes)
         self._torn = False
 
