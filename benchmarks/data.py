@@ -43,7 +43,7 @@ def synthetic(rows: int, d_in: int, seed: int = 0) -> Tensor:
 
 def from_cache(folder: Path, hookpoint: str | None, rows: int, seed: int = 0) -> Tensor:
     """Random rows of a cache that `apportion collect` wrote, those that its filter left in."""
-    from apportion.activations import ActivationStore
+    from apportion.rows import ActivationStore
 
     store = ActivationStore(folder, hookpoint)
     kept = store.mask.nonzero().squeeze(1)

@@ -24,7 +24,7 @@ import torch
 
 import apportion as ap
 from apportion import durable, locks
-from apportion.activations import ArraySource
+from apportion.rows import ArraySource
 from apportion.training import checkpoint, run
 from benchmarks.train_step import hardware
 

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 
 import apportion as ap
 from apportion import SAES, load
-from apportion.activations.manifest import sealed
 from apportion.allocation import RULES, Candidates, Rule, Settled
 from apportion.architectures import rule_choices
 from apportion.cli import main, parse
 from apportion.cli.arguments import parse_count, whole_number
+from apportion.rows.manifest import sealed
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion.activations import ActivationStore, CacheSource, load_model
-from apportion.activations.collect import collect
 from apportion.architectures import calibrate
 from apportion.cli import main
 from apportion.evals import Measurement, held_out_rows, rows
 from apportion.evals.table import off_budget, print_table
+from apportion.language import load_model
+from apportion.language.collect import collect
+from apportion.rows import ActivationStore, CacheSource
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
 POINT, OTHER = "model.layers.1", "model.layers.2"
@@ -341,7 +342,7 @@ def test_which_text_fires_a_latent(home: Path) -> None:
 
 
 def load_model_tokens(store: ActivationStore, row: int) -> str:
-    from apportion.activations.model import load_tokenizer
+    from apportion.language.model import load_tokenizer
 
     tokenizer = load_tokenizer(store.manifest["model"]["name_or_path"])
     return tokenizer.decode([int(store.tokens[row])]).strip()

@@ -9,17 +9,17 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
+from sae_pages import Described, page, pages
 
 import apportion as ap
-from apportion.activations import load_model
-from apportion.activations.collect import collect
 from apportion.allocation import RULES, Rule
 from apportion.architectures import SAES, NamedSAE, rule_choices
 from apportion.architectures.plain import Plain
 from apportion.cli import main
 from apportion.cli.train import train_command
 from apportion.interop.export import writable
-from apportion.recipes.sae_pages import Described, page, pages
+from apportion.language import load_model
+from apportion.language.collect import collect
 from apportion.testing import CHECKS, Subject, check_sae
 from apportion.testing.files import exported
 

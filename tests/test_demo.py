@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from apportion.activations import TextSource, collect
 from apportion.cli import main
+from apportion.language import TextSource, collect
 from apportion.recipes import demo as recipe
 from apportion.recipes.demo import METHODS, Demo
 from apportion.training import Trainer

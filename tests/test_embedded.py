@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from embedded_card import WriteCard, fitting, loss_per_character
+from embedded_corpus import Sampling, WriteCorpus, draw, ends, sample_batch, sample_stories, write_xz
+from embedded_model import END, TrainModel, stories
 
 from apportion import embedded
-from apportion.activations import load_model
-from apportion.activations.collect import collect
-from apportion.recipes.embedded_card import WriteCard, fitting, loss_per_character
-from apportion.recipes.embedded_corpus import Sampling, WriteCorpus, draw, ends, sample_batch, sample_stories, write_xz
-from apportion.recipes.embedded_model import END, TrainModel, stories
+from apportion.language import load_model
+from apportion.language.collect import collect
 
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from embedded_card import loss_per_character
+from embedded_model import TrainModel
 
-from apportion.activations import GroundTruthConfig, TextSource, load_model
-from apportion.activations.collect import collect
 from apportion.architectures import SAES
+from apportion.language import TextSource, load_model
+from apportion.language.collect import collect
 from apportion.recipes import command
 from apportion.recipes.compare import METHODS, Compare
-from apportion.recipes.embedded_card import loss_per_character
-from apportion.recipes.embedded_model import TrainModel
 from apportion.recipes.family import Family
 from apportion.recipes.family_parts import CachePart, TruthPart
 from apportion.recipes.objectives import Objectives
 from apportion.recipes.switch import SwitchComparison
+from apportion.synthetic import GroundTruthConfig
 from apportion.training import Trainer
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905

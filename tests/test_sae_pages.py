@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from sae_pages import SECTIONS, Described, Pages, pages, plain, write
 
 from apportion.architectures import SAES
 from apportion.cli import parse
-from apportion.recipes.sae_pages import SECTIONS, Described, Pages, pages, plain, write
 
 DOCS = Path(__file__).parents[1] / "docs" / "saes"
 PAGES = pages()
@@ -19,14 +19,14 @@ def test_the_committed_pages_are_those_of_the_docstrings() -> None:
     committed = {file.name: file.read_text(encoding="utf-8") for file in DOCS.iterdir()}
     assert committed.keys() == PAGES.keys()
     changed = [name for name, text in PAGES.items() if committed[name] != text]
-    assert not changed, "run python -m apportion.recipes.sae_pages"
+    assert not changed, "run python tools/sae_pages.py"
 
 
 @pytest.mark.parametrize("name", SAES)
 def test_every_page_is_complete(name: str) -> None:
     text = PAGES[f"{name}.md"]
     for title in (*SECTIONS, "The architecture", "The rule of allocation", "Settings"):
-        assert f"\n## {title}\n\n" in text, f"{title}: see the docstring of apportion.recipes.sae_pages"
+        assert f"\n## {title}\n\n" in text, f"{title}: see the docstring of sae_pages"
     for setting in SAES[name].settings():
         (line,) = [line for line in text.splitlines() if line.startswith(f"| `{setting}` |")]
         assert len(line.split("|")[-2].strip()) > 5, f"{setting} has no docstring"

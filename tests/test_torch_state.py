@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import apportion as ap
-from apportion.activations import load_model
-from apportion.activations.collect import collect
-from apportion.activations.store import ActivationStore
 from apportion.evals import evaluate_rows
+from apportion.language import load_model
+from apportion.language.collect import collect
+from apportion.rows.store import ActivationStore
 from apportion.torch_state import in_eval_mode, usual
 
 

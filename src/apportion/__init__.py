@@ -9,30 +9,30 @@ x_hat = sae.decode(latents)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from apportion.activations.batch import Batch as Batch
 from apportion.architectures import SAES as SAES
 from apportion.architectures import create as create
 from apportion.architectures import to_jumprelu as to_jumprelu
 from apportion.architectures.base import SAE as SAE
-from apportion.intervene import ablate as ablate
-from apportion.intervene import splice as splice
-from apportion.intervene import steer as steer
 from apportion.latents import Latents as Latents
+from apportion.rows.batch import Batch as Batch
 from apportion.training import TrainConfig as TrainConfig
 from apportion.training import Trainer as Trainer
 
 if TYPE_CHECKING:
     from apportion import testing as testing
-    from apportion.evals.examples import examples_of as examples_of
     from apportion.interop.adapters import to_sae_bench as to_sae_bench
     from apportion.interop.adapters import to_sae_lens as to_sae_lens
     from apportion.interop.delphi import write_delphi_cache as write_delphi_cache
     from apportion.interop.export import export as export
     from apportion.interop.load import load as load
     from apportion.interop.publish import push_to_hub as push_to_hub
+    from apportion.language.intervene import ablate as ablate
+    from apportion.language.intervene import splice as splice
+    from apportion.language.intervene import steer as steer
+    from apportion.viewing.examples import examples_of as examples_of
 
 LATER = {
-    "examples_of": "apportion.evals.examples",
+    "examples_of": "apportion.viewing.examples",
     "testing": "apportion.testing",
     "load": "apportion.interop.load",
     "export": "apportion.interop.export",
@@ -40,14 +40,14 @@ LATER = {
     "to_sae_bench": "apportion.interop.adapters",
     "to_sae_lens": "apportion.interop.adapters",
     "write_delphi_cache": "apportion.interop.delphi",
+    **dict.fromkeys(("ablate", "splice", "steer"), "apportion.language.intervene"),
 }
 """Imported when they are first used: modules, and functions of the same name."""
 
 
 def __dir__() -> list[str]:
     """The public names, and no others."""
-    here = ["SAE", "SAES", "Batch", "Latents", "TrainConfig", "Trainer", "ablate", "create", "splice", "steer"]
-    return sorted([*here, "to_jumprelu", *LATER])
+    return sorted(["SAE", "SAES", "Batch", "Latents", "TrainConfig", "Trainer", "create", "to_jumprelu", *LATER])
 
 
 def __getattr__(name: str) -> Any:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion.activations import ArraySource
 from apportion.allocation import RULES, StepContext
+from apportion.rows import ArraySource
 
 D_IN, D_SAE, K = 8, 40, 3
 

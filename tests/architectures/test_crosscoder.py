@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion.activations import Batch, load_model
-from apportion.activations.collect import collect
 from apportion.allocation import StepContext, reference
 from apportion.architectures import crosscoder
 from apportion.architectures.crosscoder import Crosscoder
 from apportion.evals import model_diff
 from apportion.evals.model_diff import ModelDiff, direction_cosines, relative_norms, site_shares
-from apportion.training.objectives import TrainingContext, local_reconstruction
+from apportion.language import load_model
+from apportion.language.collect import collect
+from apportion.rows import Batch
+from apportion.training.objective import TrainingContext, local_reconstruction
 
 D_IN, D_SAE, K, TOKENS = 6, 26, 3, 31
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion.activations import ArraySource, load_model
-from apportion.activations.collect import collect
 from apportion.architectures.fixed_basis import principal_components
 from apportion.cli import main
+from apportion.language import load_model
+from apportion.language.collect import collect
+from apportion.rows import ArraySource
 
 D_IN = 6
 

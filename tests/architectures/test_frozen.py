@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion.activations import ArraySource
 from apportion.architectures.frozen import within_cone
+from apportion.rows import ArraySource
 
 D_IN, D_SAE, K = 8, 32, 3
 

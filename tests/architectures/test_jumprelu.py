@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import apportion as ap
 from apportion.allocation import StepContext, reference
 from apportion.architectures.base import Pass
-from apportion.training.objectives import TrainingContext, local_reconstruction
+from apportion.training.objective import TrainingContext, local_reconstruction
 
 D_IN, D_SAE, K, TOKENS = 12, 50, 4, 63
 OBJECTIVES = ("l0", "l0_target", "tanh")

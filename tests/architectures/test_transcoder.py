@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion.activations import ArraySource, Batch
 from apportion.allocation import StepContext, reference
 from apportion.architectures.transcoder import Transcoder
-from apportion.training.objectives import TrainingContext, local_reconstruction
+from apportion.rows import ArraySource, Batch
+from apportion.training.objective import TrainingContext, local_reconstruction
 
 D_IN, D_OUT, D_SAE, K, TOKENS = 7, 5, 22, 3, 33
 

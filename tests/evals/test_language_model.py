@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import apportion as ap
-from apportion.activations import TokenFilter, load_model
-from apportion.activations.hookpoints import capture
 from apportion.evals import evaluate_model
 from apportion.evals.language_model import token_losses
+from apportion.language import load_model
+from apportion.language.hookpoints import capture
+from apportion.rows import TokenFilter
 
 PLACE = "model.layers.1"
 FILTER = TokenFilter(norm_outlier=0, special_ids=(2,))

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion.activations import Batch
 from apportion.evals.layers import LayerStatistics
 from apportion.latents import Latents
+from apportion.rows import Batch
 
 LAYERS, D_SAE, TOKENS = 4, 6, 37
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion.activations import GroundTruthConfig, GroundTruthSource
-from apportion.activations.batch import Batch
 from apportion.architectures import SAES
 from apportion.evals import recovery
 from apportion.evals.recovery import correlation_matrix, decoder_directions, detection, matching
 from apportion.latents import Latents
+from apportion.rows.batch import Batch
+from apportion.synthetic import GroundTruthConfig, GroundTruthSource
 
 N = 8
 

@@ -13,12 +13,9 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion.activations import ActivationStore, CacheSource, load_model
-from apportion.activations.collect import collect
 from apportion.cli import main
 from apportion.evals import Measurement, evaluate_rows, held_out_rows
 from apportion.evals.baselines import pca_curve
-from apportion.evals.examples import AFTER, BEFORE, Example, activations_on, example_pieces, find_examples, pieces
 from apportion.evals.plots import fvu_chart
 from apportion.evals.report import (
     NUM_LATENTS,
@@ -29,6 +26,10 @@ from apportion.evals.report import (
     spread_latents,
 )
 from apportion.evals.sweep import sweep
+from apportion.language import load_model
+from apportion.language.collect import collect
+from apportion.rows import ActivationStore, CacheSource
+from apportion.viewing.examples import AFTER, BEFORE, Example, activations_on, example_pieces, find_examples, pieces
 
 SENTENCES = ["the cat sat on the old mat", "a dog ran over the hill by the sea", "she read a book about the sun"]
 CONTEXT = 32

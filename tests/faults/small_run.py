@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import apportion as ap
-from apportion.activations import ArraySource
+from apportion.rows import ArraySource
 
 D_IN, BATCH, STEPS, EVERY = 8, 32, 14, 3
 

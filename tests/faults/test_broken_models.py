@@ -10,8 +10,8 @@ import pytest
 from commands import assert_one_line, without_privileges
 from trials import trials
 
-from apportion.activations import load_model
 from apportion.cli import main
+from apportion.language import load_model
 
 
 def edit(name: str, **values):

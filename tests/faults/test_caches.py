@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from trials import trials
 
-from apportion.activations import ActivationStore, CacheSource, LayersStore, PairStore, SitesStore, open_stores
-from apportion.activations.batch import Batch
-from apportion.activations.filter import TokenFilter
-from apportion.activations.manifest import sealed
-from apportion.activations.shards import BLOCK_BYTES
-from apportion.activations.writer import StoreWriter
 from apportion.architectures import create
 from apportion.cli import main
+from apportion.rows import ActivationStore, CacheSource, LayersStore, PairStore, SitesStore, open_stores
+from apportion.rows.batch import Batch
+from apportion.rows.filter import TokenFilter
+from apportion.rows.manifest import sealed
+from apportion.rows.shards import BLOCK_BYTES
+from apportion.rows.writer import StoreWriter
 from apportion.training import TrainConfig, Trainer
 
 A, B = "model.layers.0", "model.layers.1:in"
@@ -245,7 +245,7 @@ def test_opening_reads_a_few_blocks_of_a_file(acts: Path, monkeypatch: pytest.Mo
     def sizes(*_: Any) -> None:
         raise AssertionError("all of a file was read")
 
-    monkeypatch.setattr("apportion.activations.store.sha256_of", sizes)
+    monkeypatch.setattr("apportion.rows.store.sha256_of", sizes)
     store = ActivationStore(acts, A)
     with pytest.raises(AssertionError):
         store.verify()

@@ -11,9 +11,9 @@ from torch import Tensor
 from trials import trials
 
 import apportion as ap
-from apportion.activations import ArraySource
-from apportion.activations.stream import StreamSource
 from apportion.cli import main
+from apportion.rows import ArraySource
+from apportion.rows.stream import StreamSource
 
 D_IN, ROWS, BATCH = 8, 2000, 100
 
@@ -89,7 +89,7 @@ def test_the_target_of_a_transcoder(bad):
 @pytest.mark.parametrize("bad", trials(list(BAD), 4))
 def test_a_stream_is_looked_at_as_it_comes(bad, monkeypatch):
     """Its rows are read in parts, of which only the first is there before training."""
-    monkeypatch.setattr("apportion.activations.stream.SAMPLE_ROWS", 200)
+    monkeypatch.setattr("apportion.rows.stream.SAMPLE_ROWS", 200)
     x = rows()
     x[1509, 0] = BAD[bad]
     assert int(((torch.arange(ROWS + 1) * 0.1 + 1e-9).floor().diff() > 0)[1509]), "a row that is held out"

@@ -24,7 +24,7 @@ from small_run import contents, train
 from trials import trials
 
 import apportion as ap
-from apportion.activations.collect import collect, load_model
+from apportion.language.collect import collect, load_model
 
 
 def _sae(seed: int) -> ap.SAE:

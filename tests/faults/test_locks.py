@@ -15,9 +15,9 @@ from small_run import Watched, contents, newest_step, train
 
 import apportion as ap
 from apportion import locks
-from apportion.activations.collect import collect, load_model
 from apportion.disk import whole_folder, write_json
 from apportion.durable import place_in, sweep
+from apportion.language.collect import collect, load_model
 from apportion.locks import LOCK, Lock, host_name, this_process
 
 pytestmark = pytest.mark.fault("two processes on one folder")

@@ -17,9 +17,9 @@ import torch
 from children import end_of, orphans, start
 from small_run import EVERY, Watched, contents, train, trainer
 
-from apportion.activations import ActivationStore
-from apportion.activations.collect import collect, load_model
 from apportion.disk import whole_folder
+from apportion.language.collect import collect, load_model
+from apportion.rows import ActivationStore
 
 pytestmark = pytest.mark.fault("one process")
 

@@ -15,9 +15,6 @@ from test_caches import D_IN, A, write_cache
 from trials import trials
 
 import apportion as ap
-from apportion.activations import ActivationStore, TextSource, TokenFilter, load_model
-from apportion.activations.model import load_tokenizer
-from apportion.activations.writer import StoreWriter, check_out
 from apportion.architectures import files
 from apportion.cli import main
 from apportion.disk import write_json
@@ -25,6 +22,10 @@ from apportion.interop.delphi import write_delphi_cache
 from apportion.interop.export import export, writable
 from apportion.interop.hub import select
 from apportion.interop.publish import push_to_hub
+from apportion.language import TextSource, load_model
+from apportion.language.model import load_tokenizer
+from apportion.rows import ActivationStore, TokenFilter
+from apportion.rows.writer import StoreWriter, check_out
 from apportion.trust import expanded, refuse_mistyped, within
 
 OUT = [

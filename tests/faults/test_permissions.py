@@ -13,8 +13,8 @@ from children import end_of, start
 from small_run import train
 
 import apportion as ap
-from apportion.activations.collect import collect, load_model
 from apportion.disk import write_json, write_tensors
+from apportion.language.collect import collect, load_model
 
 pytestmark = pytest.mark.fault("permissions")
 

@@ -18,9 +18,9 @@ import torch
 from trials import trials
 
 import apportion as ap
-from apportion.activations import TextSource, load_model
-from apportion.activations.model import load_tokenizer
 from apportion.cli import main
+from apportion.language import TextSource, load_model
+from apportion.language.model import load_tokenizer
 
 CODE = """
 from pathlib import Path

@@ -17,11 +17,11 @@ from test_caches import D_IN, A, write_cache
 from trials import trials
 
 import apportion as ap
-from apportion.activations.progress import progress_bar
 from apportion.cli import main
 from apportion.cli.arguments import Harmless
 from apportion.evals.table import print_table
 from apportion.interop.card import model_card
+from apportion.progress import progress_bar
 from apportion.trust import shown
 
 NAMES = [

@@ -15,11 +15,11 @@ from torch import nn
 from trained import DATA, SAES, trained
 
 import apportion as ap
-from apportion.activations import ActivationStore, TokenFilter
-from apportion.activations.writer import StoreWriter
 from apportion.interop.adapters import PassesOutliers
 from apportion.interop.export import unit
 from apportion.interop.outliers import Outliers
+from apportion.rows import ActivationStore, TokenFilter
+from apportion.rows.writer import StoreWriter
 
 RECONSTRUCTING = [(name, settings) for name, settings in SAES if "transcoder" not in name]
 X = DATA[:24]

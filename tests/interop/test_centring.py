@@ -15,9 +15,9 @@ from safetensors.torch import save
 from test_sae_lens import METADATA, forward, settings_of, tensors_of, write
 
 import apportion as ap
-from apportion.activations.hookpoints import hooked
 from apportion.interop.hook_names import LAYER_NORM, LAYERS, STREAM, WITHIN, is_centred, to_hookpoint
 from apportion.interop.releases import CENTRED, RELEASES
+from apportion.language.hookpoints import hooked
 
 CENTRE = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
 X = inputs() + 3 * torch.arange(len(inputs()))[:, None]

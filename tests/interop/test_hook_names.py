@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from apportion.activations.hookpoints import capture
 from apportion.interop.hook_names import (
     LAYERS,
     STREAM,
@@ -19,6 +18,7 @@ from apportion.interop.hook_names import (
     origin,
     to_hookpoint,
 )
+from apportion.language.hookpoints import capture
 
 TINY: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 2, "n_head": 2, "n_embd": 16},

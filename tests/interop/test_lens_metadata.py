@@ -14,9 +14,9 @@ from test_sae_lens import METADATA, settings_of, tensors_of, write
 from trained import trained
 
 import apportion as ap
-from apportion.activations import TokenFilter
-from apportion.activations.filter import trained_filter
 from apportion.interop.contexts import bos_prepended, outlier_limit
+from apportion.rows import TokenFilter
+from apportion.rows.filter import trained_filter
 
 FILTER = TokenFilter(special_ids=(0, 2), median_norm=7.5)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from trained import DATA, SAES, trained
 
 import apportion as ap
-from apportion.activations import TokenFilter
 from apportion.interop.export import unit
+from apportion.rows import TokenFilter
 
 X = DATA[:40]
 

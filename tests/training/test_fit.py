@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion.activations import ArraySource
 from apportion.interrupt import TOLD, GivenUp, Interrupts
 from apportion.metrics import FVU
+from apportion.rows import ArraySource
 
 D_IN, D_SAE, K, BATCH, STEPS = 8, 48, 3, 32, 20
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import apportion as ap
-from apportion.activations import Source
-from apportion.activations.stream import StreamSource
 from apportion.cli import main
+from apportion.rows import Source
+from apportion.rows.stream import StreamSource
 from apportion.training import local_reconstruction
 from apportion.training.given import source_of
 

@@ -6,7 +6,7 @@ import torch
 import apportion as ap
 from apportion.allocation import StepContext
 from apportion.architectures import affine
-from apportion.training.objectives import TrainingContext, local_reconstruction
+from apportion.training.objective import TrainingContext, local_reconstruction
 
 D_IN, D_SAE, K = 8, 48, 3
 """So few active latents that all sums run over lists of matches, not over dense blocks."""

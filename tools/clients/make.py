@@ -23,13 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import apportion as ap
-from apportion.activations import ActivationStore, CacheSource, PairStore, TokenFilter, load_model, read_contexts
-from apportion.activations.collect import collect
-from apportion.activations.hookpoints import capture, hooked
 from apportion.embedded import MODEL, stories
 from apportion.evals.language_model import token_losses
 from apportion.interop.export import unit
+from apportion.language import load_model, read_contexts
+from apportion.language.collect import collect
+from apportion.language.hookpoints import capture, hooked
 from apportion.metrics import FVU
+from apportion.rows import ActivationStore, CacheSource, PairStore, TokenFilter
 
 HOOKPOINT, MLP = "model.layers.2", "model.layers.2.mlp"
 CONTEXT, CONTEXTS = 64, 96

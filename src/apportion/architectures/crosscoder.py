@@ -27,7 +27,7 @@ To compare two models, say a base model and what became of it by fine-tuning, co
 the same text with the same tokenizer, and put the caches side by side:
 
     import apportion as ap
-    from apportion.activations import ActivationStore, CacheSource, SitesStore
+    from apportion.rows import ActivationStore, CacheSource, SitesStore
     from apportion.evals import evaluate_rows, held_out_rows, model_diff
 
     sites = SitesStore([ActivationStore("acts-base", "model.layers.8"), ActivationStore("acts-chat", "model.layers.8")])

@@ -100,7 +100,7 @@ class Text:
 
     def source(self, model: str | None = None) -> Any:
         """The text; without one, the stories that come with the package if it is for the model that does."""
-        from apportion.activations import TextSource
+        from apportion.language import TextSource
 
         if model == "embedded" and self == Text():
             from apportion.embedded import stories
@@ -130,7 +130,7 @@ class Filter:
     """Keep BOS, EOS and other special tokens."""
 
     def token_filter(self) -> Any:
-        from apportion.activations import TokenFilter
+        from apportion.rows import TokenFilter
 
         return TokenFilter(
             special_tokens=not self.keep_special_tokens,
@@ -159,7 +159,7 @@ class Model:
 
     def load(self, name: str, dtype: str | None = None) -> tuple[Any, Any]:
         """The model and its tokenizer; `dtype` is the precision unless an option says otherwise."""
-        from apportion.activations import load_model
+        from apportion.language import load_model
 
         return load_model(
             name,
@@ -188,7 +188,7 @@ def check_same_model(
     trained_on: Mapping[str, Any], found: Mapping[str, Any], where: str, allowed: bool = False
 ) -> None:
     """Refuse activations of another model than the SAE was trained on; if it is `allowed`, say what that means."""
-    from apportion.activations.fingerprint import model_difference
+    from apportion.rows.same_model import model_difference
 
     ours, theirs = trained_on.get("model") or {}, found.get("model") or {}
     difference = model_difference(ours, theirs)

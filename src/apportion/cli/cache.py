@@ -49,7 +49,7 @@ class Cache:
 
 
 def say_cache(path: Path) -> None:
-    from apportion.activations.manifest import read_manifest
+    from apportion.rows.manifest import read_manifest
 
     manifest = read_manifest(path)
     say(f"{path}: activation cache, {manifest['rows']:,} tokens, {manifest['dtype']}")
@@ -60,6 +60,6 @@ def say_cache(path: Path) -> None:
 
 def verify(path: Path) -> None:
     """ValueError unless every hookpoint can be opened and every file has the digest in the manifest."""
-    from apportion.activations.sites import open_stores
+    from apportion.rows.sites import open_stores
 
     open_stores(path)[0].verify(progress=True)

@@ -52,8 +52,8 @@ class Collect:
                 say(f"  of the text {what}: {', '.join(f'{n:,} {reason}' for reason, n in counts.items())}")
 
     def _collect(self) -> dict[str, Any]:
-        from apportion.activations.collect import collect
-        from apportion.activations.writer import check_out
+        from apportion.language.collect import collect
+        from apportion.rows.writer import check_out
 
         source = self.corpus.source(self.model)
         check_out(self.out)

@@ -141,8 +141,8 @@ class Eval:
 
     def _store(self, folder: str | Path, sae: Any) -> Any:
         """What to evaluate on; for an SAE of all layers its layers side by side, because that is how they are read."""
-        from apportion.activations import ActivationStore
-        from apportion.activations.sites import SitesStore
+        from apportion.rows import ActivationStore
+        from apportion.rows.sites import SitesStore
 
         folders = sae.info.get("source", {}).get("folders")
         if folders is not None and self.acts is None:
@@ -156,7 +156,7 @@ class Eval:
 
     def _load(self, saes: dict[str, Any]) -> tuple[Any, Any, str]:
         """The model that all SAEs belong to, its tokenizer and name."""
-        from apportion.activations.fingerprint import model_fingerprint
+        from apportion.language.fingerprint import model_fingerprint
 
         names = {sae.info.get("source", {}).get("model", {}).get("name_or_path") for sae in saes.values()}
         if self.model is None and (len(names) > 1 or None in names):
@@ -177,12 +177,13 @@ class Eval:
         return model, tokenizer, name
 
     def _in_model(self, sae: Any, model: Any, tokenizer: Any, name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        from apportion.activations import TokenFilter, read_contexts
-        from apportion.activations.filter import trained_filter
-        from apportion.activations.model import check_context_tokens, width_at
         from apportion.evals import evaluate_model
         from apportion.evals.language_model import recalibrate_in_model
         from apportion.evals.rows import same_text
+        from apportion.language import read_contexts
+        from apportion.language.model import check_context_tokens, width_at
+        from apportion.rows import TokenFilter
+        from apportion.rows.filter import trained_filter
 
         trained_on = sae.info.get("source", {})
         hookpoint, target = self.hookpoint or sae.hookpoint, getattr(sae, "target_hookpoint", None)

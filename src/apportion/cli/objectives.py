@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from apportion.training import EndToEnd, MutualConfig, MutualFeatureRegularisation, Objective, local_reconstruction
-from apportion.training.end_to_end import PRESETS
+from apportion.objectives import EndToEnd, MutualConfig, MutualFeatureRegularisation
+from apportion.objectives.end_to_end import PRESETS
+from apportion.training import Objective, local_reconstruction
 
 CONFIGS: dict[str, Any] = {"local": None, "e2e": PRESETS["e2e"], "e2e_ds": PRESETS["e2e_ds"], "mutual": MutualConfig()}
 """The settings of each, if it has any; their values are the defaults."""

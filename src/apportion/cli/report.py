@@ -37,10 +37,10 @@ class Report:
     loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
 
     def run(self) -> None:
-        from apportion.activations.fingerprint import model_fingerprint
         from apportion.disk import check_may_write
         from apportion.evals.report import make_report
         from apportion.interop.load import load
+        from apportion.language.fingerprint import model_fingerprint
 
         if not self.run_folders:
             raise ValueError("Name at least one run folder.")
@@ -127,8 +127,8 @@ class Report:
 
     def _collect(self, trained_on: dict[str, Any], text: Any, model: Any, tokenizer: Any, out: Path) -> Path:
         """Activations on the text, in a cache that lives as long as this command."""
-        from apportion.activations import TokenFilter
-        from apportion.activations.collect import collect
+        from apportion.language.collect import collect
+        from apportion.rows import TokenFilter
 
         collect(
             model,

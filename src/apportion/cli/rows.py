@@ -22,9 +22,9 @@ def kind_of(name: str) -> Kind:
 
 def open_rows(folder: str | Path, name: str, hookpoint: str | None, target_hookpoint: str | None = None) -> Any:
     """The rows of a cache for this SAE; `hookpoint` may be a list with commas and globs where it takes several."""
-    from apportion.activations.manifest import read_manifest
-    from apportion.activations.sites import LayersStore, PairStore, SitesStore, open_stores
-    from apportion.activations.store import ActivationStore
+    from apportion.rows.manifest import read_manifest
+    from apportion.rows.sites import LayersStore, PairStore, SitesStore, open_stores
+    from apportion.rows.store import ActivationStore
 
     kind = kind_of(name)
     if kind == "one":

@@ -121,8 +121,9 @@ class TrainBase:
             raise ValueError(f"--held-out-share must lie between 0 and 1, got {self.held_out_share}.")
 
     def _source(self) -> Any:
-        from apportion.activations import CacheSource, ContextSource, LiveSource, read_contexts
-        from apportion.activations.hookpoints import expand
+        from apportion.language import ContextSource, LiveSource, read_contexts
+        from apportion.language.hookpoints import expand
+        from apportion.rows import CacheSource
 
         self.source = str(expanded(self.source)) if self.source.startswith("~") else self.source
         if not Path(self.source).exists() and self.source != "embedded":

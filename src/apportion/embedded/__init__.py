@@ -6,8 +6,8 @@
 model/          a small Llama that writes simple English stories, in the layout of transformers; README.md is its card
 stories.txt.xz  stories that this model wrote
 
-Both were made by commands of this package: recipes/embedded_model.py trains the model, recipes/embedded_corpus.py lets
-it write the stories, recipes/embedded_card.py measures it and writes the card.
+Both were made by commands of this package: tools/embedded_model.py trains the model, tools/embedded_corpus.py lets
+it write the stories, tools/embedded_card.py measures it and writes the card.
 """
 
 from __future__ import annotations
@@ -30,6 +30,6 @@ def present(path: Path) -> Path:
     if not path.exists():
         raise ValueError(
             f"{path} is missing: install apportion again, or make the embedded model and its stories with "
-            "python -m apportion.recipes.embedded_model and python -m apportion.recipes.embedded_corpus"
+            "python tools/embedded_model.py and python tools/embedded_corpus.py"
         )
     return path

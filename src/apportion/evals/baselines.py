@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apportion.activations.arrays import ArrayStore
-from apportion.activations.sites import Rows
+from apportion.rows.arrays import ArrayStore
+from apportion.rows.sites import Rows
 
 CHUNK = 16384
 

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from apportion.kernels.matching import directions
-from apportion.kernels.primitives import block_rows
+from apportion.blocks import block_rows
+from apportion.matching import directions
 
 DUPLICATE = 0.9
 """Cosine above which two rows count as duplicates, as in the paper's code."""

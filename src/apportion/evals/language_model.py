@@ -25,16 +25,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apportion.activations.effect import check_read
-from apportion.activations.filter import TokenFilter
-from apportion.activations.hookpoints import capture, hooked
-from apportion.activations.model import predicts_next, run_contexts
-from apportion.activations.passes import by_context, parameters_of
-from apportion.activations.progress import progress_bar
 from apportion.architectures import SAE
 from apportion.evals.measure import Measurement
 from apportion.evals.rows import Anew
+from apportion.language.effect import check_read
+from apportion.language.hookpoints import capture, hooked
+from apportion.language.model import predicts_next, run_contexts
+from apportion.language.passes import by_context, parameters_of
 from apportion.metrics import recovered
+from apportion.progress import progress_bar
+from apportion.rows.filter import TokenFilter
 from apportion.torch_state import in_eval_mode, usual
 
 logger = logging.getLogger(__name__)

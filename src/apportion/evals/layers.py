@@ -25,12 +25,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apportion.activations.progress import progress_bar
-from apportion.activations.sites import SitesStore
 from apportion.architectures import SAE
 from apportion.evals.measure import Measurement
 from apportion.latents import Latents
 from apportion.metrics import variance
+from apportion.progress import progress_bar
+from apportion.rows.sites import SitesStore
 from apportion.torch_state import usual
 
 By = Literal["mass", "counts"]

@@ -1,4 +1,4 @@
-"""Does an SAE find the true features? For sources that know them (activations/ground_truth.py), in eval mode.
+"""Does an SAE find the true features? For sources that know them (synthetic/ground_truth.py), in eval mode.
 
 Latents are matched one to one with features so that the summed correlation of their codes is as large as possible. With
 P such pairs, P the smaller of the number of latents and the number of features that fire on the rows:
@@ -22,13 +22,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apportion.activations.batch import Batch
 from apportion.architectures import SAE
 from apportion.architectures.inputs import PER_TOKEN
-from apportion.kernels.matching import assign
-from apportion.kernels.primitives import block_rows, weighted_sums
+from apportion.blocks import block_rows
+from apportion.kernels.primitives import weighted_sums
 from apportion.latents import Latents, concatenated
+from apportion.matching import assign
 from apportion.metrics import FVU, Activations, correlation, variance
+from apportion.rows.batch import Batch
 
 CHUNK = 4096
 

@@ -17,22 +17,22 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from apportion.activations.arrays import ArrayStore
-from apportion.activations.progress import progress_bar
-from apportion.activations.sites import PairStore, Rows
-from apportion.activations.store import ActivationStore
 from apportion.architectures import SAE, SAES
 from apportion.architectures.inputs import is_array
 from apportion.disk import replacing, write_json, write_text
 from apportion.evals.baselines import pca_curve
-from apportion.evals.examples import LatentExamples, as_texts, example_pieces, find_examples, pieces
 from apportion.evals.language_model import CrossEntropies, evaluate_model
 from apportion.evals.measure import Measurement
 from apportion.evals.plots import chart_svg, check_plots, density_chart, difficulty_chart, fvu_chart, l0_chart
 from apportion.evals.rows import evaluate_rows
 from apportion.evals.sweep import sweep
 from apportion.extras import need
+from apportion.progress import progress_bar
+from apportion.rows.arrays import ArrayStore
+from apportion.rows.sites import PairStore, Rows
+from apportion.rows.store import ActivationStore
 from apportion.torch_state import usual
+from apportion.viewing.examples import LatentExamples, as_texts, example_pieces, find_examples, pieces
 
 NUM_LATENTS = 12
 """Latents shown of each SAE."""
@@ -78,7 +78,7 @@ def make_report(
 ) -> Report:
     """Measure SAEs of one kind on `rows` (whole contexts, in order; all by default) and draw up the report.
 
-    `store` is whatever `evaluate_rows` accepts: a cache, stores of activations/sites.py, an array. `model` is the one
+    `store` is whatever `evaluate_rows` accepts: a cache, stores of rows/sites.py, an array. `model` is the one
     the cache was made with; over the first `ce_tokens` of the rows it is run with each SAE spliced in, for the loss
     that this adds. Without it, with `ce_tokens = 0`, and for SAEs of several sites that is left out. Without tokens or
     a tokenizer there are no texts.

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apportion.activations.arrays import ArrayStore
-from apportion.activations.order import held_out_groups, split_held_out
-from apportion.activations.progress import progress_bar
-from apportion.activations.sites import Rows
 from apportion.architectures import SAE
 from apportion.architectures.inputs import is_array
 from apportion.evals.measure import Measurement
+from apportion.progress import progress_bar
+from apportion.rows.arrays import ArrayStore
+from apportion.rows.order import held_out_groups, split_held_out
+from apportion.rows.sites import Rows
 from apportion.torch_state import usual
 
 CHUNK = 4096
@@ -102,7 +102,7 @@ def evaluate_rows(
 ) -> dict[str, Measurement]:
     """Measure SAEs on `rows` of a cache or an array (all of them by default, at most `max_tokens`), in order.
 
-    Transcoders are measured on a `PairStore`, crosscoders on a `SitesStore` (activations/sites.py).
+    Transcoders are measured on a `PairStore`, crosscoders on a `SitesStore` (rows/sites.py).
     """
     store = ArrayStore(store) if is_array(store) else cast(Rows, store)
     rows = torch.arange(store.rows) if rows is None else rows

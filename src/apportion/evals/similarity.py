@@ -13,7 +13,7 @@ import torch
 
 from apportion.architectures import SAE
 from apportion.evals.recovery import decoder_directions
-from apportion.kernels.matching import nearest_rows, one_to_one, pair_cosines
+from apportion.matching import nearest_rows, one_to_one, pair_cosines
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from apportion.activations.filter import TokenFilter, trained_filter
+from apportion.rows.filter import TokenFilter, trained_filter
 
 logger = logging.getLogger(__name__)
 

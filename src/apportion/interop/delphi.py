@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apportion.activations.store import ActivationStore
 from apportion.architectures import SAE
 from apportion.disk import whole_folder, write_json, write_tensors
 from apportion.interop.export import unit
 from apportion.interop.writing import empty_folder
+from apportion.rows.store import ActivationStore
 from apportion.trust import expanded, within
 
 SMALLEST = 1e-5

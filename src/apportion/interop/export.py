@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apportion.activations.filter import trained_filter
 from apportion.allocation import TokenChoice
 from apportion.architectures import SAE
 from apportion.architectures.affine import Affine
@@ -35,6 +34,7 @@ from apportion.interop.formats import FORMATS
 from apportion.interop.lens_metadata import MODEL_CLASSES
 from apportion.interop.parts import Parts
 from apportion.interop.writing import empty_folder
+from apportion.rows.filter import trained_filter
 
 logger = logging.getLogger(__name__)
 OURS = "apportion"

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apportion.kernels.primitives import block_rows, dot_products
+from apportion.blocks import block_rows
+from apportion.kernels.primitives import dot_products
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apportion.kernels.primitives import block_rows, dot_products, weighted_sums
+from apportion.blocks import block_rows
+from apportion.kernels.primitives import dot_products, weighted_sums
 from apportion.latents import Latents
 
 DENSE_SHARE = 0.2

@@ -32,15 +32,18 @@ def listed(kind: type, name: str) -> Any:
     ]
 
 
-def main(recipe: type[Recipe], name: str, about: str | None, argv: Sequence[str] | None = None) -> int:
+def main(
+    recipe: type[Recipe], name: str, about: str | None, argv: Sequence[str] | None = None, *, prog: str = ""
+) -> int:
     """Read the options, run, and return the exit code.
 
-    `name` is that of the module in this folder, and of its logger after "apportion.".
+    `name` is that of the module in this folder, and of its logger after "apportion."; `prog` is how it is called,
+    if not as a recipe.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger(f"apportion.{name}").setLevel(logging.INFO)
 
     def run(words: list[str]) -> None:
-        tyro.cli(recipe, args=words, prog=f"python -m apportion.recipes.{name}", description=about).run()
+        tyro.cli(recipe, args=words, prog=prog or f"python -m apportion.recipes.{name}", description=about).run()
 
     return answered(name, run, argv, stopped="stopped; what was finished is kept.")

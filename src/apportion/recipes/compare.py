@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apportion.activations import ActivationStore, CacheSource
 from apportion.architectures import create, load
 from apportion.disk import read_json, write_json, write_text
 from apportion.evals import evaluate_rows, held_out_rows
@@ -39,6 +38,7 @@ from apportion.recipes.runs import (
     recalibrate,
     spread,
 )
+from apportion.rows import ActivationStore, CacheSource
 from apportion.training import TrainConfig
 
 logger = logging.getLogger("apportion.compare")

@@ -19,16 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apportion.activations import ActivationStore, CacheSource, TextSource, load_model
-from apportion.activations.collect import collect
-from apportion.activations.hookpoints import expand, middle_layer
-from apportion.activations.model import width_at
 from apportion.architectures import SAE, create
 from apportion.disk import occupied, read_json, write_json, write_text
 from apportion.embedded import stories
 from apportion.evals import held_out_rows
 from apportion.evals.report import Report, make_report
 from apportion.extras import need
+from apportion.language import TextSource, load_model
+from apportion.language.collect import collect
+from apportion.language.hookpoints import expand, middle_layer
+from apportion.language.model import width_at
+from apportion.rows import ActivationStore, CacheSource
 from apportion.training import TrainConfig, Trainer
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@
         --model MODEL --text valid.txt --docs docs/family.md
 
 Two tables, mean and standard deviation over seeds, everything in eval mode. On ground truth: FVU, L0, dead latents and
-recovery (activations/ground_truth.py, evals/recovery.py). On the cache, as in compare.py: FVU, L0, dead latents,
+recovery (synthetic/ground_truth.py, evals/recovery.py). On the cache, as in compare.py: FVU, L0, dead latents,
 delta-CE and seconds; thresholds are calibrated on every other context of the evaluation cache, figures are over the
 rest. All get the same k, the same number of latents and the same tokens. With several learning rates in --lrs each SAE
 takes the one with the lowest FVU, for the first seed, on rows that it was neither trained nor calibrated on; those that

@@ -17,17 +17,18 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from apportion.activations import ActivationStore, CacheSource, GroundTruthConfig, GroundTruthSource, Source
-from apportion.activations.batch import Batch
-from apportion.activations.manifest import read_manifest
-from apportion.activations.sites import PairStore, Rows, SitesStore
-from apportion.activations.world import World
 from apportion.architectures import SAE
 from apportion.evals import Measurement, evaluate_rows, held_out_rows
 from apportion.evals.recovery import recovery
 from apportion.latents import Latents
 from apportion.recipes.command import listed
 from apportion.recipes.runs import at_equal_l0, check_same_place, in_language_model, least, spread
+from apportion.rows import ActivationStore, CacheSource, Source
+from apportion.rows.batch import Batch
+from apportion.rows.manifest import read_manifest
+from apportion.rows.sites import PairStore, Rows, SitesStore
+from apportion.synthetic import GroundTruthConfig, GroundTruthSource
+from apportion.synthetic.world import World
 from apportion.training import TrainConfig
 
 VALIDATION_SEED = 1 << 20

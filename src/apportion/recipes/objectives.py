@@ -4,11 +4,11 @@
 
 Three tables on one model, by default the one inside the package on its own stories, everything in eval mode:
 
-    mutual       two SAEs side by side with and without the penalty of training/mutual.py: how alike they become
+    mutual       two SAEs side by side with and without the penalty of objectives/mutual.py: how alike they become
     objectives   one SAE, the first of the pair without a penalty, trained further on the same tokens with each of
-                 local, e2e and e2e_ds (training/end_to_end.py): delta-CE and FVU at the same L0, on contexts that were
-                 neither trained nor calibrated on. Each objective takes the learning rate with the lowest delta-CE on
-                 the contexts for calibration
+                 local, e2e and e2e_ds (objectives/end_to_end.py): delta-CE and FVU at the same L0, on contexts that
+                 were neither trained nor calibrated on. Each objective takes the learning rate with the lowest
+                 delta-CE on the contexts for calibration
     layers       one SAE trained on every layer (MLSAE): FVU at each, and how far latents spread over layers
 
 What is finished lies in --out and is not done again when the command is given a second time. Everything at its default
@@ -27,23 +27,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from apportion.activations import CacheSource, ContextSource, TextSource, load_model, read_contexts
-from apportion.activations.collect import collect
-from apportion.activations.hookpoints import expand, middle_layer
-from apportion.activations.model import width_at
-from apportion.activations.order import held_out_groups, split_held_out
-from apportion.activations.sites import LayersStore, SitesStore, open_stores
-from apportion.activations.store import ActivationStore
 from apportion.architectures import SAE, create, load
 from apportion.disk import read_json, write_json, write_text
 from apportion.embedded import stories
 from apportion.evals import evaluate_model, evaluate_rows, held_out_rows
 from apportion.evals.layers import evaluate_layers
 from apportion.evals.similarity import similarity, within_similarity
+from apportion.language import ContextSource, TextSource, load_model, read_contexts
+from apportion.language.collect import collect
+from apportion.language.hookpoints import expand, middle_layer
+from apportion.language.model import width_at
+from apportion.objectives import EndToEnd, MutualConfig, MutualFeatureRegularisation
+from apportion.objectives.end_to_end import PRESETS
 from apportion.recipes.command import main
 from apportion.recipes.runs import markdown, seconds_of
-from apportion.training import EndToEnd, MutualConfig, MutualFeatureRegularisation, TrainConfig, Trainer
-from apportion.training.end_to_end import PRESETS
+from apportion.rows import CacheSource
+from apportion.rows.order import held_out_groups, split_held_out
+from apportion.rows.sites import LayersStore, SitesStore, open_stores
+from apportion.rows.store import ActivationStore
+from apportion.training import TrainConfig, Trainer
 
 logger = logging.getLogger("apportion.objectives")
 

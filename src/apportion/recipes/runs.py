@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion.activations import Source, load_model, read_contexts
-from apportion.activations.filter import TokenFilter
-from apportion.activations.sites import Rows
 from apportion.architectures import SAE
 from apportion.evals import evaluate_model, evaluate_rows
+from apportion.language import load_model, read_contexts
+from apportion.rows import Source
+from apportion.rows.filter import TokenFilter
+from apportion.rows.sites import Rows
 from apportion.training import TrainConfig, Trainer
 from apportion.training.run import read_log, read_run
 from apportion.training.same import check_same

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 
-from apportion.activations import ActivationStore, CacheSource
 from apportion.architectures import SAE, create
 from apportion.architectures.affine import Affine
 from apportion.architectures.switch import Switch
@@ -37,6 +36,7 @@ from apportion.evals.geometry import duplicated, nearest_cosines
 from apportion.metrics import entropy, load
 from apportion.recipes.command import listed, main
 from apportion.recipes.runs import at_equal_l0, best_rate, between, check_same_place, fitted, markdown, same_run, spread
+from apportion.rows import ActivationStore, CacheSource
 from apportion.training import TrainConfig, Trainer
 
 logger = logging.getLogger("apportion.switch")

@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from apportion.activations.batch import ArraySource
 from apportion.allocation import StepContext
 from apportion.architectures import SAE
 from apportion.metrics import FVU
+from apportion.rows.batch import ArraySource
 from apportion.testing.subject import D_SAE, K, Subject, changed, require, snapshot
 from apportion.training import TrainConfig, Trainer
 

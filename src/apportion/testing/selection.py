@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apportion import blocks
 from apportion.allocation import (
     FeatureChoice,
     LearnedThreshold,
@@ -21,7 +22,6 @@ from apportion.allocation import (
 from apportion.allocation import reference as dense
 from apportion.architectures import SAE
 from apportion.architectures.inputs import PER_TOKEN
-from apportion.kernels import primitives
 from apportion.latents import Latents
 from apportion.testing.subject import D_SAE, K, Subject, difference, require, same
 
@@ -56,7 +56,7 @@ def selection_equals_reference(s: Subject) -> None:
         wanted = chosen_by(rule, affinity)
         whole = sae.encode_scaled(x).dense()
         with small_row_blocks():
-            assert primitives.block_rows(sae.d_sae, x) < len(x), "several blocks"
+            assert blocks.block_rows(sae.d_sae, x) < len(x), "several blocks"
             blocked = sae.encode_scaled(x).dense()
         require(difference(blocked, whole) <= 1e-9, "codes depend on the size of row blocks")
         if wanted is not None:
@@ -171,9 +171,9 @@ def chosen_by(rule: Rule, affinity: Float[Tensor, "tokens d_sae"]) -> Bool[Tenso
 @contextmanager
 def small_row_blocks() -> Iterator[None]:
     """Within the block the kernels take three rows at a time."""
-    before = primitives.BLOCK_ENTRIES, primitives.MIN_BLOCK_ROWS
-    primitives.BLOCK_ENTRIES, primitives.MIN_BLOCK_ROWS = 3 * D_SAE, 1
+    before = blocks.BLOCK_ENTRIES, blocks.MIN_BLOCK_ROWS
+    blocks.BLOCK_ENTRIES, blocks.MIN_BLOCK_ROWS = 3 * D_SAE, 1
     try:
         yield
     finally:
-        primitives.BLOCK_ENTRIES, primitives.MIN_BLOCK_ROWS = before
+        blocks.BLOCK_ENTRIES, blocks.MIN_BLOCK_ROWS = before

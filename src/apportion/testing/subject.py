@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apportion.activations.batch import Batch
 from apportion.architectures import SAE
+from apportion.rows.batch import Batch
 
 D_IN, D_SAE, K = 16, 32, 4
 """Sizes that the factory is asked for. d_sae = 2 d_in, which suits a basis with both signs too."""

@@ -1,18 +1,6 @@
-"""Training: the loop, what is minimised, dead latents, run folders."""
+"""Training: the loop, dead latents, run folders. What is minimised: objective.py, and the room `objectives`."""
 
-from apportion.training.config import TrainConfig
-from apportion.training.end_to_end import EndToEnd, EndToEndConfig
-from apportion.training.mutual import MutualConfig, MutualFeatureRegularisation
-from apportion.training.objectives import Objective, local_reconstruction
-from apportion.training.trainer import Trainer
-
-__all__ = [
-    "EndToEnd",
-    "EndToEndConfig",
-    "MutualConfig",
-    "MutualFeatureRegularisation",
-    "Objective",
-    "TrainConfig",
-    "Trainer",
-    "local_reconstruction",
-]
+from apportion.training.config import TrainConfig as TrainConfig
+from apportion.training.objective import Objective as Objective
+from apportion.training.objective import local_reconstruction as local_reconstruction
+from apportion.training.trainer import Trainer as Trainer

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
-from apportion.activations.batch import Source
 from apportion.architectures import SAE
 from apportion.architectures.files import load
 from apportion.disk import json_text, plain, read_json, whole_folder, write_json, write_tensors
+from apportion.rows.batch import Source
 
 if TYPE_CHECKING:
     from apportion.training.trainer import Trainer

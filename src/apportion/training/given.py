@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from apportion.activations.batch import ArraySource, Batch, Source
-from apportion.activations.stream import StreamSource, check_alike, joined, rows_in
 from apportion.architectures.inputs import is_array
+from apportion.rows.batch import ArraySource, Batch, Source
+from apportion.rows.stream import StreamSource, check_alike, joined, rows_in
 
 CALIBRATION_ROWS = 1_000_000
 """Held-out rows on which thresholds are calibrated, at most."""

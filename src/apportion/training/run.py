@@ -24,13 +24,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from apportion.activations.batch import Source
 from apportion.answers import out_of_memory
 from apportion.architectures import SAE
 from apportion.architectures.files import load
 from apportion.disk import naming, occupied, plain, read_json, read_record, write_json, write_text
 from apportion.durable import remove, sweep, sync_folder
 from apportion.locks import LOCK, Lock
+from apportion.rows.batch import Source
 from apportion.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from apportion.training.same import check_same
 from apportion.training.verdict import Verdict

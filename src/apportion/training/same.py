@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apportion.activations.fingerprint import model_difference
 from apportion.disk import json_text
+from apportion.rows.same_model import model_difference
 
 MAY_DIFFER = {
     "log_every_steps", "checkpoint_every_tokens", "checkpoint_every_minutes", "folder", "folders", "filtered",

@@ -22,21 +22,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apportion.activations.batch import Batch, Source
-from apportion.activations.progress import progress_bar
-from apportion.activations.sane import SaneRows
 from apportion.architectures import SAE, SAES
 from apportion.architectures.inputs import as_tensor
 from apportion.disk import all_finite
 from apportion.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.processes import refuse_several_processes
+from apportion.progress import progress_bar
+from apportion.rows.batch import Batch, Source
+from apportion.rows.sane import SaneRows
 from apportion.settings import plain_number
 from apportion.torch_state import usual
 from apportion.training.checkpoint import Checkpoint
 from apportion.training.config import TrainConfig
 from apportion.training.given import HeldOut, source_of
 from apportion.training.learner import Learner
-from apportion.training.objectives import Objective, TrainingContext, local_reconstruction
+from apportion.training.objective import Objective, TrainingContext, local_reconstruction
 from apportion.training.run import RunFolder, restore
 from apportion.training.same import MAY_DIFFER
 from apportion.training.verdict import ROWS as VERDICT_ROWS

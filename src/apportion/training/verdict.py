@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from apportion.activations.batch import Batch
 from apportion.architectures import SAE
 from apportion.metrics import FVU
+from apportion.rows.batch import Batch
 
 ROWS = 8192
 """Held-out rows on which FVU is measured."""

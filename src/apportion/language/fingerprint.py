@@ -1,0 +1,98 @@
+"""Which model was this? A record that recognises it again: later, on another machine, by another transformers.
+
+    weights_sha256   a few numbers of every parameter, as bfloat16: the same whatever precision it is loaded in
+    probe            what the model makes of a fixed row of tokens: a few of its outputs, centred, of unit norm
+
+Names of settings and of parameters change with the version of transformers, and many settings change nothing that is
+computed. So what counts is what is computed: two models are the same if they have the same weights and the same probe,
+up to rounding; or another set of parameters (some versions store several in one) and nearly the same probe. Records
+from before there were probes tell the class and the sizes apart. rows/same_model.py compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apportion.language.passes import parameters_of
+from apportion.language.tokens import special_ids
+from apportion.torch_state import in_eval_mode
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = 16
+"""Numbers of each parameter that enter the digest."""
+PROBE_TOKENS = 48
+PROBE_OUTPUTS = 24
+
+
+def model_fingerprint(model: Any) -> dict[str, Any]:
+    """Name, class, sizes, digest of the weights and probe (None for a model that does not run on token ids alone)."""
+    from apportion.language.model import text_config
+
+    config, text = getattr(model, "config", None), text_config(model)
+    weights = next(model.parameters(), None)
+    return {
+        "name_or_path": str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        "class": type(model).__name__,
+        "hidden_size": getattr(text, "hidden_size", None),
+        "num_layers": getattr(text, "num_hidden_layers", None),
+        "dtype": None if weights is None else str(weights.dtype).removeprefix("torch."),
+        "weights_sha256": _weights_digest(model),
+        "probe": _probe(model),
+    }
+
+
+def _weights_digest(model: Any) -> str:
+    """Order and names do not enter, because both change."""
+    parts = []
+    for weights in model.parameters():
+        if weights.is_meta:
+            continue
+        at = torch.linspace(0, weights.numel() - 1, SAMPLES, dtype=torch.float64).long()
+        sample = weights.detach().flatten()[at.to(weights.device)].float().bfloat16().float().cpu()
+        parts.append(f"{list(weights.shape)} {sample.tolist()}")
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+
+@torch.no_grad()
+def _probe(model: Any) -> list[float] | None:
+    from apportion.language.model import check_context_tokens, text_config
+
+    size, named = getattr(text_config(model), "vocab_size", None), parameters_of(model)
+    if not isinstance(size, int) or "input_ids" not in named:
+        return None
+    ids = (torch.arange(PROBE_TOKENS) * 7919 + 13) % size
+    inputs = {"input_ids": ids[None].to(next(model.parameters()).device)}
+    inputs |= {"decoder_input_ids": inputs["input_ids"]} if "decoder_input_ids" in named else {}
+    try:
+        check_context_tokens(model, PROBE_TOKENS)
+    except ValueError:
+        inputs = {name: ids[:, :2] for name, ids in inputs.items()}
+    try:
+        with in_eval_mode(model):
+            result = model(**inputs)
+    except Exception as error:  # a model may want anything besides
+        logger.debug("%s does not run on token ids alone: %s", type(model).__name__, error)
+        return None
+    out = getattr(result, "logits", None)
+    out = getattr(result, "last_hidden_state", None) if out is None else out
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        return None
+    last = out.reshape(-1, out.shape[-1])[-1].double().cpu()
+    some = last[torch.linspace(0, len(last) - 1, PROBE_OUTPUTS).long()]
+    some = some - some.mean()
+    return [round(value, 6) for value in (some / some.norm().clamp_min(1e-12)).tolist()]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
+    """Which tokenizer this was; without a name and a size where there was none."""
+    return {
+        "name_or_path": str(getattr(tokenizer, "name_or_path", "")),
+        "vocab_size": len(tokenizer) if hasattr(tokenizer, "__len__") else None,
+        "special_ids": list(special_ids(tokenizer)),
+    }

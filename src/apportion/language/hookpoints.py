@@ -1,0 +1,211 @@
+"""Hookpoints: where in a transformers model activations are read, and where they are put back.
+
+A hookpoint is the dotted path of a module, with the side of the module one means:
+
+    model.layers.8            what the module returns (the same as ``model.layers.8:out``)
+    model.layers.8.mlp:in     what the module is given: its first positional argument, or ``hidden_states=``
+    model.layers.*            a glob; each ``*`` stands for one dotted part and matches in the order of the model
+
+Modules may return a tensor or a tuple whose first element is the tensor; both are read and written alike. Everything
+here is plain PyTorch hooks, removed again whatever happens. `capture` leaves the forward pass as soon as the last
+wanted activation has been seen, so the layers above it and the language-model head are never computed.
+
+Compiled code (torch.compile, of a model, of parts of it, of a function around it) keeps no hooks; where hooks are in
+place it runs uncompiled, and nothing is compiled (with the hooks in it). A module that runs several times in a forward
+pass (ALBERT's layer, looped models) has no single activation per token, so it is no hookpoint: that is refused in the
+first pass.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from apportion.language.passes import askable, modules_of
+from apportion.rows.hookpoint import Hookpoint, matches, nearest_names
+
+
+def module_at(model: nn.Module, hookpoint: Hookpoint) -> nn.Module:
+    """The module of `model` that a hookpoint names; ValueError with the nearest names if there is none."""
+    modules = modules_of(model)
+    if hookpoint.path not in modules:
+        raise ValueError(f"the model has no module {hookpoint.path!r}{nearest_names(hookpoint.path, modules)}")
+    return modules[hookpoint.path]
+
+
+def expand(model: nn.Module, hookpoints: str | Iterable[str]) -> list[str]:
+    """The canonical names of `hookpoints` with globs expanded in the order of the model, each name once."""
+    names = [name for name in modules_of(model) if name]
+    found: dict[str, None] = {}
+    for text in [hookpoints] if isinstance(hookpoints, str) else hookpoints:
+        point = Hookpoint.parse(text)
+        hits = [name for name in names if name == point.path or matches(name, point.path)]
+        if not hits:
+            what = "no module that matches" if any(c in point.path for c in "*?[") else "no module"
+            raise ValueError(f"the model has {what} {point.path!r}{nearest_names(point.path, names)}")
+        found |= dict.fromkeys(str(Hookpoint(name, point.side)) for name in hits)
+    if not found:
+        raise ValueError("no hookpoint was given: name at least one, for example 'model.layers.8'")
+    return list(found)
+
+
+def middle_layer(model: nn.Module) -> str:
+    """The hookpoint at the output of the middle layer: of the list of modules that is as long as the model has layers,
+    else of the longest; in the text tower if there are several towers, in the encoder if there is a decoder too."""
+    stacks = [(len(m), name) for name, m in modules_of(model).items() if isinstance(m, nn.ModuleList) and len(m)]
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if text is not config:
+        towers = [n for n, m in modules_of(model).items() if n and getattr(m, "config", None) is text]
+        stacks = [s for s in stacks if any(s[1].startswith(f"{tower}.") for tower in towers)] or stacks
+    if not stacks:
+        raise ValueError(f"{type(model).__name__} has no list of layers to find the middle of: give a hookpoint")
+    layers = getattr(text, "num_hidden_layers", None)
+    length, name = next((stack for stack in stacks if stack[0] == layers), max(stacks, key=lambda stack: stack[0]))
+    return f"{name}.{(length - 1) // 2}"
+
+
+def _first(value: Any, hookpoint: Hookpoint) -> Tensor:
+    """The tensor in what a module returned."""
+    tensor = value[0] if isinstance(value, (tuple, list)) and value else value
+    if not isinstance(tensor, Tensor):
+        raise ValueError(
+            f"hookpoint {str(hookpoint)!r} carries no tensor but {type(tensor).__name__}: "
+            "choose a module that returns a tensor, or a tuple that begins with one"
+        )
+    return tensor
+
+
+def _with_first(value: Any, tensor: Tensor) -> Any:
+    """What a module returned, with its tensor replaced."""
+    if isinstance(value, tuple):
+        return (tensor, *value[1:])
+    return [tensor, *value[1:]] if isinstance(value, list) else tensor
+
+
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any], hookpoint: Hookpoint) -> Tensor:
+    """The tensor a module was given."""
+    tensor = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(tensor, Tensor):
+        raise ValueError(
+            f"hookpoint {str(hookpoint)!r} has no input tensor (no positional argument and no "
+            "hidden_states=): choose another module"
+        )
+    return tensor
+
+
+def _attach(model: nn.Module, hookpoint: Hookpoint, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Call `change` with the tensor at the hookpoint in each forward pass; a tensor it returns replaces it."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new = change(_input(args, kwargs, hookpoint))
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        new = change(_first(result, hookpoint))
+        return None if new is None else _with_first(result, new)
+
+    module = module_at(model, hookpoint)
+    if hookpoint.side == "in":
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)
+
+
+@contextmanager
+def hooked(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Within the block, each forward pass maps the tensor at every hookpoint through its function.
+
+    A function that returns None only looks. The hooks are removed at the end of the block, also after an exception.
+    ValueError in a forward pass that runs a hookpoint's module more than once.
+    """
+    points = {text: Hookpoint.parse(text) for text in changes}
+    with ExitStack() as stack:
+        once = stack.enter_context(_once_each(model, [point.path for point in points.values()]))
+        for text, change in changes.items():
+            handle = _attach(model, points[text], once(text, change))
+            stack.callback(handle.remove)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+Change = Callable[[Tensor], Tensor | None]
+
+
+class _Pass(threading.local):
+    """What of a forward pass has been run so far; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.depth, self.seen = 0, set[str]()
+
+
+@contextmanager
+def _once_each(model: nn.Module, paths: list[str]) -> Iterator[Callable[[str, Change], Change]]:
+    """Yields a wrapper for functions that a forward pass may call once. What runs outside of one (a layer that is run
+    again for its gradients) is not counted."""
+    passes = [model, *(m for path in paths for m in askable(model, path))]
+    now = _Pass()
+
+    def begin(module: nn.Module, args: Any) -> None:
+        if not now.depth:
+            now.seen.clear()
+        now.depth += 1
+
+    def end(module: nn.Module, args: Any, result: Any) -> None:
+        now.depth = max(0, now.depth - 1)
+
+    def once(text: str, change: Change) -> Change:
+        def called(x: Tensor) -> Tensor | None:
+            if now.depth and text in now.seen:
+                raise ValueError(
+                    f"the model runs {text!r} several times in one forward pass, so that a token has several "
+                    "activations there: choose a module that runs once"
+                )
+            now.seen.add(text)
+            return change(x)
+
+        return called
+
+    with ExitStack() as stack:
+        for module in dict.fromkeys(passes):
+            stack.callback(module.register_forward_pre_hook(begin).remove)
+            stack.callback(module.register_forward_hook(end, always_call=True).remove)
+        yield once
+
+
+class _SeenAll(Exception):
+    """Raised from a hook to leave a forward pass whose remaining layers nobody needs."""
+
+
+def capture(
+    model: nn.Module, hookpoints: Iterable[str], *args: Any, stop: bool = True, **kwargs: Any
+) -> dict[str, Tensor]:
+    """Run ``model(*args, **kwargs)`` and return copies of the tensors at `hookpoints`, by canonical name.
+
+    With `stop` the pass ends as soon as all of them have been seen, in whatever order they were given.
+    """
+    names = [str(Hookpoint.parse(text)) for text in hookpoints]
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str) -> Callable[[Tensor], None]:
+        def keep(tensor: Tensor) -> None:
+            if name not in seen:
+                seen[name] = tensor.clone()  # a later layer may work in place
+            if stop and len(seen) == len(set(names)):
+                raise _SeenAll
+
+        return keep
+
+    with suppress(_SeenAll), hooked(model, {name: look(name) for name in names}):
+        model(*args, **kwargs)
+    missing = [name for name in names if name not in seen]
+    if missing:
+        raise ValueError(f"the forward pass never ran {missing[0]!r}: choose a module the model uses on text")
+    return {name: seen[name] for name in names}

@@ -1,0 +1,260 @@
+"""Training rows straight from a language model, without a cache on disk.
+
+The training contexts are permuted anew in each epoch and cut into *blocks* of about `buffer_tokens` tokens. A block is
+run through the model, filtered, shuffled as a whole and handed out; batches run on across the border of two blocks. A
+batch of 2,048 rows from a block of 512 random contexts has about four rows of each, which is as good as independent.
+
+The content of a block follows from (seed, epoch, number of the block), so the position is three small numbers. Resuming
+runs the model again on the current block only and continues where it stopped, bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apportion.language.fingerprint import model_fingerprint, tokenizer_fingerprint
+from apportion.language.hookpoints import expand
+from apportion.language.model import (
+    check_context_tokens,
+    check_finite,
+    run_contexts,
+)
+from apportion.language.tokens import begin_with_bos, check_ids, special_ids, vocabulary_size
+from apportion.rows.batch import Batch
+from apportion.rows.filter import FIT_ROWS, REASONS, TokenFilter, row_norms
+from apportion.rows.order import check_same_source, held_out_groups, permutation, split_held_out
+
+
+class LivePosition(NamedTuple):
+    """`row` rows of block `block` of epoch `epoch` have been handed out."""
+
+    epoch: int = 0
+    block: int = 0
+    row: int = 0
+
+
+@dataclass
+class _Rows:
+    """Filtered rows with their labels."""
+
+    x: Float[Tensor, "n d_in"]
+    tokens: Int[Tensor, " n"]
+    positions: Int[Tensor, " n"]
+
+    def __getitem__(self, index: Any) -> _Rows:
+        return _Rows(self.x[index], self.tokens[index], self.positions[index])
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def joined(parts: list[_Rows]) -> _Rows:
+    return _Rows(
+        torch.cat([p.x for p in parts]), torch.cat([p.tokens for p in parts]), torch.cat([p.positions for p in parts])
+    )
+
+
+class LiveSource:
+    """Rows of `contexts` [num_contexts, context_tokens] (see `read_contexts`), computed when they are needed."""
+
+    makes_rows = True
+    """And looks at them itself."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        hookpoint: str,
+        contexts: Int[Tensor, "num_contexts context_tokens"],
+        *,
+        buffer_tokens: int = 1 << 17,
+        batch_contexts: int = 16,
+        token_filter: TokenFilter | None = None,
+        held_out_share: float = 0.1,
+        seed: int = 0,
+        text: dict[str, Any] | None = None,
+    ) -> None:
+        """`text` describes where the contexts come from (source, BOS policy); it is kept in the run's record."""
+        contexts = torch.as_tensor(contexts)
+        check_ids(contexts, vocabulary_size(model), "contexts")
+        names = expand(model, hookpoint)
+        if len(names) > 1:
+            raise ValueError(f"hookpoint {hookpoint!r} stands for {len(names)} modules: a source has one, name it")
+        if batch_contexts < 1 or buffer_tokens < contexts.shape[1]:
+            raise ValueError(
+                f"batch_contexts={batch_contexts}, buffer_tokens={buffer_tokens} hold no context of "
+                f"{contexts.shape[1]} tokens: use larger numbers"
+            )
+        check_context_tokens(model, contexts.shape[1])
+        self.model, self.tokenizer, self.hookpoint, self.contexts = model, tokenizer, names[0], contexts
+        self.batch_contexts, self.seed, self.held_out_share = batch_contexts, seed, held_out_share
+        self.block_contexts = buffer_tokens // contexts.shape[1]
+        is_held_out = held_out_groups(len(contexts), held_out_share)
+        self._train = (~is_held_out).nonzero().squeeze(1)
+        self._held_out = split_held_out(is_held_out)[0].nonzero().squeeze(1)
+        self._special_ids = special_ids(tokenizer)
+        self._settings = token_filter or TokenFilter()
+        self._filter: TokenFilter | None = None
+        self._filtered = dict.fromkeys(REASONS, 0)
+        self._rows_seen = 0
+        self._text = text or {}
+        self._d_in = run_contexts(model, names, contexts[:1, :2], whole=True)[self.hookpoint].shape[1]
+        self._position = LivePosition()
+
+    @property
+    def d_in(self) -> int:
+        return self._d_in
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Training rows per epoch, before norm outliers are left out: which rows those are shows only as they come."""
+        tokens = self.contexts[self._train]
+        keep = torch.ones_like(tokens, dtype=torch.bool)
+        if self._settings.special_tokens:
+            keep &= ~torch.isin(tokens, torch.tensor(self._special_ids, dtype=tokens.dtype))
+        if self._settings.first_position:
+            keep[:, 0] = False
+        return int(keep.sum())
+
+    @property
+    def filter(self) -> TokenFilter:
+        """The token filter, fitted on the first training contexts of the text when it is first needed."""
+        if self._filter is None:
+            num_contexts = -(-FIT_ROWS // self.contexts.shape[1])
+            parts = [_Rows(row_norms(p.x), p.tokens, p.positions) for p in self._run(self._train[:num_contexts])]
+            rows = joined(parts)
+            self._filter = self._settings.fit(rows.x, rows.tokens, rows.positions, self._special_ids)
+        return self._filter
+
+    def _run(self, which: Int[Tensor, " n"]) -> Iterator[_Rows]:
+        """All rows of the contexts `which`, a few contexts at a time."""
+        for chosen in which.long().split(self.batch_contexts):
+            ids = self.contexts[chosen]
+            x = run_contexts(self.model, [self.hookpoint], ids)[self.hookpoint]
+            check_finite(self.hookpoint, x, ids, chosen.tolist(), self.tokenizer)
+            positions = torch.arange(ids.shape[1], device=x.device).repeat(len(ids))
+            yield _Rows(x, ids.flatten().to(x.device), positions)
+
+    def _filtered_rows(self, which: Int[Tensor, " n"]) -> _Rows:
+        """The rows of the contexts `which` that pass the filter."""
+        return joined([rows[self._mask(rows)] for rows in self._run(which)])
+
+    def _mask(self, rows: _Rows) -> Bool[Tensor, " n"]:
+        """True for the rows that pass the filter; the others are counted."""
+        mask = torch.ones(len(rows), dtype=torch.bool, device=rows.x.device)
+        for reason, left_out in self.filter.reasons(row_norms(rows.x), rows.tokens, rows.positions).items():
+            self._filtered[reason] += int(left_out.sum())
+            mask &= ~left_out
+        self._rows_seen += len(rows)
+        return mask
+
+    def _block(self, epoch: int, block: int) -> _Rows | None:
+        """Block `block` of an epoch, shuffled; None behind the last one."""
+        order = self._train[permutation(len(self._train), self.seed, epoch).long()]
+        which = order[block * self.block_contexts : (block + 1) * self.block_contexts]
+        if not len(which):
+            return None
+        rows = self._filtered_rows(which)
+        return rows[permutation(len(rows), self.seed, epoch, "block", block).long().to(rows.x.device)]
+
+    def batches(self, batch_tokens: int) -> Iterator[Batch]:
+        if not 1 <= batch_tokens <= self.num_rows:
+            raise ValueError(
+                f"batch_tokens={batch_tokens} does not fit {self.num_rows} training rows: use a number "
+                f"between 1 and {self.num_rows}, or more text"
+            )
+        epoch, block, row = self._position
+        while True:
+            delivered = 0
+            for rows, position in self._epoch_batches(epoch, block, row, batch_tokens):
+                self._position, delivered = position, delivered + 1
+                yield Batch(rows.x.float(), tokens=rows.tokens, positions=rows.positions)
+            if not delivered and block == row == 0:
+                raise ValueError(
+                    f"an epoch has fewer than batch_tokens={batch_tokens} rows left by the token filter: "
+                    "use a smaller batch_tokens or more text"
+                )
+            epoch, block, row = epoch + 1, 0, 0
+
+    def _epoch_batches(
+        self, epoch: int, block: int, row: int, batch_tokens: int
+    ) -> Iterator[tuple[_Rows, LivePosition]]:
+        """The rest of an epoch in batches, each with the position behind it."""
+        parts: list[_Rows] = []
+        missing = batch_tokens
+        while (rows := self._block(epoch, block)) is not None:
+            while row < len(rows):
+                part = rows[row : row + missing]
+                parts.append(part)
+                row, missing = row + len(part), missing - len(part)
+                if not missing:
+                    yield joined(parts), LivePosition(epoch, block, row)
+                    parts, missing = [], batch_tokens
+            block, row = block + 1, 0
+
+    def sample(self, n: int) -> Batch:
+        """Random rows of about as many random contexts as are needed for `n` rows."""
+        return Batch(torch.cat(list(self._draw(self._train, n, "sample"))))
+
+    def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
+        for rows in self._draw(self._held_out, max_rows, "held out"):
+            yield from map(Batch, rows.split(chunk))
+
+    def _draw(self, contexts: Int[Tensor, " n"], max_rows: int, key: str) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """Rows of random `contexts` in random order, a block of contexts at a time, until there are `max_rows`."""
+        order = contexts[permutation(len(contexts), self.seed, key).long()]
+        while max_rows > 0 and len(order):
+            num_contexts = min(self.block_contexts, 1 + max_rows * 5 // (4 * self.contexts.shape[1]))
+            rows = self._filtered_rows(order[:num_contexts]).x
+            rows = rows[permutation(len(rows), self.seed, key, "rows").long()[:max_rows].to(rows.device)]
+            yield rows.float()
+            order, max_rows = order[num_contexts:], max_rows - len(rows)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a position to mean the same rows."""
+        return {
+            "seed": self.seed,
+            "num_contexts": len(self.contexts),
+            "block_contexts": self.block_contexts,
+            "batch_contexts": self.batch_contexts,
+            "held_out_share": self.held_out_share,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        median = None if self._filter is None else self._filter.median_norm
+        return {**self._position._asdict(), **self._identity(), "median_norm": median}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_same_source(state, self._identity())
+        self._position = LivePosition(state["epoch"], state["block"], state["row"])
+        if state["median_norm"] is not None:
+            self._filter = replace(self._settings, median_norm=state["median_norm"], special_ids=self._special_ids)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "source": "live",
+            "model": model_fingerprint(self.model),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "text": {"contexts": len(self.contexts), **self._text},
+            "bos_prepended": begin_with_bos(self.tokenizer, self.contexts),
+            "context_tokens": self.contexts.shape[1],
+            "hookpoint": self.hookpoint,
+            "d_in": self.d_in,
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "filter": self.filter.to_dict(),
+            "median_norm": self.filter.median_norm,
+            "filtered": dict(self._filtered),
+            "filtered_share": sum(self._filtered.values()) / max(1, self._rows_seen),
+            "rows_seen": self._rows_seen,
+            "rows_train": self.num_rows,
+            "rows_calibrate": len(self._held_out) * self.contexts.shape[1],
+            "held_out_share": self.held_out_share,
+            "seed": self.seed,
+        }

@@ -1,0 +1,159 @@
+"""The manifest of a cache: its fields, of what kind each is, and whether it was changed since it was written.
+
+Everything that is read from a cache goes by its manifest, so it is checked as a whole before anything is made in the
+sizes that it names. `manifest_sha256` in it is the digest of all the rest; caches from before there was one lack it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apportion.disk import plain, read_json
+from apportion.fields import check_fields
+from apportion.rows.filter import TokenFilter
+from apportion.trust import expanded, within
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+DIGEST = "manifest_sha256"
+MOST_BYTES = 1 << 26
+"""A manifest has some 300 bytes for each file."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+FIELDS: dict[str, Any] = {
+    "dtype": str,
+    "rows": int,
+    "shard_rows": int,
+    "context_tokens": int,
+    "model": dict,
+    "text": dict,
+    "hookpoints": dict[str, dict],
+    "shards": list[dict],
+}
+LATER: dict[str, Any] = {
+    "contexts": int,
+    "tokens_asked": int,
+    "model_dtype": str,
+    "tokenizer": dict | None,
+    "bos": str,
+    "bos_prepended": bool,
+    "ended": str,
+    "text_ended_early": bool,
+    "text_skipped": dict[str, int],
+    "text_repaired": dict[str, int],
+    "seconds": float,
+    "tokens_per_s": float,
+    DIGEST: str,
+}
+"""Fields that a cache may lack."""
+OF_MODEL: dict[str, Any] = {"name_or_path": str | None, "class": str | None, "probe": list[float] | None}
+OF_HOOKPOINT: dict[str, Any] = {"folder": str, "d_in": int, "filter": dict}
+COUNTED: dict[str, Any] = {"filtered": dict[str, int], "filtered_share": float}
+OF_SHARD: dict[str, Any] = {"rows": int, "sha256": dict[str, str]}
+SAMPLED: dict[str, Any] = {"sample_sha256": dict[str, str]}
+MOST = 1 << 40
+"""No count in a manifest is larger."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not supported: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def folder_name(hookpoint: str) -> str:
+    """The folder of a hookpoint inside a cache: its name without characters that file systems dislike."""
+    return hookpoint.replace(":", "--")
+
+
+def token_file(number: int) -> str:
+    """Where a cache keeps the tokens, positions and contexts of a shard."""
+    return f"tokens-{number:05d}.safetensors"
+
+
+def acts_file(hookpoint: str, number: int) -> str:
+    """Where a cache keeps the activations of a shard at a hookpoint."""
+    return f"{folder_name(hookpoint)}/{number:05d}.safetensors"
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with the digest of all the rest of it."""
+    return {**manifest, DIGEST: _digest(manifest)}
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    rest = plain({name: value for name, value in manifest.items() if name != DIGEST})
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of the cache in `folder`. ValueError, naming the field, unless it is whole and fits itself."""
+    folder = expanded(folder)
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ValueError(f"{str(folder)!r} is no activation cache (no {MANIFEST}): make one with `apportion collect`")
+    manifest = read_json(file, MOST_BYTES)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{str(file)!r} has format version {manifest.get('format_version')!r}, this program reads "
+            f"{FORMAT_VERSION}: collect the cache again or use a matching version of apportion"
+        )
+    try:
+        _check(manifest, folder)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error} Take the manifest as it was written, or collect the cache again.") from None
+    return manifest
+
+
+def _check(manifest: dict[str, Any], folder: Path) -> None:
+    check_fields(manifest, FIELDS, LATER)
+    for name in ("rows", "shard_rows", "context_tokens", "contexts"):
+        _check_size(name, manifest.get(name, 1))
+    if manifest["dtype"] not in DTYPES:
+        raise ValueError(f"dtype is {manifest['dtype']!r}, and not one of {', '.join(DTYPES)}.")
+    if not manifest["hookpoints"]:
+        raise ValueError("hookpoints is empty.")
+    for name, hookpoint in manifest["hookpoints"].items():
+        _check_hookpoint(name, hookpoint, folder)
+    check_fields(manifest["model"], {}, OF_MODEL, "model")
+    _check_shards(manifest)
+    has_samples = any("sample_sha256" in shard for shard in manifest["shards"])
+    if (DIGEST in manifest or has_samples) and manifest.get(DIGEST) != _digest(manifest):
+        raise ValueError(f"something was changed since it was written ({DIGEST} is not that of its content).")
+
+
+def _check_size(name: str, size: int) -> None:
+    if not 1 <= size <= MOST:
+        raise ValueError(f"{name} = {size} is no possible number.")
+
+
+def _check_hookpoint(name: str, about: dict[str, Any], folder: Path) -> None:
+    where = f"hookpoints.{name}"
+    check_fields(about, OF_HOOKPOINT, COUNTED, where)
+    _check_size(f"{where}.d_in", about["d_in"])
+    if about["folder"] != folder_name(name):
+        raise ValueError(f"{where}.folder is {about['folder']!r}, not {folder_name(name)!r}.")
+    within(folder, about["folder"])
+    if not all(0 <= i < 2**31 for i in TokenFilter.from_dict(about["filter"]).special_ids):
+        raise ValueError(f"{where}.filter.special_ids are no ids of tokens.")
+
+
+def _check_shards(manifest: dict[str, Any]) -> None:
+    shards, most = manifest["shards"], manifest["shard_rows"]
+    for number, shard in enumerate(shards):
+        where, last = f"shards.{number}", number == len(shards) - 1
+        check_fields(shard, OF_SHARD, SAMPLED, where)
+        if not (1 <= shard["rows"] <= most and (last or shard["rows"] == most)):
+            raise ValueError(f"{where}.rows = {shard['rows']} does not fit shard_rows = {most}.")
+        files = [token_file(number), *(acts_file(name, number) for name in manifest["hookpoints"])]
+        for field in ("sha256", "sample_sha256"):
+            if field in shard and shard[field].keys() != set(files):
+                raise ValueError(f"{where}.{field} is not about {', '.join(files)}.")
+    if (rows := sum(shard["rows"] for shard in shards)) != manifest["rows"]:
+        raise ValueError(f"rows = {manifest['rows']}, and the shards have {rows}.")

@@ -1,0 +1,186 @@
+"""Rows made of several hookpoints, for SAEs that need more than one activation of a token.
+
+    PairStore     x [d_in] at one hookpoint, target [d_out] at another              transcoders
+    SitesStore    x [num_sites, d_in]: one token at all hookpoints together           crosscoders
+    LayersStore   x [d_in]: every (token, layer) is a row, `Batch.site` the layer     one SAE for all layers (MLSAE)
+
+Each reads like an `ActivationStore`: `CacheSource(store)` trains on it, `evaluate_rows(saes, store)` measures on it.
+Row i of a cache is the same token at every hookpoint. Caches of two models are aligned as well if they were collected
+from the same text with the same tokenizer, which is checked. A token takes part only if the filter of every hookpoint
+keeps it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property, reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apportion.rows.batch import Batch
+from apportion.rows.hookpoint import choose_from
+from apportion.rows.manifest import read_manifest
+from apportion.rows.store import ActivationStore
+
+
+def open_stores(folder: str | Path, hookpoints: str | None = None) -> list[ActivationStore]:
+    """A cache at several hookpoints: names or globs separated by commas, or None for all that it has."""
+    names = list(read_manifest(Path(folder))["hookpoints"])
+    return [ActivationStore(folder, n) for n in (names if hookpoints is None else choose_from(names, hookpoints))]
+
+
+class Aligned(ABC):
+    """Base of the stores here: several `ActivationStore`s whose rows are the same tokens."""
+
+    def __init__(self, stores: Sequence[ActivationStore]) -> None:
+        if len(stores) < 2:
+            here = ", ".join(s.hookpoint for s in stores) or "none"
+            raise ValueError(f"{type(self).__name__} joins two hookpoints or more, got {here}. Name at least two.")
+        self.stores = list(stores)
+        self.folder, self.d_in, self.rows = stores[0].folder, stores[0].d_in, stores[0].rows
+        for other in stores[1:]:
+            _check_aligned(stores[0], other)
+
+    @property
+    def hookpoint(self) -> str:
+        return ",".join(store.hookpoint for store in self.stores)
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, " rows"]:
+        """True for the tokens that every hookpoint keeps."""
+        return reduce(torch.logical_and, (store.mask for store in self.stores))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The stores, which are sent as paths, and not what was made of them."""
+        return {name: value for name, value in vars(self).items() if name != "mask"}
+
+    @property
+    def contexts(self) -> Int[Tensor, " rows"]:
+        return self.stores[0].contexts
+
+    @abstractmethod
+    def batch(self, indices: Int[Tensor, " n"]) -> Batch:
+        """The rows at `indices` with their labels."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the hookpoints share, and under `sites` what each has of its own; `filtered_share` is of tokens."""
+        each = [store.describe() for store in self.stores]
+        own = {"hookpoint", "content_sha256", *self.stores[0].manifest["hookpoints"][self.stores[0].hookpoint]}
+        folders = [str(store.folder.resolve()) for store in self.stores]
+        if len(set(folders)) > 1:
+            own |= {"model", "model_dtype"}
+        shared = {key: value for key, value in each[0].items() if key not in own}
+        return {
+            **shared,
+            **({"folders": folders} if len(set(folders)) > 1 else {}),
+            "hookpoint": self.hookpoint,
+            "d_in": self.d_in,
+            "content_sha256": hashlib.sha256("".join(one["content_sha256"] for one in each).encode()).hexdigest(),
+            "filtered_share": 1 - self.mask.double().mean().item(),
+            "sites": [{key: about[key] for key in about if key in own - {"content_sha256"}} for about in each],
+        }
+
+
+Rows = ActivationStore | Aligned
+"""What sources train on and evaluations measure on."""
+
+
+class PairStore(Aligned):
+    """What a transcoder takes: activations at one hookpoint, and as target those of the same token at another."""
+
+    def __init__(self, x: ActivationStore, target: ActivationStore) -> None:
+        super().__init__([x, target])
+        self.d_out = target.d_in
+
+    @property
+    def hookpoint(self) -> str:
+        """Where x comes from."""
+        return self.stores[0].hookpoint
+
+    @property
+    def target_hookpoint(self) -> str:
+        return self.stores[1].hookpoint
+
+    def batch(self, indices: Int[Tensor, " n"]) -> Batch:
+        x, target = self.stores
+        tokens, positions = x.gather_labels(indices)
+        return Batch(x.gather(indices), target.gather(indices), tokens, positions)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"target_hookpoint": self.target_hookpoint}
+
+
+class SitesStore(Aligned):
+    """What a crosscoder takes: the activations of a token at all hookpoints, [num_sites, d_in]."""
+
+    def __init__(self, stores: Sequence[ActivationStore]) -> None:
+        super().__init__(stores)
+        _check_same_width(stores)
+        self.num_sites = len(stores)
+
+    def gather(self, indices: Int[Tensor, " n"]) -> Float[Tensor, "n num_sites d_in"]:
+        return torch.stack([store.gather(indices) for store in self.stores], dim=1)
+
+    def batch(self, indices: Int[Tensor, " n"]) -> Batch:
+        tokens, positions = self.stores[0].gather_labels(indices)
+        return Batch(self.gather(indices), tokens=tokens, positions=positions)
+
+
+class LayersStore(Aligned):
+    """What one SAE for all layers takes: row t * num_layers + l is token t at hookpoint l."""
+
+    def __init__(self, stores: Sequence[ActivationStore]) -> None:
+        super().__init__(stores)
+        _check_same_width(stores)
+        self.rows = len(stores) * stores[0].rows
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, " rows"]:
+        tokens = reduce(torch.logical_and, (store.mask for store in self.stores))
+        return tokens.repeat_interleave(len(self.stores))
+
+    @property
+    def contexts(self) -> Int[Tensor, " rows"]:
+        return self.stores[0].contexts.repeat_interleave(len(self.stores))
+
+    def batch(self, indices: Int[Tensor, " n"]) -> Batch:
+        token = indices.div(len(self.stores), rounding_mode="floor")
+        site = indices - token * len(self.stores)
+        x = torch.empty(len(indices), self.d_in)
+        for number, store in enumerate(self.stores):
+            here = (site == number).nonzero().squeeze(1)
+            x[here] = store.gather(token[here])
+        tokens, positions = self.stores[0].gather_labels(token)
+        return Batch(x, tokens=tokens, positions=positions, site=site)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"rows": self.rows}
+
+
+def _check_same_width(stores: Sequence[ActivationStore]) -> None:
+    for other in stores[1:]:
+        if other.d_in != stores[0].d_in:
+            raise ValueError(
+                f"{stores[0].hookpoint} has width {stores[0].d_in}, {other.hookpoint} has {other.d_in}: "
+                "choose hookpoints of one width"
+            )
+
+
+def _check_aligned(one: ActivationStore, other: ActivationStore) -> None:
+    """ValueError unless row i of both is the same token."""
+    if one.folder.resolve() == other.folder.resolve():
+        return
+    same = (
+        one.rows == other.rows and torch.equal(one.tokens, other.tokens) and torch.equal(one.contexts, other.contexts)
+    )
+    if not same:
+        raise ValueError(
+            f"the caches {str(one.folder)!r} and {str(other.folder)!r} hold different tokens: collect both from the "
+            "same text with the same tokenizer, number of tokens and context length"
+        )

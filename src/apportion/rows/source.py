@@ -1,0 +1,105 @@
+"""Training rows from a cache on disk, globally shuffled.
+
+Whole contexts are held out, evenly spread over the text (every tenth by default), so held-out rows share no context
+with training rows. Half of them serve to calibrate, the other half is left for evaluation (`evals.rows`).
+
+A thread reads up to two batches ahead; the position counts batches handed out, not batches read, so resuming is exact
+whatever the thread was doing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from apportion.rows.batch import Batch, read_held_out
+from apportion.rows.order import EpochOrder, Position, held_out_groups, split_held_out
+from apportion.rows.sites import Rows
+
+PREFETCH = 2
+
+
+class CacheSource:
+    """The unfiltered rows of a cache (an `ActivationStore`, or one of sites.py): each epoch permutes all of them."""
+
+    def __init__(self, store: Rows, held_out_share: float = 0.1, seed: int = 0) -> None:
+        self.store, self.held_out_share, self.seed = store, held_out_share, seed
+        contexts = store.contexts
+        num_contexts = int(contexts.max()) + 1
+        held_out = held_out_groups(num_contexts, held_out_share)
+        self._held_out = (store.mask & split_held_out(held_out)[0][contexts]).nonzero().squeeze(1)
+        self._order = EpochOrder((store.mask & ~held_out[contexts]).nonzero().squeeze(1), seed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The store, which is sent as a path, and the position."""
+        return type(self), (self.store, self.held_out_share, self.seed), self.state_dict()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.load_state_dict(state)
+
+    @property
+    def d_in(self) -> int:
+        return self.store.d_in
+
+    @property
+    def hookpoint(self) -> str:
+        return self.store.hookpoint
+
+    @property
+    def num_rows(self) -> int:
+        return self._order.num_rows
+
+    def batches(self, batch_tokens: int) -> Iterator[Batch]:
+        for batch, position in _read_ahead(self._batch, self._order.upcoming(batch_tokens)):
+            self._order.position = position
+            yield batch
+
+    def sample(self, n: int) -> Batch:
+        return self._batch(self._order.sample(n))
+
+    def _batch(self, indices: Tensor) -> Batch:
+        return replace(self.store.batch(indices), index=indices)
+
+    def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
+        return read_held_out(self.store.batch, self._held_out, max_rows, chunk, self.seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._order.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._order.load_state_dict(state)
+
+    def describe(self) -> dict[str, Any]:
+        counts = {"rows_train": self.num_rows, "rows_calibrate": len(self._held_out)}
+        split = {"held_out_share": self.held_out_share, "seed": self.seed}
+        return {
+            "source": "cache",
+            "folder": str(self.store.folder.resolve()),
+            **self.store.describe(),
+            **counts,
+            **split,
+        }
+
+
+def _read_ahead(read: Any, upcoming: Iterable[tuple[Tensor, Position]]) -> Iterator[tuple[Batch, Position]]:
+    """Read `PREFETCH` batches ahead in a thread that ends with this iterator."""
+    upcoming = iter(upcoming)
+    waiting: deque[tuple[Future[Batch], Position]] = deque()
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="apportion-read-ahead")
+    try:
+        while True:
+            while len(waiting) < PREFETCH:
+                indices, position = next(upcoming)
+                waiting.append((pool.submit(partial(read, indices)), position))
+            batch, position = waiting.popleft()
+            yield batch.result(), position
+    finally:
+        for future, _ in waiting:
+            future.cancel()
+        pool.shutdown()

@@ -1,0 +1,178 @@
+"""The activation cache: rows of numbers on disk, with everything one must know about them.
+
+    acts/manifest.json                      model, hookpoints, filter, tokenizer, text, dtype, rows, digests of files
+    acts/tokens-00000.safetensors           tokens, positions, contexts: int32 [rows]
+    acts/model.layers.15/00000.safetensors  acts [rows, d_in] in the chosen dtype, mask [rows] (True = takes part)
+
+All shards but the last have the same number of rows. A cache appears when it is complete, the manifest last (disk.py):
+a folder with a manifest is a whole cache. `ended` in the manifest says whether it has all the tokens asked for:
+
+    complete         it has
+    text             the text had no more
+    stream: ...      the stream that the text came from failed for good
+    interrupted      it was told to stop
+
+manifest.py has the fields of the manifest, shards.py what is looked at when a cache is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apportion.answers import of_the_system
+from apportion.disk import check_may_open
+from apportion.progress import progress_bar
+from apportion.rows.batch import Batch
+from apportion.rows.filter import TokenFilter
+from apportion.rows.hookpoint import Hookpoint
+from apportion.rows.manifest import DIGEST, acts_file, read_manifest, token_file, torch_dtype
+from apportion.rows.shards import Column, Shard, ShardedRows, open_shards, sha256_of
+from apportion.trust import expanded
+
+LARGEST_ID = 1 << 24
+"""No vocabulary has more tokens."""
+
+
+class ActivationStore:
+    """A cache opened for reading at one hookpoint."""
+
+    def __init__(self, folder: str | Path, hookpoint: str | None = None) -> None:
+        self.folder = expanded(folder)
+        self._place = self.folder.absolute()
+        self.manifest = read_manifest(self.folder)
+        self.hookpoint = self._choose(hookpoint)
+        about = self.manifest["hookpoints"][self.hookpoint]
+        self.rows: int = self.manifest["rows"]
+        self.d_in: int = about["d_in"]
+        self.filter = TokenFilter.from_dict(about["filter"])
+        labels = {name: Column((), torch.int32) for name in ("tokens", "positions", "contexts")}
+        acts = {"acts": Column((self.d_in,), torch_dtype(self.manifest["dtype"])), "mask": Column((), torch.bool)}
+        self._labels = self._opened([token_file(number) for number in range(self.num_shards)], labels)
+        self._rows = self._opened([acts_file(self.hookpoint, number) for number in range(self.num_shards)], acts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Where it lies, not what it holds: a process that it is sent to opens it again."""
+        return type(self), (self._place, self.hookpoint)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.manifest["shards"])
+
+    def _choose(self, hookpoint: str | None) -> str:
+        names = list(self.manifest["hookpoints"])
+        if hookpoint is None and len(names) == 1:
+            return names[0]
+        name = None if hookpoint is None else str(Hookpoint.parse(hookpoint))
+        if name is None or name not in names:
+            problem = "several hookpoints" if name is None else f"no hookpoint {name!r}"
+            raise ValueError(f"the cache {str(self.folder)!r} has {problem}: choose one of {', '.join(names)}")
+        return name
+
+    def _opened(self, files: list[str], columns: dict[str, Column]) -> dict[str, ShardedRows]:
+        """The columns in one file of each shard."""
+        shards = [
+            Shard(self.folder / file, shard["rows"], shard.get("sample_sha256", {}).get(file))
+            for file, shard in zip(files, self.manifest["shards"], strict=True)
+        ]
+        try:
+            return open_shards(shards, columns, self.manifest["shard_rows"])
+        except (OSError, RuntimeError, ValueError) as error:
+            if (system := of_the_system(error)) is not None:
+                raise system from error
+            for shard in shards:
+                check_may_open(shard.file)
+            raise ValueError(f"the cache {str(self.folder)!r} is damaged ({error}): collect it again") from error
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, " rows"]:
+        """True for the rows that take part."""
+        return self._rows["mask"].all()
+
+    @cached_property
+    def tokens(self) -> Int[Tensor, " rows"]:
+        return self._below("tokens", LARGEST_ID)
+
+    @cached_property
+    def positions(self) -> Int[Tensor, " rows"]:
+        return self._below("positions", self.manifest["context_tokens"])
+
+    @cached_property
+    def contexts(self) -> Int[Tensor, " rows"]:
+        """For each row the number of the context it comes from."""
+        return self._below("contexts", self.manifest.get("contexts", self.rows))
+
+    def _below(self, name: str, limit: int) -> Int[Tensor, " rows"]:
+        """A column of numbers from 0 to below `limit`; others lead to tables of any size, so ValueError for them."""
+        column = self._labels[name].all()
+        low, high = (int(end) for end in column.aminmax())
+        if low < 0 or high >= limit:
+            raise ValueError(
+                f"the cache {str(self.folder)!r} is damaged ({name} between {low} and {high}, where they lie between "
+                f"0 and {limit - 1}): collect it again"
+            )
+        return column
+
+    def gather(self, indices: Int[Tensor, " n"]) -> Float[Tensor, "n d_in"]:
+        """The activations at `indices`, in that order, as float32."""
+        return self._rows["acts"].gather(indices).float()
+
+    def gather_labels(self, indices: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+        """The tokens and positions at `indices`."""
+        return self._labels["tokens"].gather(indices), self._labels["positions"].gather(indices)
+
+    def batch(self, indices: Int[Tensor, " n"]) -> Batch:
+        """The rows at `indices` with their labels."""
+        tokens, positions = self.gather_labels(indices)
+        return Batch(self.gather(indices), tokens=tokens, positions=positions)
+
+    def verify(self, progress: bool = False) -> None:
+        """Read all of the cache, every hookpoint. ValueError naming the files whose sha256 is not the manifest's."""
+        bad: list[str] = []
+        with progress_bar("verifying", self.rows, show=progress) as show:
+            done = 0
+            for shard in self.manifest["shards"]:
+                bad += [name for name, digest in shard["sha256"].items() if _digest(self._place / name) != digest]
+                done += shard["rows"]
+                show(done)
+        if bad:
+            raise ValueError(
+                f"the cache {str(self.folder)!r} is damaged: {', '.join(bad)} changed since it was "
+                "collected; collect it again"
+            )
+
+    @property
+    def tokens_sha256(self) -> str:
+        """Which tokens these are: equal for equal tokens in equal contexts, at whatever hookpoint and precision."""
+        return self._digest_of([token_file(number) for number in range(self.num_shards)])
+
+    @property
+    def content_sha256(self) -> str:
+        """Which activations these are: equal for equal rows in the same precision and shards, wherever they lie."""
+        return self._digest_of([acts_file(self.hookpoint, number) for number in range(self.num_shards)])
+
+    def _digest_of(self, files: list[str]) -> str:
+        each = [shard["sha256"][file] for file, shard in zip(files, self.manifest["shards"], strict=True)]
+        return hashlib.sha256(repr(each).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What one must know about these rows: everything in the manifest but the shard list."""
+        about = self.manifest["hookpoints"][self.hookpoint]
+        left_out = ("shards", "hookpoints", "shard_rows", DIGEST)
+        shared = {k: v for k, v in self.manifest.items() if k not in left_out}
+        shared |= {"tokens_sha256": self.tokens_sha256, "content_sha256": self.content_sha256}
+        return shared | {"hookpoint": self.hookpoint} | {k: v for k, v in about.items() if k != "folder"}
+
+
+def _digest(file: Path) -> str | None:
+    """None for what is no file, or cannot be read."""
+    try:
+        return sha256_of(file) if file.is_file() else None
+    except OSError:
+        return None
