@@ -615,7 +615,7 @@ def test_ctrl_c_before_anything_is_collected(
     def stopped(*args: Any, **settings: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("apportion.activations.load_model", stopped)
+    monkeypatch.setattr("apportion.language.load_model", stopped)
     words = ["collect", str(tiny_model_dir), "--hookpoint", "model.layers.1", "--text", str(text)]
     assert main([*words, "--out", str(tmp_path / "acts")]) == 130
     assert f"nothing is left at {tmp_path / 'acts'}.\n" in capsys.readouterr().out

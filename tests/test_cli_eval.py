@@ -209,7 +209,7 @@ def test_the_chat_model_of_a_base_model(
 def test_mistakes_about_the_text_show_before_the_model_is_loaded(
     command: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("apportion.activations.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("apportion.language.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     empty, other = tmp_path / "empty.txt", tmp_path / "text.pdf"
     empty.write_text(""), other.write_bytes(b"%PDF")
     for text, said in ((tmp_path / "no.txt", "no text at"), (empty, "is empty"), (other, "is not a text file")):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from apportion.viewing.examples import examples_of as examples_of
 
 LATER = {
+    "activations": "apportion.activations",
     "examples_of": "apportion.viewing.examples",
     "testing": "apportion.testing",
     "load": "apportion.interop.load",

@@ -12,13 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apportion import blocks
 from apportion.allocation import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice, WarmStart, reference
 from apportion.allocation.base import largest, total_matches
 from apportion.allocation.feature_choice import FeatureChoiceConfig
 from apportion.allocation.mutual_choice import MutualChoiceConfig
 from apportion.allocation.threshold import ThresholdConfig
 from apportion.allocation.token_choice import TokenChoiceConfig
-from apportion.kernels import choose, primitives, select
+from apportion.kernels import choose, select
 from apportion.kernels.product import Product
 
 
@@ -124,8 +125,8 @@ BLOCKS = [1, 40, 2**20]
 
 
 def set_block(patch: pytest.MonkeyPatch, entries: int) -> None:
-    patch.setattr(primitives, "BLOCK_ENTRIES", entries)
-    patch.setattr(primitives, "MIN_BLOCK_ROWS", 1)
+    patch.setattr(blocks, "BLOCK_ENTRIES", entries)
+    patch.setattr(blocks, "MIN_BLOCK_ROWS", 1)
     patch.setattr(select, "SPARE_CANDIDATES", entries // 4)
 
 

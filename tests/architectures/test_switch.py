@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion import losses
+from apportion import blocks, losses
 from apportion.allocation import StepContext, reference
 from apportion.architectures import rebuild
 from apportion.architectures.base import Pass
-from apportion.kernels import primitives
 from apportion.metrics import entropy, load
 
 D_IN, D_SAE, K, E = 6, 28, 3, 4
@@ -85,8 +84,8 @@ def assert_equal_gradients(got: dict[str, torch.Tensor], wanted: dict[str, torch
 )
 @pytest.mark.parametrize("of_x", [True, False], ids=["gradients of x too", "x is data"])
 def test_codes_and_gradients_equal_the_dense_twin(rows, allocation, settings, of_x, monkeypatch):
-    monkeypatch.setattr(primitives, "BLOCK_ENTRIES", 20)
-    monkeypatch.setattr(primitives, "MIN_BLOCK_ROWS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", 20)
+    monkeypatch.setattr(blocks, "MIN_BLOCK_ROWS", 1)
     sae, x = new(allocation, **settings), activations(rows).requires_grad_(of_x)
     made, twin = sae.forward_scaled(x, StepContext()), Twin(sae, x)
     z = made.latents.dense()

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from apportion import blocks
 from apportion.evals.geometry import duplicated, geometry, nearest_cosines, similarity
-from apportion.kernels import primitives
 
 EYE = torch.eye(8)
 
@@ -48,8 +48,8 @@ def test_the_bar_for_duplicates_is_a_cosine():
 @pytest.mark.parametrize("num_experts", [1, 3, 5, 15])
 @pytest.mark.parametrize("block", [1, 40, 2**20])
 def test_equals_the_whole_matrix(num_experts, block, monkeypatch):
-    monkeypatch.setattr(primitives, "BLOCK_ENTRIES", block)
-    monkeypatch.setattr(primitives, "MIN_BLOCK_ROWS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", block)
+    monkeypatch.setattr(blocks, "MIN_BLOCK_ROWS", 1)
     rows = torch.randn(15, 6, generator=torch.Generator().manual_seed(0)).double()
     unit = rows / rows.norm(dim=1, keepdim=True)
     cosines = unit @ unit.T

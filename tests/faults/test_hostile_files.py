@@ -22,6 +22,7 @@ from trials import trials
 
 import apportion as ap
 from apportion.interop.peek import names_in, yaml_in
+from apportion.rows import ActivationStore
 from apportion.trust import read_text
 
 W = torch.eye(4, 8)
@@ -79,7 +80,7 @@ ATTACKS = [(f"{made.__name__}: {name}", made, change) for name, change in CONTEN
 def answers(function: str, path: Path) -> str:
     """What a fresh process says, with 4 GB to live in, and not longer than `SECONDS`."""
     code = (
-        "import resource, sys, torch; from pathlib import Path; import apportion as ap; from apportion.activations "
+        "import resource, sys, torch; from pathlib import Path; import apportion as ap; from apportion.rows "
         "import ActivationStore\nresource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))\n"
         f"try: {function}(Path(sys.argv[1]))\nexcept (ValueError, OSError) as error: print(error)"
     )
@@ -102,7 +103,7 @@ def test_what_is_no_small_text_file_is_refused_at_once(
     config = make(tmp_path / "sae")
     config.unlink()
     change(config)
-    read = ap.activations.ActivationStore if make is cache else ap.load
+    read = ActivationStore if make is cache else ap.load
     with pytest.raises((ValueError, OSError)) as raised:
         read(config.parent)
     assert "\n" not in str(raised.value) and str(config.parent) in str(raised.value)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from apportion import blocks
 from apportion.allocation import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice, WarmStart, reference
 from apportion.allocation.feature_choice import FeatureChoiceConfig
 from apportion.allocation.mutual_choice import MutualChoiceConfig
 from apportion.allocation.threshold import ThresholdConfig
 from apportion.allocation.token_choice import TokenChoiceConfig
-from apportion.kernels import Experts, choose, primitives, select
+from apportion.kernels import Experts, choose, select
 from apportion.kernels.product import Product
 
 
@@ -86,8 +87,8 @@ def check(p: Problem, rule: Rule, **how: object) -> None:
 
 @pytest.fixture(params=[1, 16, 2**20], ids=lambda n: f"block{n}", autouse=True)
 def block(request, monkeypatch):
-    monkeypatch.setattr(primitives, "BLOCK_ENTRIES", request.param)
-    monkeypatch.setattr(primitives, "MIN_BLOCK_ROWS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", request.param)
+    monkeypatch.setattr(blocks, "MIN_BLOCK_ROWS", 1)
     monkeypatch.setattr(select, "SPARE_CANDIDATES", request.param // 4)
 
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from apportion.kernels import decode_matches, encode_matches, primitives, sparse
+from apportion import blocks
+from apportion.kernels import decode_matches, encode_matches, sparse
 from apportion.latents import Latents
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -124,8 +125,8 @@ PATHS = {
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_values_and_gradients(case, dtype, path, monkeypatch):
     monkeypatch.setattr(sparse, "DENSE_SHARE", path[0])
-    monkeypatch.setattr(primitives, "BLOCK_ENTRIES", path[1])
-    monkeypatch.setattr(primitives, "MIN_BLOCK_ROWS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_ENTRIES", path[1])
+    monkeypatch.setattr(blocks, "MIN_BLOCK_ROWS", 1)
     got, wanted = [], []
     for loss_of, at, into in ((sparse_loss, dtype, got), (dense_loss, torch.float64, wanted)):
         # The float64 twin starts from the same (rounded) numbers.
@@ -196,9 +197,9 @@ def test_encode_leaves_the_given_matches_alone():
 
 def test_blocks_are_as_large_as_the_device_likes():
     on_a_gpu = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
-    assert primitives.block_rows(65_536, on_a_gpu) == 2**28 // 65_536
+    assert blocks.block_rows(65_536, on_a_gpu) == 2**28 // 65_536
     for width, rows in ((16_384, 256), (8192, 512), (2**22, 256), (0, 2**22)):
-        assert primitives.block_rows(width, torch.zeros(1)) == rows
+        assert blocks.block_rows(width, torch.zeros(1)) == rows
 
 
 def test_strided_inputs_and_gradients():

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from apportion.kernels import primitives, select, window
+from apportion import blocks
+from apportion.kernels import select, window
 from apportion.kernels.window import felt_by_thresholds, reach, with_jumps
 from apportion.latents import Latents
 
@@ -61,8 +62,8 @@ def dense_masks(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("block", [None, 130])
 def test_reach_finds_both_lists(case, block, monkeypatch):
     if block:
-        monkeypatch.setattr(primitives, "BLOCK_ENTRIES", block)
-        monkeypatch.setattr(primitives, "MIN_BLOCK_ROWS", 1)
+        monkeypatch.setattr(blocks, "BLOCK_ENTRIES", block)
+        monkeypatch.setattr(blocks, "MIN_BLOCK_ROWS", 1)
     x, W, b, t, _ = case.tensors()
     a, active, near = dense_masks(case)
     for got, wanted in zip(reach(x, W, b, t.exp(), case.width()), (active, near), strict=True):

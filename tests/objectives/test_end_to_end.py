@@ -241,7 +241,7 @@ def test_training_end_to_end_changes_the_model_less_at_the_same_l0(lm):
         with torch.no_grad():
             kl[preset] = EndToEnd(lm[0], POINT)([sae], all_of_them, context())["kl"].item()
         rows = all_of_them.rows().x
-        fvu[preset] = ap.training.objectives.batch_fvu(rows, sae(rows)).item()
+        fvu[preset] = ap.training.objective.batch_fvu(rows, sae(rows)).item()
     assert kl["e2e"] < 0.9 * kl["local"] and fvu["e2e"] > fvu["local"], (kl, fvu)
 
 

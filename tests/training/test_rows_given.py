@@ -95,7 +95,7 @@ def test_the_seed_orders_what_lies_in_memory(kind: str) -> None:
         "list of tensors": list(X.split(300)),
         "tuple of batches": tuple(ap.Batch(part) for part in X.split(300)),
     }
-    wanted = next(ap.activations.ArraySource(X, seed=3).batches(BATCH)).x
+    wanted = next(ap.rows.ArraySource(X, seed=3).batches(BATCH)).x
     rows = [next(source_of(given[kind], seed=seed).batches(BATCH)).x for seed in (3, 4)]
     assert torch.equal(rows[0], wanted) and not torch.equal(rows[1], wanted)
 
