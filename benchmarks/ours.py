@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import apportion as ap
+from apportion.allocation import Selection
+from apportion.training.objective import as_objective
 from benchmarks.cases import SWITCH
 from benchmarks.gate import Gate
 
@@ -77,7 +79,7 @@ def missed_matches(trainer: ap.Trainer, x: Tensor) -> dict[str, int]:
         counts.update(matches=wanted.nnz, missed=int((~torch.isin(*places)).sum()))
         return terms
 
-    objective, trainer.objective = trainer.objective, watched
+    objective, trainer.objective = trainer.objective, as_objective(watched)
     try:
         trainer.step(x)
     finally:
@@ -88,8 +90,4 @@ def missed_matches(trainer: ap.Trainer, x: Tensor) -> dict[str, int]:
 @torch.no_grad()
 def encode_without_screen(sae: ap.SAE, x: Tensor) -> Any:
     """The latents of prepared rows, selected in full precision."""
-    screen, sae.screen = sae.screen, None
-    try:
-        return sae.encode_scaled(x)
-    finally:
-        sae.screen = screen
+    return sae.encode_scaled(x, Selection(sae.allocation.in_force()))

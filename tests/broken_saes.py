@@ -5,23 +5,24 @@ from __future__ import annotations
 import torch
 
 from apportion.architectures.base import Pass
-from apportion.architectures.gated import Gated
+from apportion.architectures.gated import Gated, GatedPass
 from apportion.architectures.jumprelu import JumpReLU
 from apportion.architectures.plain import Plain
 from apportion.architectures.relu import ReLU
 from apportion.architectures.switch import Switch
+from apportion.group import ALONE
 from apportion.latents import Latents
 
 
 class LosesLeadingDimensions(Plain):
-    def encode(self, x, warm=None):
-        z = super().encode(x, warm)
+    def encode(self, x):
+        z = super().encode(x)
         return Latents(z.values, z.indices, z.offsets, z.d_sae, (z.tokens,))
 
 
 class HasNegativeCodes(Plain):
-    def encode_scaled_by(self, rule, x, warm=None):
-        return super().encode_scaled_by(rule, x, warm).map(lambda values: values - 0.5)
+    def encode_scaled(self, x, selection):
+        return super().encode_scaled(x, selection).map(lambda values: values - 0.5)
 
 
 class ForwardGoesItsOwnWay(Plain):
@@ -50,17 +51,17 @@ class IgnoresTargets(Plain):
 
 
 class CountsWhatItEncodes(Plain):
-    def encode_scaled_by(self, rule, x, warm=None):
+    def encode_scaled(self, x, selection):
         self.b_enc.data += 1e-4
-        return super().encode_scaled_by(rule, x, warm)
+        return super().encode_scaled(x, selection)
 
 
 class RemembersWhatItEncoded(Plain):
     loudest = 1.0
 
-    def encode_scaled_by(self, rule, x, warm=None):
+    def encode_scaled(self, x, selection):
         self.loudest = max([self.loudest, *x.abs().amax(1).tolist()])
-        return super().encode_scaled_by(rule, x / self.loudest, warm)
+        return super().encode_scaled(x / self.loudest, selection)
 
 
 class StaysInEvalMode(Plain):
@@ -103,14 +104,14 @@ class HasAnotherK(Plain):
 
 
 class DropsItsWeakestMatch(Plain):
-    def encode_scaled_by(self, rule, x, warm=None):
-        z = super().encode_scaled_by(rule, x, warm)
+    def encode_scaled(self, x, selection):
+        z = super().encode_scaled(x, selection)
         return z.where(z.values > z.values.min()) if z.nnz else z
 
 
 class LooksAtTheWrongAffinity(Plain):
-    def encode_scaled_by(self, rule, x, warm=None):
-        found = super().encode_scaled_by(rule, x * torch.linspace(0.9, 1.1, self.d_in).to(x), warm).detach()
+    def encode_scaled(self, x, selection):
+        found = super().encode_scaled(x * torch.linspace(0.9, 1.1, self.d_in).to(x), selection).detach()
         values = (self.centred(x)[found.rows()] * self.W_enc[found.indices]).sum(1) + self.b_enc[found.indices]
         return found.with_values(values.relu())
 
@@ -127,18 +128,18 @@ class TrainsOnSomethingElse(Plain):
 
 
 class CentresTheBatch(Plain):
-    def encode_scaled_by(self, rule, x, warm=None):
-        return super().encode_scaled_by(rule, x - 0.01 * x.mean(0), warm)
+    def encode_scaled(self, x, selection):
+        return super().encode_scaled(x - 0.01 * x.mean(0), selection)
 
 
 class BreaksTiesByPosition(Plain):
-    def encode_scaled_by(self, rule, x, warm=None):
+    def encode_scaled(self, x, selection):
         flip = torch.arange(self.d_sae - 1, -1, -1)
         if len(x) % 2:
-            return super().encode_scaled_by(rule, x, warm)
-        z = self.__class__.__base__(self.config, rule)
+            return super().encode_scaled(x, selection)
+        z = self.__class__.__base__(self.config, selection.rule)
         z.load_state_dict({n: t[flip] if t.shape[:1] == (self.d_sae,) else t for n, t in self.state_dict().items()})
-        return z.encode_scaled_by(rule, x, warm).select(flip)
+        return z.encode_scaled(x, selection).select(flip)
 
 
 class CalibratesTooHigh(Plain):
@@ -171,7 +172,7 @@ class HasATermWithAWrongGradient(Plain):
 
 class GatesDetached(Gated):
     def own_terms(self, x, y, made, context):
-        detached = Pass(made.latents, made.y_hat, {"gates": made.notes["gates"].detach()})
+        detached = GatedPass(made.latents, made.y_hat, made.gates.detach())
         return super().own_terms(x, y, made, context) | {"gates": super().own_terms(x, y, detached, context)["gates"]}
 
 
@@ -208,8 +209,8 @@ class DeclaresAWrongName(Plain):
 
 
 class HidesTheInput(Plain):
-    def encode_scaled_by(self, rule, x, warm=None):
-        return super().encode_scaled_by(rule, x.detach(), warm)
+    def encode_scaled(self, x, selection):
+        return super().encode_scaled(x.detach(), selection)
 
 
 class SeesHalfOfItsWindow(JumpReLU):
@@ -226,13 +227,13 @@ class TrainsWithNoise(Plain):
 
 
 class LosesATerm(Plain):
-    def reconstruction_loss(self, y, made):
-        return super().reconstruction_loss(y, made) * torch.nan
+    def reconstruction_loss(self, y, made, group=ALONE):
+        return super().reconstruction_loss(y, made, group) * torch.nan
 
 
 class LearnsNothing(Plain):
-    def reconstruction_loss(self, y, made):
-        return 1e-12 * super().reconstruction_loss(y, made)
+    def reconstruction_loss(self, y, made, group=ALONE):
+        return 1e-12 * super().reconstruction_loss(y, made, group)
 
     def own_terms(self, x, y, made, context):
         return {"decay": 0.01 * self.W_enc.square().sum()}

@@ -10,7 +10,7 @@ import pytest
 
 from apportion import SAES, load
 from apportion.cli import main
-from apportion.cli.objectives import CONFIGS
+from apportion.objectives import OBJECTIVES
 from apportion.cli.train import TrainBase
 from apportion.training import TrainConfig
 
@@ -37,7 +37,7 @@ def test_training_through_the_model(objective: str, tiny_model_dir: Path, text: 
     assert train(tiny_model_dir, text, run, *chosen, "--output-weight", "0.7", "--loss", "ce") == 0
     about = load(run).info["training"]["objective"]
     assert about["output_weight"] == 0.7 and about["loss"] == "ce" and about["hookpoint"] == "model.layers.0"
-    assert about["downstream_weight"] == CONFIGS[objective].downstream_weight
+    assert about["downstream_weight"] == OBJECTIVES[objective].config.downstream_weight
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["tokens"] == 2048 and "ce" in line and ("downstream" in line) == (objective == "e2e_ds")
     assert main(["eval", str(run), "--model", str(tiny_model_dir), "--text", str(text), "--tokens", "512"]) == 0
@@ -56,7 +56,7 @@ def test_saes_side_by_side(
 
 def test_help_shows_the_options_of_the_objective(capsys: pytest.CaptureFixture[str]) -> None:
     shown = {}
-    for name in CONFIGS:
+    for name in OBJECTIVES:
         with pytest.raises(SystemExit):
             main(["train", "--training-objective", name, "--help"])
         shown[name] = capsys.readouterr().out
@@ -91,7 +91,7 @@ def test_a_cache_has_no_model_to_run(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_options_of_objectives_do_not_collide_with_others() -> None:
-    for name, config in CONFIGS.items():
+    for name, config in ((name, entry.config) for name, entry in OBJECTIVES.items()):
         if config is None:
             continue
         options = {f.name for f in dataclasses.fields(config)} | {"num_saes"}

@@ -149,10 +149,7 @@ class NearBest(Rule):
     def budget(self, tokens):
         return None
 
-    def bounds(self, warm):
-        return None
-
-    def settle(self, candidates, budget):
+    def settle(self, candidates, budget, group):
         best = candidates.affinity.new_zeros(candidates.tokens)
         best = best.scatter_reduce(0, candidates.rows, candidates.affinity, "amax")
         rank = rank_within(candidates.rows, candidates.affinity, candidates.tokens)

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.group import ALONE, Group
 from apportion.metrics import no_spread
 
 
-def reconstruction(x: Float[Tensor, "tokens d"], x_hat: Float[Tensor, "tokens d"]) -> Float[Tensor, ""]:
+def reconstruction(
+    x: Float[Tensor, " tokens *d"], x_hat: Float[Tensor, " tokens *d"], group: Group = ALONE
+) -> Float[Tensor, ""]:
     """mean over tokens of ||x - x_hat||^2 / d. About the FVU; never divided by a per-batch variance."""
-    return (x - x_hat).square().mean()
+    return group.mean((x - x_hat).square().mean(), len(x))
 
 
 def auxiliary(
@@ -23,6 +26,7 @@ def auxiliary(
     error_hat: Float[Tensor, "tokens d"],
     share: float,
     size: Float[Tensor, ""] | float = 0.0,
+    group: Group = ALONE,
 ) -> Float[Tensor, ""]:
     """How well silent latents reconstruct what the others left over (aux_k of arXiv 2406.04093, section 2).
 
@@ -34,9 +38,9 @@ def auxiliary(
     gradient are 0.
     """
     error = error.detach()
-    left = (error - error_hat).square().sum()
-    of = (error - error.mean(0)).square().sum()
-    nothing = no_spread(of, error.square().sum() + size * error.numel())
+    left = group.total((error - error_hat).square().sum())
+    of = group.total((error - group.mean(error.mean(0), len(error))).square().sum())
+    nothing = no_spread(of, group.total(error.square().sum() + size * error.numel()))
     return share * left / torch.where(nothing, torch.inf, of)
 
 
@@ -60,22 +64,27 @@ def underutilised(
     return low | dead
 
 
-def kl_divergence(clean: Float[Tensor, "*rows vocab"], logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, ""]:
+def kl_divergence(
+    clean: Float[Tensor, "*rows vocab"], logits: Float[Tensor, "*rows vocab"], group: Group = ALONE
+) -> Float[Tensor, ""]:
     """mean over rows of KL(p_clean || p) = sum_v p_clean (log p_clean - log p), in nats, from logits.
 
     The direction of the public code of arXiv 2405.12241, whose docstring announces the other one. In float32 at least.
     """
     of, by = (torch.promote_types(t.dtype, torch.float32) for t in (clean, logits))
     log_clean, log_p = F.log_softmax(clean, -1, dtype=of), F.log_softmax(logits, -1, dtype=by)
-    return F.kl_div(log_p, log_clean, reduction="none", log_target=True).sum(-1).mean()
+    divergence = F.kl_div(log_p, log_clean, reduction="none", log_target=True).sum(-1)
+    return group.mean(divergence.mean(), divergence.numel())
 
 
-def load_balance(probabilities: Float[Tensor, "tokens e"], expert: Int[Tensor, " tokens"]) -> Float[Tensor, ""]:
+def load_balance(
+    probabilities: Float[Tensor, "tokens e"], expert: Int[Tensor, " tokens"], group: Group = ALONE
+) -> Float[Tensor, ""]:
     """E sum_i f_i P_i: keeps a router from sending everything to a few of its E experts (arXiv 2410.08201).
 
     f_i is the share of tokens whose `expert` is i, a constant, and P_i the mean over tokens of their probability for i.
     1 if either is uniform, E if one expert has all tokens with certainty. Both are means over the whole batch.
     """
     tokens, num_experts = probabilities.shape
-    share = torch.bincount(expert, minlength=num_experts).to(probabilities.dtype) / tokens
-    return num_experts * share @ probabilities.mean(0)
+    counts = group.total(torch.bincount(expert, minlength=num_experts).to(probabilities.dtype))
+    return num_experts * (counts / group.count(tokens)) @ group.mean(probabilities.mean(0), tokens)

@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apportion import blocks
-from apportion.allocation import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice, WarmStart, reference
+from apportion.allocation import (
+    FeatureChoice,
+    MutualChoice,
+    Rule,
+    Screen,
+    Selection,
+    Threshold,
+    TokenChoice,
+    reference,
+)
 from apportion.allocation.base import largest, total_matches
 from apportion.allocation.feature_choice import FeatureChoiceConfig
 from apportion.allocation.mutual_choice import MutualChoiceConfig
@@ -82,14 +91,15 @@ def dense(rule: Rule, affinity: torch.Tensor) -> torch.Tensor:
     return reference.threshold(affinity, rule.threshold)
 
 
-def check(p: Problem, rule: Rule, warm: WarmStart | None = None, screen: select.Screen = None) -> select.Matches:
+def check(p: Problem, rule: Rule, warm: torch.Tensor | None = None, screen: Screen = None) -> Selection:
     """The fast path gives exactly the reference: matches, order, codes."""
-    found = choose(p.x, p.W, p.b, rule, norms=p.norms, warm=warm, screen=screen)
+    selection = Selection(rule, warm, screen)
+    found = choose(p.x, p.W, p.b, selection, norms=p.norms)
     S = dense(rule, p.affinity)
     rows, latents = S.nonzero(as_tuple=True)
     assert torch.equal(found.rows, rows) and torch.equal(found.latents, latents)
     assert torch.equal(found.values, p.codes[S])
-    return found
+    return selection
 
 
 COUPLED = {"mutual": mutual, "feature": feature, "zipf": zipf}
@@ -168,19 +178,19 @@ def test_warm_starts_change_nothing(p, make, block):
     for k in (0.5, min(3, d_sae), d_sae):
         for bounds in starts:
             before = bounds.clone()
-            check(p, make(k, d_sae), WarmStart(bounds))
+            check(p, make(k, d_sae), bounds)
             assert torch.equal(bounds, before), "a bound given is not written to"
 
 
 @pytest.mark.parametrize("make", COUPLED.values(), ids=list(COUPLED))
 def test_bounds_carried_over_a_changing_stream(make, block):
     """One warm start through batches of very different size and scale."""
-    rule, warm = make(2.5, 11), WarmStart()
+    rule, warm = make(2.5, 11), None
     for i, (tokens, scale) in enumerate([(20, 1), (20, 8), (3, 1), (0, 1), (1, 1), (30, 0), (30, 4), (20, 1), (7, 64)]):
         p = quantised(tokens, 11, seed=i)
         p.x *= scale
-        check(p, rule, warm)
-        assert warm.bounds is not None and not bool(warm.bounds.isnan().any())
+        warm = check(p, rule, warm).next_warm
+        assert warm is not None and not bool(warm.isnan().any())
 
 
 @pytest.mark.parametrize("theta", [0.0, 1.0, -1.0, 3.0, 100.0])
@@ -237,7 +247,7 @@ def test_any_problem(name, size, seed, share, bias, norms, block, starts, start,
         bounds = torch.tensor(starts[:d_sae])
     with pytest.MonkeyPatch.context() as patch:
         set_block(patch, block)
-        check(p, rule, None if bounds is None else WarmStart(bounds), screen)
+        check(p, rule, bounds, screen)
 
 
 class Spy:
@@ -263,7 +273,7 @@ def test_compaction_happens_and_is_exact(make, monkeypatch):
     set_block(monkeypatch, 26)
     spy = Spy(monkeypatch)
     p = PROBLEMS["growing rows"]
-    check(p, make(0.5, 13), WarmStart(torch.zeros(()) if make is mutual else torch.zeros(13)))
+    check(p, make(0.5, 13), torch.zeros(()) if make is mutual else torch.zeros(13))
     assert spy.scans == 1 and spy.columns == 0 and spy.settles > 1
 
 
@@ -271,11 +281,11 @@ def test_mutual_choice_looks_again_below_a_bound_that_was_too_high(monkeypatch):
     spy = Spy(monkeypatch)
     p, rule = PROBLEMS["plain"], mutual(3, 13)
     cut = p.affinity.flatten().topk(3 * 17).values.min()
-    check(p, rule, WarmStart(0.9 * cut))
+    check(p, rule, 0.9 * cut)
     assert spy.scans == 1
-    check(p, rule, WarmStart(1.1 * cut))
+    check(p, rule, 1.1 * cut)
     assert spy.scans == 3, "once more, at half the bound"
-    check(p, rule, WarmStart(100 * cut))
+    check(p, rule, 100 * cut)
     assert spy.scans == 6, "at half the bound, then at zero"
 
 
@@ -284,16 +294,16 @@ def test_feature_choice_looks_up_single_latents(monkeypatch):
     p, rule = PROBLEMS["plain"], feature(3, 13)
     check(p, rule)
     assert spy.columns == 1, "a cold start looks up every latent"
-    check(p, rule, WarmStart(torch.zeros(13)))
+    check(p, rule, torch.zeros(13))
     assert spy.columns == 1
     bounds = torch.zeros(13)
     bounds[4] = 1e6
     asked = []
     columns = select._Scan.columns
     monkeypatch.setattr(
-        select._Scan, "columns", lambda scan, ids, budget: asked.extend(ids.tolist()) or columns(scan, ids, budget)
+        select._Scan, "columns", lambda scan, ids: asked.extend(ids.tolist()) or columns(scan, ids)
     )
-    check(p, rule, WarmStart(bounds))
+    check(p, rule, bounds)
     assert asked == [4]
 
 
@@ -306,11 +316,12 @@ def test_looking_up_a_latent_finds_its_best_tokens_and_no_more():
 @pytest.mark.parametrize("make", COUPLED.values(), ids=list(COUPLED))
 def test_warm_bounds_make_the_next_look_short(make, monkeypatch):
     """On the same data again the carried bounds suffice: one scan, no second look."""
-    p, rule, warm = quantised(300, 13, d_in=6), make(2, 13), WarmStart()
+    p, rule = quantised(300, 13, d_in=6), make(2, 13)
     p.x += 0.01 * torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
-    choose(p.x, p.W, p.b, rule, warm=warm)
+    first = Selection(rule)
+    choose(p.x, p.W, p.b, first)
     spy = Spy(monkeypatch)
-    choose(p.x, p.W, p.b, rule, warm=warm)
+    choose(p.x, p.W, p.b, Selection(rule, first.next_warm))
     assert spy.scans == 1 and spy.columns == 0
 
 
@@ -321,7 +332,7 @@ def test_real_numbers(make, dtype, block):
     g = torch.Generator().manual_seed(0)
     x, W, b = (torch.randn(*s, generator=g, dtype=torch.float64).to(dtype) for s in ((63, 10), (29, 10), (29,)))
     rule = make(4, 29)
-    found = choose(x, W, b, rule)
+    found = choose(x, W, b, Selection(rule))
     assert found.values.dtype == dtype
     codes = x.double() @ W.double().T + b.double()
     S = dense(rule, codes.relu())
@@ -337,11 +348,12 @@ def test_the_screen_on_real_numbers(make, norms, block):
     tokens, d_in, d_sae, k = 200, 64, 320, 8
     W, b = torch.randn(d_sae, d_in, generator=g) / 8, torch.randn(d_sae, generator=g) / 8
     scale = 1 + torch.rand(d_sae, generator=g) if norms else None
-    rule, warm, missed = make(k, d_sae), WarmStart(), 0
+    rule, warm, missed = make(k, d_sae), None, 0
     for _ in range(4):
         x = torch.randn(tokens, d_in, generator=g)
-        exact = choose(x, W, b, rule, norms=scale)
-        found = choose(x, W, b, rule, norms=scale, warm=warm, screen="bfloat16")
+        exact, screened = Selection(rule), Selection(rule, warm, "bfloat16")
+        exact, found = (choose(x, W, b, selection, norms=scale) for selection in (exact, screened))
+        warm = screened.next_warm
         codes = x.double() @ W.double().T + b.double()
         assert torch.allclose(found.values.double(), codes[found.rows, found.latents], rtol=1e-5, atol=1e-5)
         flat = found.rows * d_sae + found.latents
@@ -351,9 +363,9 @@ def test_the_screen_on_real_numbers(make, norms, block):
     assert missed <= 3, "of 6400"
 
 
-def matches_missed(p: Problem, rule: Rule, warm: WarmStart | None = None) -> int:
+def matches_missed(p: Problem, rule: Rule, warm: torch.Tensor | None = None) -> int:
     """By the screen, of those that exceed the cut by more than float32 rounds."""
-    exact, found = choose(p.x, p.W, p.b, rule), choose(p.x, p.W, p.b, rule, warm=warm, screen="bfloat16")
+    exact, found = (choose(p.x, p.W, p.b, how) for how in (Selection(rule), Selection(rule, warm, "bfloat16")))
     assert len(found.rows) == len(exact.rows)
     places = [m.rows * len(p.W) + m.latents for m in (exact, found)]
     missed = ~torch.isin(*places)
@@ -372,7 +384,7 @@ def test_the_screen_keeps_its_margin_when_candidates_are_thrown_out(make, b, war
     x[1024:] *= 0.3
     p = Problem(x, W, torch.full((4096,), b))
     spy = Spy(monkeypatch)
-    assert matches_missed(p, make(32, 4096), WarmStart(torch.zeros(())) if warm else None) == 0
+    assert matches_missed(p, make(32, 4096), torch.zeros(()) if warm else None) == 0
     assert spy.scans == 2, "one of them without the screen"
 
 
@@ -384,7 +396,7 @@ def test_the_screen_gives_way_where_its_margin_holds_too_much(make, monkeypatch)
     p.b += 4096
     set_block(monkeypatch, 400)
     spy = Spy(monkeypatch)
-    check(p, make(3, 40), None if make in (topk, mutual) else WarmStart(torch.zeros(40)), screen="bfloat16")
+    check(p, make(3, 40), None if make in (topk, mutual) else torch.zeros(40), screen="bfloat16")
     assert 2 <= spy.scans <= 3
 
 
@@ -394,7 +406,7 @@ def test_a_second_look_is_in_full_precision():
     x, W = torch.randn(100, 16, generator=g) + 50, torch.randn(200, 16, generator=g)
     p = Problem(x, W, -50 * W.sum(1))
     assert matches_missed(p, mutual(5, 200)) > 10, "beyond what the screen is for"
-    assert matches_missed(p, mutual(5, 200), WarmStart(torch.tensor(1e6))) == 0
+    assert matches_missed(p, mutual(5, 200), torch.tensor(1e6)) == 0
 
 
 def test_the_screen_finds_near_duplicates():
@@ -423,7 +435,7 @@ def test_the_screen_with_thresholds(theta, block):
     g = torch.Generator().manual_seed(1)
     x, W, b = (torch.randn(*s, generator=g) for s in ((63, 16), (100, 16), (100,)))
     for rule in (Threshold(ThresholdConfig(theta=theta), 100), Threshold.at(theta + torch.rand(100, generator=g), 100)):
-        exact, found = (choose(x, W, b, rule, screen=screen) for screen in SCREENS)
+        exact, found = (choose(x, W, b, Selection(rule, screen=screen)) for screen in SCREENS)
         assert torch.equal(exact.rows, found.rows) and torch.equal(exact.latents, found.latents)
         assert torch.allclose(exact.values, found.values, rtol=1e-5, atol=1e-5)
 
@@ -433,7 +445,7 @@ def test_no_gradient_and_no_change():
     p.W.requires_grad_()
     rule = zipf(2, 5)
     before = {name: t.clone() for name, t in rule.state_dict().items()}
-    assert not choose(p.x, p.W, p.b, rule).values.requires_grad
+    assert not choose(p.x, p.W, p.b, Selection(rule)).values.requires_grad
     assert all(torch.equal(t, before[name]) or before[name].isnan().all() for name, t in rule.state_dict().items())
 
 
@@ -488,5 +500,5 @@ def test_eval_rule_in_force():
         assert isinstance(in_force, Threshold)
         p = quantised(17, 5)
         S = p.affinity > 1.5
-        assert torch.equal(choose(p.x, p.W, p.b, in_force).values, p.codes[S])
+        assert torch.equal(choose(p.x, p.W, p.b, Selection(in_force)).values, p.codes[S])
     assert topk(2, 5).eval().in_force().row_limit == 2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from apportion.allocation import FeatureChoice, Pool, StepContext, WarmStart
+from apportion.allocation import FeatureChoice, Pool, Selection, StepContext
 from apportion.allocation.feature_choice import FeatureChoiceConfig
 from apportion.allocation.zipf import fit_zipf, zipf_densities
 from apportion.kernels import choose
@@ -39,7 +39,7 @@ def test_budgets_follow_the_actual_batch(tokens, budgets):
 def test_every_latent_is_used():
     generator = torch.Generator().manual_seed(0)
     x, W = torch.randn(100, 8, generator=generator), torch.randn(50, 8, generator=generator)
-    found = choose(x, W, torch.zeros(50), rule())
+    found = choose(x, W, torch.zeros(50), Selection(rule()))
     assert torch.bincount(found.latents, minlength=50).tolist() == [8] * 50
 
 
@@ -178,29 +178,33 @@ def test_settings_that_cannot_work(settings, message):
 
 def test_warm_bounds_survive_the_switch():
     """The scalar bound of the Mutual phase is not taken for a bound of each latent."""
-    switching, warm = rule(switch_at=0.5), WarmStart()
+    switching = rule(switch_at=0.5)
     generator = torch.Generator().manual_seed(0)
     x, W = torch.randn(100, 8, generator=generator), torch.randn(50, 8, generator=generator)
-    choose(x, W, torch.zeros(50), switching, warm=warm)
-    assert warm.bounds is not None and warm.bounds.ndim == 0
+    first = Selection(switching)
+    choose(x, W, torch.zeros(50), first)
+    assert first.next_warm is not None and first.next_warm.ndim == 0
     switching.begin_step(context(0.5, torch.rand(50)))
-    found = choose(x, W, torch.zeros(50), switching, warm=warm)
+    second = Selection(switching, first.next_warm)
+    found = choose(x, W, torch.zeros(50), second)
     assert torch.bincount(found.latents, minlength=50).tolist() == [8] * 50
-    assert warm.bounds.shape == (50,)
+    assert second.next_warm is not None and second.next_warm.shape == (50,)
 
 
 @pytest.mark.parametrize("budgets", ["uniform", "zipf"])
 def test_a_look_at_single_latents_tells_their_next_bounds(budgets):
     """The affinity of rank 2 m + 3, so that about twice the budget is scanned next time."""
-    cold, warm = rule(budgets=budgets), WarmStart()
+    cold = rule(budgets=budgets)
+    selection = Selection(cold)
     generator = torch.Generator().manual_seed(0)
     x, W = torch.randn(100, 8, generator=generator), torch.randn(50, 8, generator=generator)
-    choose(x, W, torch.full((50,), 99.0), cold, warm=warm)
+    choose(x, W, torch.full((50,), 99.0), selection)
+    warm = selection.next_warm
     best = (x @ W.T + 99).sort(dim=0, descending=True).values
     at = 2 * cold.budget(100) + 3
     told = at < 100
-    assert warm.bounds is not None and int(told.sum()) > 40
-    assert torch.allclose(warm.bounds[told], best[at[told], told.nonzero().squeeze(1)])
+    assert warm is not None and int(told.sum()) > 40
+    assert torch.allclose(warm[told], best[at[told], told.nonzero().squeeze(1)])
 
 
 def test_state_remembers_the_switch():

@@ -45,7 +45,7 @@ def context(silent: list[int], density: torch.Tensor | None = None) -> StepConte
 
 def own_term(sae: ap.SAE, at: StepContext, x: torch.Tensor | None = None) -> torch.Tensor | None:
     x = activations() if x is None else x
-    latents = sae.encode_scaled(x)
+    latents = sae.encode_scaled(x, sae.selection())
     terms = sae.own_terms(x, x, Pass(latents, sae.decode_scaled(latents)), at)
     assert set(terms) <= {sae.config.aux}
     return terms.get(sae.config.aux)
@@ -61,7 +61,7 @@ def dense_term(sae: ap.SAE, silent: torch.Tensor, k_aux: int) -> torch.Tensor:
     """The auxiliary loss written out on dense matrices."""
     x = activations()
     with torch.no_grad():
-        error = x - sae.decode_scaled(sae.encode_scaled(x))
+        error = x - sae.decode_scaled(sae.encode_scaled(x, sae.selection()))
         centred = x - sae.b_dec
     codes = centred @ sae.W_enc.T + sae.b_enc
     norms = sae.W_dec.norm(dim=1) if sae.config.affinity == "code_times_decoder_norm" else 1
@@ -137,7 +137,7 @@ def test_no_term_without_silent_latents_or_weight():
 def test_nothing_left_to_explain_gives_zero_and_no_nan(case):
     sae = new()
     x = activations(1 if case == "one row" else TOKENS)
-    latents = sae.encode_scaled(x)
+    latents = sae.encode_scaled(x, sae.selection())
     x_hat = x if case == "perfect" else sae.decode_scaled(latents)
     term = sae.own_terms(x, x, Pass(latents, x_hat), context([1, 2, 3]))["aux_k"]
     assert term.item() == 0

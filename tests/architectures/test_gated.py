@@ -88,7 +88,7 @@ def test_open_gates_without_a_magnitude_are_penalised_but_do_not_fire() -> None:
         sae.b_mag.fill_(-50.0)
     made = sae.forward_scaled(x, StepContext())
     assert made.latents.nnz == 0
-    assert made.notes["gates"].nnz > 0
+    assert made.gates.nnz > 0
     assert sae.own_terms(x, x, made, StepContext())["sparsity"] > 0
 
 
@@ -96,7 +96,7 @@ def test_other_rules_choose_among_the_gates() -> None:
     sae, x = new(), activations()
     pi, z = dense(sae, x)
     rule = TokenChoice(TokenChoiceConfig(k=3), D_SAE)
-    latents = sae.encode_scaled_by(rule, x)
+    latents = sae.encode_scaled(x, sae.selection(rule=rule))
     torch.testing.assert_close(latents.dense(), z * reference.token_choice(pi.relu(), 3))
     torch.testing.assert_close(sae.affinities(latents), pi[latents.rows(), latents.indices])
 

@@ -73,7 +73,7 @@ def dense_terms(sae: ap.SAE, x: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_equals_dense_autograd(objective, subtract_b_dec):
     sae, x = new(objective, pre_act_weight=0.01, subtract_b_dec=subtract_b_dec), activations()
-    near = sae.forward_scaled(x, StepContext()).notes["near"]
+    near = sae.forward_scaled(x, StepContext()).near
     assert bool((near.values < 0).any()), "some windows reach below zero"
     got, wanted = terms_of(sae, x), dense_terms(sae, x)
     assert got.keys() == wanted.keys()
@@ -261,7 +261,7 @@ def test_folding_takes_thresholds_and_bandwidth_along(subtract_b_dec):
     assert torch.allclose(folded.encode(x).dense() * sae.scale, sae.encode(x).dense(), rtol=1e-9)
     assert torch.allclose(folded(x), sae(x), rtol=1e-9, atol=1e-9)
     for a, b in zip(
-        *(s.train().forward_scaled(s.input.apply_to(x), StepContext()).notes["near"].rows() for s in (sae, folded)),
+        *(s.train().forward_scaled(s.input.apply_to(x), StepContext()).near.rows() for s in (sae, folded)),
         strict=True,
     ):
         assert a == b
@@ -280,7 +280,7 @@ def test_sweeps_divide_thresholds():
     sae, x = new().eval(), activations()
     rule = sae.allocation.relaxed(2.0)
     assert torch.allclose(rule.threshold, sae.log_threshold.exp() / 2, rtol=1e-12)
-    assert sae.encode_scaled_by(rule, x).nnz > sae.encode(x).nnz
+    assert sae.encode_scaled(x, sae.selection(rule=rule)).nnz > sae.encode(x).nnz
 
 
 def test_initial_thresholds():

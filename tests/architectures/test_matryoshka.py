@@ -43,7 +43,7 @@ def gradients(sae: Matryoshka, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def dense_loss(sae: Matryoshka, x: torch.Tensor) -> torch.Tensor:
     """The nested loss written out: a full reconstruction for each prefix."""
-    mask = sae.encode_scaled(x).dense() != 0
+    mask = sae.encode_scaled(x, sae.selection()).dense() != 0
     z = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc) * mask
     total, before = torch.zeros((), dtype=x.dtype), 0
     for size in sae.prefixes:
@@ -75,7 +75,7 @@ def test_loss_and_gradients_equal_dense_autograd(shares, tokens, detach, allocat
 def test_competition_by_decoder_norm():
     sae = new(affinity="code_times_decoder_norm", k=2)
     x = activations()
-    mask = sae.encode_scaled(x).dense() != 0
+    mask = sae.encode_scaled(x, sae.selection()).dense() != 0
     affinity = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu() * sae.W_dec.norm(dim=1)
     assert affinity[mask].min() >= affinity[~mask].max() and int(mask.sum()) == 2 * len(x)
     assert sae.reconstruction_loss(x, passed(sae, x)).item() == pytest.approx(dense_loss(sae, x).item(), rel=1e-12)
@@ -117,7 +117,7 @@ def test_detached_prefixes_train_only_what_they_add():
     for detach in (False, True):
         sae = new(detach=detach, k=12)
         x = activations(200)
-        (last,) = torch.autograd.grad((x - passed(sae, x).notes["nested"][-1]).square().mean(), sae.W_dec)
+        (last,) = torch.autograd.grad((x - passed(sae, x).nested[-1]).square().mean(), sae.W_dec)
         assert bool(last[: sae.prefixes[-2]].any()) != detach and bool(last[sae.prefixes[-2] :].any())
 
 

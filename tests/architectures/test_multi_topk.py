@@ -62,7 +62,7 @@ def test_latents_are_those_of_topk_even_with_ties():
         for p in sae.parameters():
             p.copy_(torch.randint(-1, 2, p.shape, generator=g))
     x = torch.randint(-1, 2, (50, D_IN), generator=g).double()
-    made, wanted = sae.forward_scaled(x, StepContext()), sae.encode_scaled(x)
+    made, wanted = sae.forward_scaled(x, StepContext()), sae.encode_scaled(x, sae.selection())
     assert torch.equal(made.latents.indices, wanted.indices) and torch.equal(made.latents.offsets, wanted.offsets)
     assert torch.equal(made.latents.values, wanted.values)
     mask = reference.token_choice((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc, 2)
@@ -71,7 +71,7 @@ def test_latents_are_those_of_topk_even_with_ties():
 
 def test_one_product(monkeypatch):
     calls, choose = [], affine.choose
-    monkeypatch.setattr(affine, "choose", lambda *a, **k: calls.append(a[3].k) or choose(*a, **k))
+    monkeypatch.setattr(affine, "choose", lambda *a, **k: calls.append(a[3].rule.k) or choose(*a, **k))
     sae, x = new(), activations()
     made = sae.forward_scaled(x, StepContext())
     sae.own_terms(x, x, made, StepContext())
@@ -85,7 +85,7 @@ def test_the_second_budget_follows_annealing():
         sae.begin_step(context)
         made = sae.forward_scaled(x, context)
         assert torch.allclose(made.y_hat, dense(sae, x, k), rtol=1e-12)
-        assert torch.allclose(made.notes["wide"], dense(sae, x, min(4 * k, D_SAE)), rtol=1e-12)
+        assert torch.allclose(made.wide, dense(sae, x, min(4 * k, D_SAE)), rtol=1e-12)
 
 
 @pytest.mark.parametrize("settings", [{"multi_factor": 1}, {"multi_factor": 2.5}, {"multi_weight": 0}])

@@ -211,7 +211,7 @@ def test_the_auxiliary_loss_revives_silent_latents_of_the_tokens_own_expert(k_au
     silent = torch.zeros(D_SAE, dtype=torch.bool)
     silent[[0, 1, 2, 3, 9, 15, 16]] = True
     made = sae.forward_scaled(x, StepContext())
-    term = sae.own_terms(x, x, Pass(made.latents, made.y_hat, made.notes), StepContext(dead=silent))["aux_k"]
+    term = sae.own_terms(x, x, made, StepContext(dead=silent))["aux_k"]
     twin = Twin(sae, x)
     error = (x - made.y_hat).detach()
     affinity_of_silent = twin.affinity * silent

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apportion import blocks
-from apportion.allocation import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice, WarmStart, reference
+from apportion.allocation import FeatureChoice, MutualChoice, Rule, Screen, Selection, Threshold, TokenChoice, reference
 from apportion.allocation.feature_choice import FeatureChoiceConfig
 from apportion.allocation.mutual_choice import MutualChoiceConfig
 from apportion.allocation.threshold import ThresholdConfig
@@ -77,12 +77,15 @@ def dense(rule: Rule, affinity: torch.Tensor) -> torch.Tensor:
     return reference.threshold(affinity, rule.threshold)
 
 
-def check(p: Problem, rule: Rule, **how: object) -> None:
-    found = choose(p.x, p.W, p.b, rule, norms=p.norms, experts=p.experts, **how)
+def check(p: Problem, rule: Rule, warm: torch.Tensor | None = None, screen: Screen = None) -> torch.Tensor | None:
+    """Returns the bounds for the next batch."""
+    selection = Selection(rule, warm, screen)
+    found = choose(p.x, p.W, p.b, selection, norms=p.norms, experts=p.experts)
     S = dense(rule, p.affinity)
     rows, latents = S.nonzero(as_tuple=True)
     assert torch.equal(found.rows, rows) and torch.equal(found.latents, latents)
     assert torch.equal(found.values, p.codes[S]), "codes are not gated"
+    return selection.next_warm
 
 
 @pytest.fixture(params=[1, 16, 2**20], ids=lambda n: f"block{n}", autouse=True)
@@ -98,12 +101,11 @@ def block(request, monkeypatch):
 def test_equals_the_dense_selection(p, rule, screen):
     chosen = rules(len(p.W))[rule]
     check(p, chosen, screen=screen)
-    warm = WarmStart()
+    warm = None
     for _ in range(2):
-        check(p, chosen, warm=warm, screen=screen)
-    if rule in ("mutual", "zipf") and warm.bounds is not None:
-        warm.bounds *= 3
-        check(p, chosen, warm=warm, screen=screen)
+        warm = check(p, chosen, warm, screen)
+    if rule in ("mutual", "zipf") and warm is not None:
+        check(p, chosen, 3 * warm, screen)
 
 
 def test_each_experts_product_is_made_for_its_tokens_only():
@@ -119,7 +121,7 @@ def test_some_latents_only():
     experts = p.experts.among(ids)
     assert experts.starts.tolist() == [0, 3, 4, 7]
     rule = TokenChoice(TokenChoiceConfig(k=2), len(ids))
-    found = choose(p.x, p.W[ids], p.b[ids], rule, experts=experts)
+    found = choose(p.x, p.W[ids], p.b[ids], Selection(rule), experts=experts)
     rows, latents = reference.token_choice(p.affinity[:, ids], 2).nonzero(as_tuple=True)
     assert torch.equal(found.rows, rows) and torch.equal(found.latents, latents)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import apportion as ap
-from apportion.allocation import FeatureChoice, MutualChoice, Threshold, TokenChoice, WarmStart
+from apportion.allocation import FeatureChoice, MutualChoice, Selection, Threshold, TokenChoice
 from apportion.allocation.feature_choice import FeatureChoiceConfig
 from apportion.allocation.mutual_choice import MutualChoiceConfig
 from apportion.allocation.token_choice import TokenChoiceConfig
@@ -322,10 +322,10 @@ def test_choose_equals_torch(make, screen, launched):
         norms = 2 ** randn(40, dtype=torch.float32, seed=3).round()
         found = []
         for backend in ("torch", "triton"):
-            warm = WarmStart(bounds)
+            selection = Selection(rule, bounds, screen)
             with dispatch.use(backend):
-                m = choose(x, W, b, rule, norms=norms, warm=warm, screen=screen)
-            found.append((m.rows, m.latents, m.values, start if warm.bounds is None else warm.bounds))
+                m = choose(x, W, b, selection, norms=norms)
+            found.append((m.rows, m.latents, m.values, start if selection.next_warm is None else selection.next_warm))
         for wanted, got in zip(*found, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     assert "_mark_above" in launched and (screen is None or "_dot_products" in launched)

@@ -60,7 +60,7 @@ def naive_loss(sae: Any, model: Any, b: Batch, config: EndToEndConfig) -> Tensor
     assert b.tokens is not None and b.mask is not None
     ids, mask = b.tokens.view(-1, CONTEXT).long(), b.mask.view(-1, CONTEXT)
     x = (b.x[b.mask] - sae.mean) * sae.scale
-    chosen = sae.encode_scaled(x).dense().detach() != 0
+    chosen = sae.encode_scaled(x, sae.selection()).dense().detach() != 0
     z = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc) * chosen
     y_hat = z @ sae.W_dec + sae.b_dec
     x_hat = y_hat / sae.scale + sae.mean

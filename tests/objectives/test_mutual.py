@@ -134,7 +134,7 @@ def test_idle_latents_are_redrawn_at_the_end_of_a_dead_window():
         moments = own.optimizer.moments[sae.get_parameter(name)]
         assert not moments.exp_avg[[2, 7]].any() and not moments.exp_avg_sq[[2, 7]].any()
         assert moments.exp_avg_sq[[0, 1, 3]].any() and moments.steps == 3
-    assert not own.activity.silent_tokens[[2, 7]].any() and own.warm.bounds is None
+    assert not own.activity.silent_tokens[[2, 7]].any() and own.bounds is None
 
 
 def test_others_stay_and_no_two_redrawn_latents_are_alike():

@@ -1,6 +1,6 @@
 """Rules of allocation: which token-latent matches become non-zero. One file, one rule; to add one, add it here."""
 
-from apportion.allocation.base import Candidates, Pool, Rule, Settled, StepContext, WarmStart
+from apportion.allocation.base import Candidates, Pool, Rule, Screen, Selection, Settled, StepContext
 from apportion.allocation.feature_choice import FeatureChoice
 from apportion.allocation.learned_threshold import LearnedThreshold
 from apportion.allocation.mutual_choice import MutualChoice
@@ -23,9 +23,10 @@ __all__ = [
     "MutualChoice",
     "Pool",
     "Rule",
+    "Screen",
+    "Selection",
     "Settled",
     "StepContext",
     "Threshold",
     "TokenChoice",
-    "WarmStart",
 ]

@@ -2,27 +2,33 @@
 
 An SAE has tokens * d_sae possible matches and a budget; a *rule* says which matches become non-zero, given their
 affinities (arXiv 2411.02124 poses sparsity as this allocation problem). The kernels compute affinities in row blocks
-and never hold the whole matrix. They ask the rule three things:
+and never hold the whole matrix. They ask the rule four things:
 
     budget(tokens)      what there is to hand out: a count, or a count per latent; None if the rule has no budget
     bounds(warm)        only matches with affinity > bound can matter: a scalar or one per latent; None if not known yet
-    settle(candidates)  of the matches above the bounds, in (token, latent) order: which are chosen, and the cut
+    prune(candidates)   of some matches above the bounds: which may be chosen in the end. Local, any number of times
+    settle(candidates)  of all matches above the bounds, in (token, latent) order: which are chosen, and the cut. Once
+                        for each look, and over all processes of a group: budget, cut and bounds are the same for all
 
 The *cut* closes the loop: it is the affinity that a further match would have to exceed to be chosen, 0 while the
 budget is not exhausted. If cut >= bound, nothing below the bound could have been chosen and the result is exact;
 if cut < bound, the kernel looks again below the bound. Ties are resolved in (token, latent) order.
+
+A rule says how it chooses once more, densely and obviously: `reference`. Tests compare the two.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from apportion.group import ALONE, Group
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,26 @@ class Pool:
     floor: Tensor
 
 
-@dataclass
-class WarmStart:
-    """Bounds carried from batch to batch. The trainer owns it: `encode` without one changes nothing anywhere."""
+Screen = Literal["bfloat16"] | None
+"""In what precision candidates are looked for, if not in that of the codes (kernels/select.py)."""
 
-    bounds: Tensor | None = None
+
+@dataclass
+class Selection:
+    """How the matches of one batch are chosen: made once for each batch, and spent by `kernels.choose`."""
+
+    rule: Rule
+    warm: Tensor | None = None
+    """Bounds that an earlier batch left behind: a scalar, or one per latent."""
+    screen: Screen = None
+    group: Group = ALONE
+    """The processes that share the budget."""
+    next_warm: Tensor | None = None
+    """Afterwards: the bounds for the next batch."""
+
+    def by(self, rule: Rule) -> Selection:
+        """The same way of looking with another rule, of which no bounds are known."""
+        return replace(self, rule=rule, warm=None)
 
 
 @dataclass(frozen=True)
@@ -78,8 +99,13 @@ class StepContext:
     """Running average of each latent's firing rate per token."""
     l0: float | None = None
     """Mean L0 of the previous step; None before the first."""
-    warm: WarmStart | None = None
-    """Bounds of the selection, carried from step to step."""
+    selection: Selection | None = None
+    """How this step chooses; None: by the rule in force, as `encode` does."""
+
+    @property
+    def group(self) -> Group:
+        """The processes that make this step together."""
+        return ALONE if self.selection is None else self.selection.group
 
 
 class Rule(nn.Module, ABC):
@@ -110,21 +136,36 @@ class Rule(nn.Module, ABC):
 
     @property
     def row_limit(self) -> int | None:
-        """At most this many matches of one token can be chosen; None if there is no such limit."""
+        """At most this many matches of one token can be chosen, its best ones, besides what the budget says; None if
+        there is no such limit. With one, each row is bounded by its own matches, and `bounds` is not asked."""
         return None
 
     @abstractmethod
-    def budget(self, tokens: int) -> int | Int[Tensor, " d_sae"] | None: ...
+    def budget(self, tokens: int) -> int | Int[Tensor, " d_sae"] | None:
+        """What there is to hand out to so many tokens: those of all processes together."""
 
-    def bounds(self, warm: WarmStart | None) -> Tensor | None:
-        return warm.bounds if warm is not None else None
-
-    @abstractmethod
-    def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled: ...
+    def bounds(self, warm: Tensor | None) -> Tensor | None:
+        """Below which affinity nothing has to be looked at, if `warm` came from the batch before."""
+        return warm
 
     def first_bounds(self, affinity: Float[Tensor, "rows d_sae"]) -> Tensor | None:
         """A guess from the first row block, for a cold start; too high is mended, too low is slow."""
         return None
+
+    def prune(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
+        """What may still be chosen, whatever the candidates are that are not among these.
+
+        That is what would be chosen among these alone, for a rule under which more candidates never help one.
+        """
+        return self.settle(candidates, budget, ALONE)
+
+    @abstractmethod
+    def settle(self, candidates: Candidates, budget: int | Tensor | None, group: Group) -> Settled:
+        """Which candidates are chosen. `group`: the processes whose candidates compete for the budget."""
+
+    def reference(self, affinity: Float[Tensor, "tokens d_sae"]) -> Bool[Tensor, "tokens d_sae"]:
+        """The matches, from all affinities at once, written as plainly as can be (allocation/reference.py has some)."""
+        raise NotImplementedError(f"{type(self).__name__} has no dense reference to be compared with.")
 
     def expected_densities(self) -> Float[Tensor, " d_sae"] | None:
         """The density that the rule gives to each rank, most frequent first; None if it does not decide that."""
@@ -148,14 +189,16 @@ class Rule(nn.Module, ABC):
         """Set the eval-mode threshold so that the expected L0 is k; False if the pool does not reach down to it."""
         raise TypeError(f"{type(self).__name__} has no threshold to set.")
 
-    def relaxed(self, factor: float) -> Rule:
-        """The rule of eval mode made `factor` times as generous (thresholds divided by it), for sweeps over L0."""
+    def in_eval(self, threshold: Tensor) -> Rule:
+        """The rule of eval mode with these thresholds, a scalar or one per latent. A rule that does more in eval mode
+        than compare with thresholds (a cap, say) says so here."""
         from apportion.allocation.threshold import Threshold
 
-        rule = self.in_force()
-        if not isinstance(rule, Threshold):
-            raise TypeError(f"{type(self).__name__} cannot be relaxed; call eval() first.")
-        return Threshold.at(rule.threshold / factor, self.d_sae)
+        return Threshold.at(threshold, self.d_sae)
+
+    def relaxed(self, factor: float) -> Rule:
+        """The rule of eval mode made `factor` times as generous (thresholds divided by it), for sweeps over L0."""
+        return self.in_eval(self.in_force().threshold / factor)
 
     def rescale(self, factor: float) -> None:
         """Thresholds for affinities that are `factor` times as large."""
@@ -176,9 +219,7 @@ class Rule(nn.Module, ABC):
                 f"{type(self).__name__} has no thresholds yet, and eval mode needs them. "
                 "Call sae.calibrate(x) with some 100,000 rows of activations (fit does it), or use sae.train()."
             )
-        from apportion.allocation.threshold import Threshold
-
-        return Threshold.at(self.threshold, self.d_sae)
+        return self.in_eval(self.threshold)
 
 
 def total_matches(k: float, tokens: int) -> int:

@@ -33,16 +33,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.allocation import reference
 from apportion.allocation.base import (
     Candidates,
     Pool,
     Rule,
     Settled,
     StepContext,
-    WarmStart,
     check_k,
     threshold_between,
     total_matches,
@@ -54,6 +54,7 @@ from apportion.allocation.mutual_choice import (
 )
 from apportion.allocation.token_choice import rank_within
 from apportion.allocation.zipf import NOISE_SHARE, ZipfFit, fit_zipf, integer_budgets, zipf_densities
+from apportion.group import Group
 
 logger = logging.getLogger(__name__)
 
@@ -162,21 +163,26 @@ class FeatureChoice(Rule):
             self._budgets = {tokens: integer_budgets(self.density, total, cap=tokens)}
         return self._budgets[tokens]
 
-    def bounds(self, warm: WarmStart | None) -> Tensor | None:
-        bounds = super().bounds(warm)
-        if self.in_mutual_phase or (bounds is not None and bounds.ndim == 1):
-            return bounds
+    def bounds(self, warm: Tensor | None) -> Tensor | None:
+        if self.in_mutual_phase or (warm is not None and warm.ndim == 1):
+            return warm
         # Cold: nothing is known, so every latent is looked up on its own.
         return self.threshold.new_full((self.d_sae,), torch.inf)
 
     def first_bounds(self, affinity: Tensor) -> Tensor | None:
         return likely_bound(affinity, total_matches(self.config.k, len(affinity))) if self.in_mutual_phase else None
 
-    def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
+    def settle(self, candidates: Candidates, budget: int | Tensor | None, group: Group) -> Settled:
         if isinstance(budget, int):
-            return best_anywhere(candidates, budget)
+            return best_anywhere(candidates, budget, group)
         assert budget is not None
-        return best_of_each_latent(candidates, budget)
+        return best_of_each_latent(candidates, budget, group)
+
+    def reference(self, affinity: Float[Tensor, "tokens d_sae"]) -> Bool[Tensor, "tokens d_sae"]:
+        budget = self.budget(len(affinity))
+        if isinstance(budget, int):
+            return reference.mutual_choice(affinity, budget)
+        return reference.feature_choice(affinity, budget)
 
     # Thresholds for eval mode
 
@@ -211,9 +217,10 @@ class FeatureChoice(Rule):
         return True
 
 
-def best_of_each_latent(candidates: Candidates, budget: Int[Tensor, " d_sae"]) -> Settled:
+def best_of_each_latent(candidates: Candidates, budget: Int[Tensor, " d_sae"], group: Group) -> Settled:
     """The budget[j] largest affinities of each latent j."""
-    affinity, latents = candidates.affinity, candidates.latents
+    affinity, own = group.joined(candidates.affinity)
+    latents, _ = group.joined(candidates.latents)
     rank = rank_within(latents, affinity, candidates.d_sae)
     last = rank == budget[latents] - 1
     cut = affinity.new_zeros(candidates.d_sae)
@@ -226,4 +233,4 @@ def best_of_each_latent(candidates: Candidates, budget: Int[Tensor, " d_sae"]) -
         0, latents, affinity, "amin", include_self=False
     )
     next_bounds[latents[reach]] = affinity[reach]
-    return Settled(keep=rank < budget[latents], cut=cut, next_bounds=next_bounds)
+    return Settled(keep=(rank < budget[latents])[own], cut=cut, next_bounds=next_bounds)

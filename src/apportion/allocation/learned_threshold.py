@@ -14,11 +14,12 @@ from math import log
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from apportion.allocation.base import Candidates, Rule, Settled, WarmStart
-from apportion.allocation.threshold import Threshold
+from apportion.allocation import reference
+from apportion.allocation.base import Candidates, Rule, Settled
+from apportion.group import Group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +45,14 @@ class LearnedThreshold(Rule):
     def budget(self, tokens: int) -> None:
         return None
 
-    def bounds(self, warm: WarmStart | None) -> Tensor:
+    def bounds(self, warm: Tensor | None) -> Tensor:
         return self.threshold
 
-    def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
+    def settle(self, candidates: Candidates, budget: int | Tensor | None, group: Group) -> Settled:
         return Settled(keep=torch.ones_like(candidates.affinity, dtype=torch.bool))
 
-    def relaxed(self, factor: float) -> Threshold:
-        return Threshold.at(self.threshold / factor, self.d_sae)
+    def reference(self, affinity: Float[Tensor, "tokens d_sae"]) -> Bool[Tensor, "tokens d_sae"]:
+        return reference.threshold(affinity, self.threshold)
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apportion.allocation import reference
 from apportion.allocation.annealing import AnnealedConfig, AnnealedRule
 from apportion.allocation.base import Candidates, Pool, Settled, largest, threshold_between, total_matches
+from apportion.group import Group
 
 MARGIN = 0.9
 """The next batch is scanned above this share of the last cut: lower means more candidates, higher more second looks."""
@@ -47,9 +49,12 @@ class MutualChoice(AnnealedRule):
     def budget(self, tokens: int) -> int:
         return total_matches(self.k_in_force, tokens)
 
-    def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
+    def settle(self, candidates: Candidates, budget: int | Tensor | None, group: Group) -> Settled:
         assert isinstance(budget, int)
-        return best_anywhere(candidates, budget)
+        return best_anywhere(candidates, budget, group)
+
+    def reference(self, affinity: Float[Tensor, "tokens d_sae"]) -> Bool[Tensor, "tokens d_sae"]:
+        return reference.mutual_choice(affinity, self.budget(len(affinity)))
 
     def first_bounds(self, affinity: Tensor) -> Tensor:
         return likely_bound(affinity, self.budget(affinity.shape[0]))
@@ -64,10 +69,11 @@ class MutualChoice(AnnealedRule):
         return threshold is not None
 
 
-def best_anywhere(candidates: Candidates, budget: int) -> Settled:
+def best_anywhere(candidates: Candidates, budget: int, group: Group) -> Settled:
     """The `budget` largest affinities of the batch."""
-    keep, cut = largest(candidates.affinity, budget)
-    return Settled(keep=keep, cut=cut, next_bounds=MARGIN * cut)
+    affinity, own = group.joined(candidates.affinity)
+    keep, cut = largest(affinity, budget)
+    return Settled(keep=keep[own], cut=cut, next_bounds=MARGIN * cut)
 
 
 def likely_bound(affinity: Float[Tensor, "rows d_sae"], budget: int) -> Float[Tensor, ""]:

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from apportion.allocation.base import Candidates, Rule, Settled, WarmStart
+from apportion.allocation import reference
+from apportion.allocation.base import Candidates, Rule, Settled
+from apportion.group import Group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +52,11 @@ class Threshold(Rule):
     def budget(self, tokens: int) -> None:
         return None
 
-    def bounds(self, warm: WarmStart | None) -> Tensor:
+    def bounds(self, warm: Tensor | None) -> Tensor:
         return self.threshold.clamp_min(0)
 
-    def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
+    def settle(self, candidates: Candidates, budget: int | Tensor | None, group: Group) -> Settled:
         return Settled(keep=torch.ones_like(candidates.affinity, dtype=torch.bool))
+
+    def reference(self, affinity: Float[Tensor, "tokens d_sae"]) -> Bool[Tensor, "tokens d_sae"]:
+        return reference.threshold(affinity, self.threshold)

@@ -18,10 +18,13 @@ from math import ceil
 from typing import final
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apportion.allocation import reference
 from apportion.allocation.annealing import AnnealedConfig, AnnealedRule
-from apportion.allocation.base import Candidates, Settled, WarmStart
+from apportion.allocation.base import Candidates, Settled
+from apportion.group import Group
 
 INT32_MAX = 2**31 - 1
 
@@ -52,18 +55,18 @@ class TokenChoice(AnnealedRule):
     def budget(self, tokens: int) -> int:
         return self.row_limit * tokens
 
-    def bounds(self, warm: WarmStart | None) -> None:
-        """None carry over: each row is bounded by its own k-th largest affinity."""
-
     def relaxed(self, factor: float) -> TokenChoice:
         k = min(max(1, round(self.config.k * factor)), self.d_sae)
         return TokenChoice(TokenChoiceConfig(k=k), self.d_sae)
 
-    def settle(self, candidates: Candidates, budget: int | Tensor | None) -> Settled:
+    def settle(self, candidates: Candidates, budget: int | Tensor | None, group: Group) -> Settled:
         if not candidates.tokens or int(torch.bincount(candidates.rows, minlength=1).max()) <= self.row_limit:
             return Settled(keep=torch.ones_like(candidates.rows, dtype=torch.bool))
         rank = rank_within(candidates.rows, candidates.affinity, candidates.tokens)
         return Settled(keep=rank < self.row_limit)
+
+    def reference(self, affinity: Float[Tensor, "tokens d_sae"]) -> Bool[Tensor, "tokens d_sae"]:
+        return reference.token_choice(affinity, self.row_limit)
 
 
 def rank_within(groups: Tensor, affinity: Tensor, num_groups: int) -> Tensor:

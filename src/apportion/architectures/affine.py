@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from apportion.allocation import Rule, WarmStart
+from apportion.allocation import Rule, Selection
 from apportion.architectures.base import SAE, SAEConfig
 from apportion.kernels import Experts, choose, decode_matches, encode_matches
 from apportion.latents import Latents, from_matches
@@ -46,29 +46,21 @@ class Affine(SAE):
     def _initial_encoder(self) -> Float[Tensor, " d_sae *row"]:
         return self.W_dec.detach().clone()
 
-    def encode_scaled_by(self, rule: Rule, x: Float[Tensor, " tokens *row"], warm: WarmStart | None = None) -> Latents:
-        return self.encode_rows(rule, x, warm)
-
-    def encode_rows(
-        self,
-        rule: Rule,
-        x: Float[Tensor, " tokens *row"],
-        warm: WarmStart | None = None,
-        experts: Experts | None = None,
+    def encode_scaled(
+        self, x: Float[Tensor, " tokens *row"], selection: Selection, experts: Experts | None = None
     ) -> Latents:
         """Choose among all latents of prepared rows, with gradients to x and all encoder parameters."""
         if x.requires_grad or not self.config.subtract_b_dec:
-            return self.encode_centred(rule, self.centred(x), warm, experts=experts)
-        return self.encode_centred(rule, self.centred(x).detach(), warm, experts=experts, centre=self.b_dec)
+            return self.encode_centred(self.centred(x), selection, experts=experts)
+        return self.encode_centred(self.centred(x).detach(), selection, experts=experts, centre=self.b_dec)
 
     def centred(self, x: Float[Tensor, " tokens *row"]) -> Float[Tensor, " tokens *row"]:
         return x - self.b_dec if self.config.subtract_b_dec else x
 
     def encode_centred(
         self,
-        rule: Rule,
         x: Float[Tensor, " tokens *row"],
-        warm: WarmStart | None,
+        selection: Selection,
         ids: Int[Tensor, " n"] | None = None,
         experts: Experts | None = None,
         centre: Float[Tensor, "*row"] | None = None,
@@ -83,8 +75,7 @@ class Affine(SAE):
         norms = None
         if self.config.affinity == "code_times_decoder_norm":
             norms = self.decoder_norms() if ids is None else self.decoder_norms()[ids]
-        screen = self.screen if ids is None else None  # few columns: the full product costs less than looking twice
-        m = choose(x, W, b, rule, norms=norms, experts=experts, warm=warm, screen=screen)
+        m = choose(x, W, b, selection, norms=norms, experts=experts)
         latents = m.latents if ids is None else ids[m.latents]
         matches = from_matches(m.rows, latents, m.values, self.d_sae, (x.shape[0],))
         return encode_matches(x, W_enc, self.b_enc, matches, None if centre is None else centre.flatten())

@@ -15,10 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion import losses
-from apportion.allocation import Rule, StepContext, TokenChoice
+from apportion.allocation import Rule, Selection, StepContext, TokenChoice
 from apportion.allocation.token_choice import TokenChoiceConfig
 from apportion.allocation.zipf import NOISE_SHARE, fit_zipf, zipf_densities
 from apportion.architectures.affine import Affine, AffineConfig
+from apportion.architectures.base import Pass
 from apportion.kernels import decode_matches
 from apportion.latents import Latents
 
@@ -67,6 +68,11 @@ class AffineWithAuxiliary(Affine):
                 "aux_zipf compares densities with a curve that sums to k, and this SAE has no k. Use aux_k, or none."
             )
 
+    def own_terms(
+        self, x: Float[Tensor, " tokens *row"], y: Float[Tensor, " tokens *out"], made: Pass, context: StepContext
+    ) -> dict[str, Tensor]:
+        return self.auxiliary_terms(x, y - made.y_hat, context)
+
     def auxiliary_terms(
         self, x: Float[Tensor, " tokens *row"], error: Float[Tensor, " tokens *out"], context: StepContext
     ) -> dict[str, Tensor]:
@@ -76,15 +82,18 @@ class AffineWithAuxiliary(Affine):
             return {}
         limit = self.config.aux_matches
         rule = TokenChoice(TokenChoiceConfig(k=min(limit, silent.numel())), silent.numel())
-        chosen = self.encode_silent(rule, x, silent)
+        # Not screened: with few columns the full product costs less than looking twice.
+        chosen = self.encode_silent(x, Selection(rule, group=context.group), silent)
         error_hat = decode_matches(chosen, self.W_dec.flatten(1))
         size, share = x.detach().square().mean(), min(1.0, silent.numel() / limit)
-        term = losses.auxiliary(error.flatten(1), error_hat, share, size)
+        term = losses.auxiliary(error.flatten(1), error_hat, share, size, context.group)
         return {self.config.aux: self.config.aux_weight * term}
 
-    def encode_silent(self, rule: Rule, x: Float[Tensor, " tokens *row"], silent: Int[Tensor, " n"]) -> Latents:
+    def encode_silent(
+        self, x: Float[Tensor, " tokens *row"], selection: Selection, silent: Int[Tensor, " n"]
+    ) -> Latents:
         """Codes of these latents (ascending) alone, with gradients to their W_enc and b_enc and to nothing else."""
-        return self.encode_centred(rule, self.centred(x).detach(), None, silent)
+        return self.encode_centred(self.centred(x).detach(), selection, silent)
 
     def _silent(self, context: StepContext) -> Int[Tensor, " n"] | None:
         """The latents that the auxiliary loss is for."""

@@ -5,7 +5,7 @@
 Public `encode` and `decode` always speak raw activations [..., d_in]; everything with "scaled" in its name works on
 prepared, flattened rows [tokens, d_in] with E||x~||^2 = d_in, and is what the training loop uses.
 
-A subclass is final and lives in one file with its paper. It supplies `encode_scaled_by`, `decode_scaled`, `affinities`
+A subclass is final and lives in one file with its paper. It supplies `encode_scaled`, `decode_scaled`, `affinities`
 and `fold_in`; if it needs to, `prepare` (targets), `forward_scaled`, `reconstruction_loss` and `own_terms` (training),
 `begin_step` (schedules). This file owns shapes, calibration and files.
 """
@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from apportion import losses
-from apportion.allocation import Rule, StepContext, WarmStart
+from apportion.allocation import Rule, Screen, Selection, StepContext
 from apportion.architectures.calibrate import set_thresholds
 from apportion.architectures.inputs import (
     PER_TOKEN,
@@ -37,7 +37,7 @@ from apportion.architectures.inputs import (
     first_tensor,
     is_array,
 )
-from apportion.kernels import Screen
+from apportion.group import ALONE, Group
 from apportion.latents import Latents
 from apportion.settings import settle
 from apportion.torch_state import in_eval_mode, usual
@@ -74,13 +74,14 @@ class SAEConfig:
 
 @dataclass(frozen=True)
 class Pass:
-    """What the forward pass of a training step made, on scaled data."""
+    """What the forward pass of a training step made, on scaled data.
+
+    An architecture whose losses want to know more has a subclass with more fields.
+    """
 
     latents: Latents
     y_hat: Float[Tensor, " tokens *out"]
     """Reconstruction of the target."""
-    notes: dict[str, Any] = field(default_factory=dict)
-    """What the architecture's own losses want to know besides."""
 
 
 class SAE(nn.Module, ABC):
@@ -161,8 +162,8 @@ class SAE(nn.Module, ABC):
     # What an architecture supplies
 
     @abstractmethod
-    def encode_scaled_by(self, rule: Rule, x: Float[Tensor, " tokens *row"], warm: WarmStart | None = None) -> Latents:
-        """Codes of prepared rows by a given rule."""
+    def encode_scaled(self, x: Float[Tensor, " tokens *row"], selection: Selection) -> Latents:
+        """Codes of prepared rows, of the matches that `selection` chooses."""
 
     @abstractmethod
     def decode_scaled(
@@ -202,11 +203,13 @@ class SAE(nn.Module, ABC):
 
     def forward_scaled(self, x: Float[Tensor, " tokens *row"], context: StepContext) -> Pass:
         """The forward pass of a training step."""
-        latents = self.encode_scaled(x, context.warm)
+        latents = self.encode_scaled(x, self.selection(context))
         return Pass(latents, self.decode_scaled(latents, x))
 
-    def reconstruction_loss(self, y: Float[Tensor, " tokens *out"], made: Pass) -> Float[Tensor, ""]:
-        return losses.reconstruction(y, made.y_hat)
+    def reconstruction_loss(
+        self, y: Float[Tensor, " tokens *out"], made: Pass, group: Group = ALONE
+    ) -> Float[Tensor, ""]:
+        return losses.reconstruction(y, made.y_hat, group)
 
     def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
         """Weighted losses besides reconstruction of `y`, on scaled data."""
@@ -217,15 +220,8 @@ class SAE(nn.Module, ABC):
         return {}
 
     def unit_rows(self) -> list[nn.Parameter]:
-        """Matrices whose rows are held at unit norm. The Trainer does it; other loops call the two methods below."""
+        """Matrices whose rows are held at unit norm. The Trainer does it; other loops call `constrain`."""
         return []
-
-    @torch.no_grad()
-    def project_gradients(self) -> None:
-        """Before the optimiser's step: remove from gradients what would change the norm of unit rows."""
-        for p in self.unit_rows():
-            if p.grad is not None:
-                p.grad.addcmul_((p.grad * p).sum(1, keepdim=True), p, value=-1)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -240,7 +236,7 @@ class SAE(nn.Module, ABC):
     # What users call
 
     @usual()
-    def encode(self, x: Float[Tensor, "*lead d_in"], warm: WarmStart | None = None) -> Latents:
+    def encode(self, x: Float[Tensor, "*lead d_in"]) -> Latents:
         """The active latents of raw activations [..., d_in] (or [..., num_sites, d_in]). Changes nothing in the SAE.
 
         Raises ValueError for a wrong shape, NaN or infinite entries, or eval mode without thresholds.
@@ -249,13 +245,15 @@ class SAE(nn.Module, ABC):
         rows = self._finite_rows(x)
         if self.training:
             self.input.hint(rows)
-        latents = self.encode_scaled(self.input.apply_to(rows), warm)
+        latents = self.encode_scaled(self.input.apply_to(rows), self.selection())
         lead = tuple(x.shape[: -len(self.row_shape)])
         return Latents(latents.values, latents.indices, latents.offsets, latents.d_sae, lead)
 
-    def encode_scaled(self, x: Float[Tensor, " tokens *row"], warm: WarmStart | None = None) -> Latents:
-        """Codes of prepared rows, by the rule in force (the thresholds, in eval mode)."""
-        return self.encode_scaled_by(self.allocation.in_force(), x, warm)
+    def selection(self, context: StepContext | None = None, rule: Rule | None = None) -> Selection:
+        """How matches are chosen: as the training step says; else by `rule`, or the one in force (in eval mode its
+        thresholds)."""
+        given = None if context is None else context.selection
+        return given or Selection(rule or self.allocation.in_force(), screen=self.screen)
 
     @usual()
     def decode(
@@ -337,7 +335,7 @@ class SAE(nn.Module, ABC):
         self.eval()
         tokens = matches = 0
         for x in self._parts(xs):
-            latents = self.encode_scaled(x)
+            latents = self.encode_scaled(x, self.selection())
             tokens, matches = tokens + latents.tokens, matches + latents.nnz
         if not tokens:
             raise ValueError("calibrate needs at least one row of activations, got none.")

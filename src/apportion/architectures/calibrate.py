@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apportion.allocation import Pool, Threshold
+from apportion.allocation import Pool
 from apportion.allocation.token_choice import rank_within
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ class _Growing:
         return bool((self.floor > 0).any())
 
     def add(self, x: Float[Tensor, " n *row"]) -> None:
-        rule = Threshold.at(self.floor, self.sae.d_sae)
-        found = self.sae.encode_scaled_by(rule, x)
+        found = self.sae.encode_scaled(x, self.sae.selection(rule=self.sae.allocation.in_eval(self.floor)))
         self.latents.append(found.indices.int())
         self.affinity.append(self.sae.affinities(found))
         self.tokens += found.tokens

@@ -55,9 +55,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apportion.allocation import Rule, StepContext
+from apportion.allocation import Rule
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
-from apportion.architectures.base import Pass
 
 INITIAL_NORM = 0.1
 """Of the joined rows of W_dec."""
@@ -101,9 +100,6 @@ class Crosscoder(AffineWithAuxiliary):
 
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
         return self.site_norms().sum(1)
-
-    def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
-        return self.auxiliary_terms(x, y - made.y_hat, context)
 
     def fold_in(self, mean: Float[Tensor, "num_sites d_in"], scale: Float[Tensor, " num_sites"]) -> None:
         typical = scale.log().mean().exp()

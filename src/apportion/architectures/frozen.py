@@ -25,9 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from apportion.allocation import Rule, StepContext
+from apportion.allocation import Rule
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
-from apportion.architectures.base import Pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +55,6 @@ class Frozen(AffineWithAuxiliary):
             self.register_buffer("W_start", self.W_dec.detach().clone())
         else:
             (self.W_dec if config.frozen == "decoder" else self.W_enc).requires_grad_(False)
-
-    def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
-        return self.auxiliary_terms(x, y - made.y_hat, context)
 
     def unit_rows(self) -> list[nn.Parameter]:
         return [] if self.config.frozen == "decoder" else [self.W_dec]

@@ -26,6 +26,7 @@ Cost: one dense product and two reconstructions; early in training there are as 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -33,12 +34,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from apportion import losses
-from apportion.allocation import Rule, StepContext, WarmStart
+from apportion.allocation import Rule, Selection, StepContext
 from apportion.architectures.affine import Affine
 from apportion.architectures.base import Pass
 from apportion.architectures.sparsity import SparsityCoefficient, SparsityConfig
 from apportion.kernels import decode_matches
 from apportion.latents import Latents
+
+
+@dataclass(frozen=True)
+class GatedPass(Pass):
+    gates: Latents
+    """Open gates, with pi as value."""
 
 
 @final
@@ -62,12 +69,12 @@ class Gated(Affine):
         super().begin_step(context)
         self.coefficient.begin_step(context)
 
-    def encode_scaled_by(self, rule: Rule, x: Float[Tensor, "tokens d_in"], warm: WarmStart | None = None) -> Latents:
-        return self.magnitudes(self.gates_by(rule, x, warm))
+    def encode_scaled(self, x: Float[Tensor, "tokens d_in"], selection: Selection) -> Latents:  # type: ignore[override]
+        return self.magnitudes(self.gates(x, selection))
 
-    def gates_by(self, rule: Rule, x: Float[Tensor, "tokens d_in"], warm: WarmStart | None = None) -> Latents:
+    def gates(self, x: Float[Tensor, "tokens d_in"], selection: Selection) -> Latents:
         """The open gates, with pi as value."""
-        return self.encode_centred(rule, self.centred(x), warm)
+        return self.encode_centred(self.centred(x), selection)
 
     def magnitudes(self, gates: Latents) -> Latents:
         """What passes through the open gates."""
@@ -85,16 +92,17 @@ class Gated(Affine):
         return pi if self.config.affinity == "code" else pi * self.decoder_norms()[latents.indices]
 
     def forward_scaled(self, x: Float[Tensor, "tokens d_in"], context: StepContext) -> Pass:
-        gates = self.gates_by(self.allocation.in_force(), x, context.warm)
+        gates = self.gates(x, self.selection(context))
         latents = self.magnitudes(gates)
-        return Pass(latents, self.decode_scaled(latents, x), {"gates": gates})
+        return GatedPass(latents, self.decode_scaled(latents, x), gates)
 
     def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
-        gates: Latents = made.notes["gates"]
+        assert isinstance(made, GatedPass)
+        gates, group = made.gates, context.group
         by_gates = decode_matches(gates, self.W_dec.detach()) + self.b_dec.detach()
         return {
-            "sparsity": self.coefficient.value * gates.values.sum() / max(gates.tokens, 1),
-            "gates": losses.reconstruction(y, by_gates),
+            "sparsity": group.mean(self.coefficient.value * gates.values.sum() / max(gates.tokens, 1), gates.tokens),
+            "gates": losses.reconstruction(y, by_gates, group),
         }
 
     def fold_in(self, mean: Float[Tensor, " d_in"], scale: Float[Tensor, ""]) -> None:

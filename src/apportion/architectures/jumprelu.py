@@ -108,6 +108,12 @@ class JumpReLUConfig(SparsityConfig, AuxiliaryConfig):
         return max(-torch.special.ndtri(share.clamp(max=0.5)).item(), 0.001 * self.d_in**0.5)
 
 
+@dataclass(frozen=True)
+class JumpReLUPass(Pass):
+    near: Latents
+    """Matches near their threshold, with pre-activations as value."""
+
+
 @final
 class JumpReLU(AffineWithAuxiliary):
     Config = JumpReLUConfig
@@ -141,19 +147,21 @@ class JumpReLU(AffineWithAuxiliary):
         active, near = reach(rows, self.W_enc, self.b_enc, self.allocation.threshold, self.bandwidth)
         latents = encode_matches(rows, self.W_enc, self.b_enc, active)
         y_hat = felt_by_thresholds(self.decode_scaled(latents, x), self.log_threshold, self.W_dec, near, self.bandwidth)
-        return Pass(latents, y_hat, {"near": near})
+        return JumpReLUPass(latents, y_hat, near)
 
     def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
-        config, latents, near = self.config, made.latents, made.notes["near"]
-        terms = self.auxiliary_terms(x, y - made.y_hat, context)
-        l0 = self._l0(latents, near)
+        assert isinstance(made, JumpReLUPass)
+        config, latents, near, mean = self.config, made.latents, made.near, context.group.mean
+        terms = super().own_terms(x, y, made, context)
+        l0 = mean(self._l0(latents, near), latents.tokens)
         k = self.coefficient.target(l0.detach())
         if config.objective == "l0":
             terms["sparsity"] = self.coefficient.value * l0
         elif config.objective == "tanh":
-            terms["sparsity"] = self.coefficient.value * self._tanh(latents, near)
+            terms["sparsity"] = self.coefficient.value * mean(self._tanh(latents, near), latents.tokens)
             unit = self.coefficient.value * k / self.d_sae
-            terms["pre_act"] = config.pre_act_weight * unit * self._pre_act(self.centred(x), latents)
+            pre_act = mean(self._pre_act(self.centred(x), latents), latents.tokens)
+            terms["pre_act"] = config.pre_act_weight * unit * pre_act
         if config.coefficient is None:
             terms["set_point"] = config.set_point_weight * (l0 / k - 1).square()
         return terms

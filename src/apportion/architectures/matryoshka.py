@@ -39,6 +39,7 @@ from apportion import losses
 from apportion.allocation import Rule, StepContext
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
 from apportion.architectures.base import Pass
+from apportion.group import ALONE, Group
 from apportion.kernels import decode_matches
 from apportion.latents import Latents
 
@@ -70,6 +71,12 @@ class MatryoshkaConfig(AuxiliaryConfig):
         return tuple(round(share * self.d_sae) for share in self.prefix_shares)
 
 
+@dataclass(frozen=True)
+class NestedPass(Pass):
+    nested: list[Tensor]
+    """The reconstruction of each prefix."""
+
+
 @final
 class Matryoshka(AffineWithAuxiliary):
     Config = MatryoshkaConfig
@@ -81,7 +88,7 @@ class Matryoshka(AffineWithAuxiliary):
         """F_1 ... F_G: how many latents each prefix holds."""
 
     def forward_scaled(self, x: Float[Tensor, "tokens d_in"], context: StepContext) -> Pass:
-        latents = self.encode_scaled(x, context.warm)
+        latents = self.encode_scaled(x, self.selection(context))
         sizes = [later - earlier for earlier, later in pairwise([0, *self.prefixes])]
         groups = zip(split_latents(latents, sizes), self.W_dec.split(sizes), strict=True)
         added = [decode_matches(part, W_dec) for part, W_dec in groups]
@@ -89,14 +96,14 @@ class Matryoshka(AffineWithAuxiliary):
         y_hat = nested[-1]
         if self.config.detach:
             nested[1:] = [smaller.detach() + more for smaller, more in zip(nested, added[1:], strict=False)]
-        return Pass(latents, y_hat, {"nested": nested})
+        return NestedPass(latents, y_hat, nested)
 
-    def reconstruction_loss(self, y: Float[Tensor, "tokens d_in"], made: Pass) -> Float[Tensor, ""]:
+    def reconstruction_loss(
+        self, y: Float[Tensor, "tokens d_in"], made: Pass, group: Group = ALONE
+    ) -> Float[Tensor, ""]:
         """Mean over the prefixes."""
-        return torch.stack([losses.reconstruction(y, y_hat) for y_hat in made.notes["nested"]]).mean()
-
-    def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
-        return self.auxiliary_terms(x, y - made.y_hat, context)
+        assert isinstance(made, NestedPass)
+        return torch.stack([losses.reconstruction(y, y_hat, group) for y_hat in made.nested]).mean()
 
     def decode_prefix(
         self, latents: Latents, prefix: int, x: Float[Tensor, "*lead d_in"] | None = None

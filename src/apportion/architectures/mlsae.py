@@ -24,11 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from torch import Tensor
-
-from apportion.allocation import StepContext
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
-from apportion.architectures.base import Pass
 from apportion.architectures.inputs import InputNorm
 
 
@@ -41,6 +37,3 @@ class MLSAEConfig(AuxiliaryConfig):
 @final
 class MLSAE(AffineWithAuxiliary):
     Config = MLSAEConfig
-
-    def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
-        return self.auxiliary_terms(x, y - made.y_hat, context)

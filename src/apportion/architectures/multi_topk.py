@@ -47,6 +47,12 @@ class MultiTopKConfig(AuxiliaryConfig):
             )
 
 
+@dataclass(frozen=True)
+class WidePass(Pass):
+    wide: Tensor
+    """The reconstruction from all that were chosen."""
+
+
 @final
 class MultiTopK(AffineWithAuxiliary):
     Config = MultiTopKConfig
@@ -56,15 +62,16 @@ class MultiTopK(AffineWithAuxiliary):
         assert isinstance(self.allocation, TokenChoice), "the paper's rule"
         k = self.allocation.row_limit
         wide_rule = TokenChoice(TokenChoiceConfig(k=min(self.config.multi_factor * k, self.d_sae)), self.d_sae)
-        wide = self.encode_scaled_by(wide_rule, x)
+        wide = self.encode_scaled(x, self.selection(context).by(wide_rule))
         best = rank_within(wide.rows(), self.affinities(wide), wide.tokens) < k
         latents = wide.where(best)
         y_hat = self.decode_scaled(latents)
         further = decode_matches(wide.where(~best), self.W_dec)
-        return Pass(latents, y_hat, {"wide": y_hat + further})
+        return WidePass(latents, y_hat, y_hat + further)
 
     def own_terms(
         self, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_in"], made: Pass, context: StepContext
     ) -> dict[str, Tensor]:
-        wide = self.config.multi_weight * losses.reconstruction(y, made.notes["wide"])
-        return {"multi_topk": wide} | self.auxiliary_terms(x, y - made.y_hat, context)
+        assert isinstance(made, WidePass)
+        wide = self.config.multi_weight * losses.reconstruction(y, made.wide, context.group)
+        return {"multi_topk": wide} | super().own_terms(x, y, made, context)

@@ -11,16 +11,9 @@ from __future__ import annotations
 
 from typing import final
 
-from torch import Tensor
-
-from apportion.allocation import StepContext
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
-from apportion.architectures.base import Pass
 
 
 @final
 class Plain(AffineWithAuxiliary):
     Config = AuxiliaryConfig
-
-    def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
-        return self.auxiliary_terms(x, y - made.y_hat, context)

@@ -40,6 +40,7 @@ from apportion.allocation import Rule, StepContext
 from apportion.architectures.affine import Affine
 from apportion.architectures.base import Pass
 from apportion.architectures.sparsity import SparsityCoefficient, SparsityConfig
+from apportion.group import Group
 from apportion.latents import Latents
 
 INITIAL_NORM = 0.1
@@ -101,12 +102,14 @@ class ReLU(Affine):
 
     def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
         if self.config.p_end != 1:
-            self._lower_p(made.latents)
-        return {"sparsity": self.coefficient.value * self.compensation * self.penalty(made.latents, self.p)}
+            self._lower_p(made.latents, context.group)
+        penalty = context.group.mean(self.penalty(made.latents, self.p), made.latents.tokens)
+        return {"sparsity": self.coefficient.value * self.compensation * penalty}
 
     @torch.no_grad()
-    def _lower_p(self, latents: Latents) -> None:
-        before, after = (self.penalty(latents, p) for p in (self.p, self.p.new_tensor(self._next_p)))
+    def _lower_p(self, latents: Latents, group: Group) -> None:
+        both = (self.p, self.p.new_tensor(self._next_p))
+        before, after = (group.mean(self.penalty(latents, p), latents.tokens) for p in both)
         self.compensation.mul_(torch.where(after > 0, before / after, 1.0))
         self.p.fill_(self._next_p)
 

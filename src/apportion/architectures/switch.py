@@ -46,7 +46,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from apportion import losses
-from apportion.allocation import Rule, StepContext, WarmStart
+from apportion.allocation import Rule, Selection, StepContext
 from apportion.architectures.affine import unit_rows
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
 from apportion.architectures.base import Pass
@@ -90,6 +90,11 @@ class Routing:
     """Whose it is."""
 
 
+@dataclass(frozen=True)
+class SwitchPass(Pass):
+    routing: Routing
+
+
 @final
 class Switch(AffineWithAuxiliary):
     Config = SwitchConfig
@@ -120,17 +125,19 @@ class Switch(AffineWithAuxiliary):
         """The expert of each row of raw activations. See `metrics.load` and `metrics.entropy`."""
         return self.route(self.input.apply_to(self._finite_rows(x))).expert.reshape(x.shape[:-1])
 
-    def encode_scaled_by(self, rule: Rule, x: Float[Tensor, "tokens d_in"], warm: WarmStart | None = None) -> Latents:
-        return self._encode(rule, x, self.route(x), warm)
+    def encode_scaled(self, x: Float[Tensor, "tokens d_in"], selection: Selection) -> Latents:  # type: ignore[override]
+        return self._encode(x, selection, self.route(x))
 
-    def _encode(self, rule: Rule, x: Float[Tensor, "tokens d_in"], routing: Routing, warm: WarmStart | None) -> Latents:
-        return _gated(self.encode_rows(rule, x, warm, self._experts(routing)), routing)
+    def _encode(self, x: Float[Tensor, "tokens d_in"], selection: Selection, routing: Routing) -> Latents:
+        return _gated(super().encode_scaled(x, selection, self._experts(routing)), routing)
 
-    def encode_silent(self, rule: Rule, x: Float[Tensor, "tokens d_in"], silent: Int[Tensor, " n"]) -> Latents:
+    def encode_silent(
+        self, x: Float[Tensor, "tokens d_in"], selection: Selection, silent: Int[Tensor, " n"]
+    ) -> Latents:
         with torch.no_grad():
             centred, routing = self.centred(x), self.route(x)
         experts = self._experts(routing).among(silent)
-        return _gated(self.encode_centred(rule, centred, None, silent, experts), routing)
+        return _gated(self.encode_centred(centred, selection, silent, experts), routing)
 
     def _experts(self, routing: Routing) -> Experts:
         starts = torch.arange(0, self.d_sae + 1, self.expert_width)
@@ -138,14 +145,14 @@ class Switch(AffineWithAuxiliary):
 
     def forward_scaled(self, x: Float[Tensor, "tokens d_in"], context: StepContext) -> Pass:
         routing = self.route(x)
-        latents = self._encode(self.allocation.in_force(), x, routing, context.warm)
-        return Pass(latents, self.decode_scaled(latents), {"routing": routing})
+        latents = self._encode(x, self.selection(context), routing)
+        return SwitchPass(latents, self.decode_scaled(latents), routing)
 
     def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
-        terms = {} if self.config.aux == "none" else self.auxiliary_terms(x, y - made.y_hat, context)
+        assert isinstance(made, SwitchPass)
+        terms = super().own_terms(x, y, made, context)
         if self.config.balance_weight:
-            routing: Routing = made.notes["routing"]
-            balance = losses.load_balance(routing.probabilities, routing.expert)
+            balance = losses.load_balance(made.routing.probabilities, made.routing.expert, context.group)
             terms["load_balance"] = self.config.balance_weight * balance
         return terms
 

@@ -36,10 +36,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from apportion.allocation import Rule, StepContext
+from apportion.allocation import Rule
 from apportion.architectures import affine
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
-from apportion.architectures.base import Pass
 from apportion.architectures.inputs import InputDescription
 from apportion.latents import Latents
 
@@ -132,9 +131,6 @@ class Transcoder(AffineWithAuxiliary):
         if target.shape[-1:] != self.out_shape:
             raise ValueError(f"Expected targets [..., {self.d_out}] (d_out = {self.d_out}), got {list(target.shape)}.")
         return target.reshape(-1, self.d_out).to(self.dtype)
-
-    def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
-        return self.auxiliary_terms(x, y - made.y_hat, context)
 
     def fold_in(self, mean: Float[Tensor, " d_in"], scale: Float[Tensor, ""]) -> None:
         """As `folded` says; W_dec and W_skip times s_in / s_out, and the means go into the biases."""

@@ -15,9 +15,9 @@ from tyro.conf import Fixed, Positional, Suppress, arg
 from apportion.answers import DIVERGED
 from apportion.architectures import SAES, named, rule_choices
 from apportion.cli.arguments import Count, Filter, Model, Text, best_device, say
-from apportion.cli.objectives import CONFIGS, THROUGH_MODEL, check_objective, objective_config, objective_for
 from apportion.cli.rows import kind_of, open_rows, settings_of
 from apportion.extras import need
+from apportion.objectives import OBJECTIVES, named_objective
 from apportion.training import TrainConfig
 from apportion.training.run import RUN, is_finished
 from apportion.trust import expanded, refuse_mistyped
@@ -76,7 +76,7 @@ class TrainBase:
         train = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(self, f.name)}
         device = best_device(self.loading.device)
         # Mistakes in the settings show before anything is loaded.
-        objective = objective_config(self.training_objective, self)
+        objective = self._objective_config()
         if not follows:
             create(self.sae, d_in=1, **settings).allocation.check_batch(TrainConfig(**train).batch_tokens)
         source = self._source()
@@ -87,7 +87,7 @@ class TrainBase:
         if source.num_rows and config.total_tokens and config.total_tokens > source.num_rows:
             epochs = config.total_tokens / source.num_rows
             logging.getLogger("apportion").warning("--tokens asks for %.1f epochs of the training rows", epochs)
-        trainer = Trainer(saes, config, objective_for(self.training_objective, objective, source))
+        trainer = Trainer(saes, config, OBJECTIVES[self.training_objective].objective.of(objective, source))
         sae = trainer.sae
         try:
             trainer.fit(source, self.out, resume=self.resume or self.requeue)
@@ -120,6 +120,29 @@ class TrainBase:
         if not 0 < self.held_out_share < 1:
             raise ValueError(f"--held-out-share must lie between 0 and 1, got {self.held_out_share}.")
 
+    @property
+    def _whole_contexts(self) -> bool:
+        return OBJECTIVES[self.training_objective].objective.whole_contexts
+
+    def _objective_config(self) -> Any:
+        """The settings of the objective from the options; ValueError for impossible ones."""
+        entry, num_saes = OBJECTIVES[self.training_objective], getattr(self, "num_saes", 1)
+        if num_saes < entry.objective.least_saes:
+            raise ValueError(
+                f"{self.training_objective} trains SAEs side by side: --num-saes must be at least "
+                f"{entry.objective.least_saes}, got {num_saes}."
+            )
+        batch_tokens = getattr(self, "batch_tokens", self.context_tokens)
+        if self._whole_contexts and batch_tokens % self.context_tokens:
+            raise ValueError(
+                f"{self.training_objective} trains on whole contexts: --batch-tokens must be a multiple of "
+                f"--context-tokens ({self.context_tokens}), got {batch_tokens}."
+            )
+        if entry.config is None:
+            return None
+        names = [f.name for f in dataclasses.fields(entry.config)]
+        return dataclasses.replace(entry.config, **{name: getattr(self, name) for name in names})
+
     def _source(self) -> Any:
         from apportion.language import ContextSource, LiveSource, read_contexts
         from apportion.language.hookpoints import expand
@@ -131,7 +154,7 @@ class TrainBase:
             if self.source.count("/") != 1:
                 raise ValueError(f"There is no cache or model at {self.source!r}.")
         if (Path(self.source) / "manifest.json").exists():
-            if self.training_objective in THROUGH_MODEL:
+            if self._whole_contexts:
                 raise ValueError(f"{self.training_objective} runs the language model: give a model, not a cache.")
             if self.corpus != Text() or self.filter != Filter():
                 raise ValueError(f"{self.source} is a cache: its text and filter were chosen when it was collected.")
@@ -149,7 +172,7 @@ class TrainBase:
         expand(model, self.hookpoint)
         wanted = int(self.tokens / max(1 - self.held_out_share, 1e-9) * 1.05) + self.context_tokens
         contexts = read_contexts(tokenizer, text, tokens=wanted, context_tokens=self.context_tokens)
-        return (ContextSource if self.training_objective in THROUGH_MODEL else LiveSource)(
+        return (ContextSource if self._whole_contexts else LiveSource)(
             model,
             tokenizer,
             self.hookpoint,
@@ -180,12 +203,12 @@ def train_command(name: str, allocation: str | None = None, objective: str = Tra
     configs = [TrainConfig, entry.architecture.Config]
     if not (rule := entry.rule_named(allocation)).not_to_train:
         configs.append(rule.Config)
-    if (chosen := CONFIGS[objective]) is not None:
-        configs.append(type(chosen))
-        defaults = defaults | dataclasses.asdict(chosen)
-    if objective == "mutual":
+    if (chosen := OBJECTIVES[objective]).config is not None:
+        configs.append(type(chosen.config))
+        defaults = defaults | dataclasses.asdict(chosen.config)
+    if (least := chosen.objective.least_saes) > 1:
         doc = "How many SAEs are trained side by side, with seeds from --seed on."
-        extra.append(("num_saes", Annotated[int, arg(help=doc)], field(default=2)))
+        extra.append(("num_saes", Annotated[int, arg(help=doc)], field(default=least)))
     for config in configs:
         hints = get_type_hints(config)
         for f in dataclasses.fields(config):
@@ -209,7 +232,7 @@ def chosen_sae(argv: list[str]) -> tuple[str, str | None, str]:
     allocation = given_value(argv, "allocation")
     named(name).rule_named(allocation)
     objective = given_value(argv, "training-objective") or TrainBase.training_objective
-    check_objective(objective)
+    named_objective(objective)
     return name, allocation, objective
 
 

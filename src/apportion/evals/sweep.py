@@ -30,7 +30,7 @@ def sweep(
             rule = sae.allocation.relaxed(factor)
         fvu, matches = FVU(), 0
         for part, y in zip(x.split(CHUNK), (x if target is None else target).split(CHUNK), strict=True):
-            latents = sae.encode_scaled_by(rule, sae.input.apply_to(part), None)
+            latents = sae.encode_scaled(sae.input.apply_to(part), sae.selection(rule=rule))
             fvu.add(y, sae.decode(latents, part))
             matches += latents.nnz
         points.append((matches / len(x), fvu.value()))

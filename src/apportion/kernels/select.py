@@ -1,10 +1,11 @@
 """From inputs to chosen matches, without ever holding the [tokens, d_sae] matrix.
 
 The one dense product of an SAE, x W_enc^T + b_enc, is made in row blocks into a reused buffer (kernels/product.py). Of
-each block only the entries above the rule's bounds survive as candidates; after the last block the rule settles which
-are chosen. If the bounds turn out too high, the kernel looks again: a scalar bound is lowered and the blocks are
-scanned once more; latents with bounds of their own are looked up one by one in the transposed product. Under a rule
-that limits rows (TopK) each row has a bound just below its k-th largest entry, and no second look is needed.
+each block only the entries above the rule's bounds survive as candidates, and if they become too many the rule prunes
+those that cannot be chosen any more. After the last block it settles which are chosen. If the bounds turn out too high,
+the kernel looks again: a scalar bound is lowered and the blocks are scanned once more; latents with bounds of their own
+are looked up one by one in the transposed product. Under a rule that limits rows (TopK) each row has a bound just below
+its k-th largest entry, and no second look is needed.
 
 With experts the blocks come expert by expert, but candidates are settled all together and in token order: the rule
 chooses exactly as if all other entries were zero.
@@ -24,15 +25,13 @@ b_enc cancels a large component common to all inputs, or where the cut is next t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apportion.allocation.base import Candidates, Rule, Settled, WarmStart
-from apportion.allocation.threshold import Threshold
+from apportion.allocation import Candidates, Selection, Settled, Threshold
 from apportion.allocation.token_choice import rank_within
 from apportion.kernels.dispatch import backend_for
 from apportion.kernels.product import Block, Experts, Product
@@ -43,8 +42,6 @@ SCREEN_MARGIN = 0.01
 """Relative distance below the cut down to which the screen keeps candidates."""
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by size: read as these, positive floats compare alike and all others lie below them."""
-
-Screen = Literal["bfloat16"] | None
 
 
 @dataclass(frozen=True)
@@ -91,44 +88,32 @@ def choose(
     x: Float[Tensor, "tokens d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
-    rule: Rule,
+    selection: Selection,
     *,
     norms: Float[Tensor, " d_sae"] | None = None,
     experts: Experts | None = None,
-    warm: WarmStart | None = None,
-    screen: Screen = None,
 ) -> Matches:
-    """The matches that `rule` chooses. Affinity = relu(x W_enc^T + b_enc), times `norms` if given (decoder norms).
+    """The matches of a selection. Affinity = relu(x W_enc^T + b_enc), times `norms` if given (decoder norms).
 
     With `experts` each token has the latents of its expert only, and its affinities are multiplied by its gate; the
-    codes are not. `warm`, if given, supplies the rule's bounds and receives those for the next batch.
+    codes are not. The bounds for the next batch are left in `selection.next_warm`.
     """
-    scan = _Scan(Product(x, W_enc, b_enc, norms, experts), screen)
-    budget = rule.budget(scan.tokens)
-    bounds = rule.bounds(warm)
-    if bounds is not None:
-        bounds = bounds.to(scan.x)
-    found, bounds, next_bounds = scan.candidates(rule, bounds, budget)
-    settled = scan.settle(rule, found, budget)
+    scan = _Scan(Product(x, W_enc, b_enc, norms, experts), selection)
+    found, bounds = scan.look(scan.first_bounds())
+    settled = scan.settle(found)
     if bounds is not None and bounds.ndim == 0:
         for lower in (0.5 * bounds, torch.zeros_like(bounds)):
             if bounds is None or settled.cut is None or not bool(settled.cut < bounds):
                 break
             scan.screened = False  # a second look is rare, and leaves nothing open
-            found, bounds, next_bounds = scan.candidates(rule, lower, budget)
-            settled = scan.settle(rule, found, budget)
+            found, bounds = scan.look(lower)
+            settled = scan.settle(found)
     elif bounds is not None and settled.cut is not None:
         short = settled.cut < bounds
         if bool(short.any()):
-            assert isinstance(budget, Tensor)
-            found = _Found.cat(
-                [found[~short[found.latents]], *scan.columns(short.nonzero().squeeze(-1), budget)], scan.x
-            )
-            found = found[(found.rows * scan.d_sae + found.latents).argsort()]
-            settled = scan.settle(rule, found, budget)
-            next_bounds = None
-    if warm is not None:
-        warm.bounds = settled.next_bounds if next_bounds is None else next_bounds
+            found = scan.with_columns(found, short)
+            settled = scan.settle(found)
+    selection.next_warm = settled.next_bounds if scan.rough_next is None else scan.rough_next
     chosen = found[settled.keep]
     return Matches(chosen.rows, chosen.latents, chosen.values)
 
@@ -141,42 +126,56 @@ def all_above(
     bounds: Float[Tensor, " d_sae"],
 ) -> Matches:
     """Every match whose pre-activation exceeds its latent's bound; under a negative bound also negative ones."""
-    scan = _Scan(Product(x, W_enc, b_enc))
-    found, _ = scan.rows(Threshold.at(bounds, scan.d_sae), bounds.to(scan.x), None)
+    scan = _Scan(Product(x, W_enc, b_enc), Selection(Threshold.at(bounds, W_enc.shape[0])))
+    found, _ = scan.rows(bounds.to(scan.x))
     return Matches(found.rows, found.latents, found.values)
 
 
 class _Scan:
     """The search for candidates in the blocks of one product."""
 
-    def __init__(self, product: Product, screen: Screen = None) -> None:
-        self.product = product
+    def __init__(self, product: Product, selection: Selection) -> None:
+        self.product, self.rule, self.selection = product, selection.rule, selection
         self.x = product.x
         self.tokens, self.d_sae = product.x.shape[0], product.W_enc.shape[0]
-        self.screened = screen is not None and self.x.dtype == torch.float32
+        self.budget = self.rule.budget(selection.group.count(self.tokens))
+        self.total = int(self.budget.sum()) if isinstance(self.budget, Tensor) else self.budget
+        self.screened = selection.screen is not None and self.x.dtype == torch.float32
+        self.rough_next: Tensor | None = None
+        """Bounds for the next batch, of all that the screen let through."""
         self.scratch = torch.empty(0, dtype=torch.bool, device=self.x.device)
 
-    def settle(self, rule: Rule, found: _Found, budget: int | Tensor | None) -> Settled:
-        return rule.settle(Candidates(found.rows, found.latents, found.affinity, self.tokens, self.d_sae), budget)
+    def first_bounds(self) -> Tensor | None:
+        bounds = None if self.rule.row_limit is not None else self.rule.bounds(self.selection.warm)
+        return None if bounds is None else bounds.to(self.x)
 
-    def candidates(
-        self, rule: Rule, bounds: Tensor | None, budget: int | Tensor | None
-    ) -> tuple[_Found, Tensor | None, Tensor | None]:
-        """In full precision: what may be chosen; bounds, and no cut above them leaves any out; those of the next batch.
+    def prune(self, found: _Found) -> Settled:
+        return self.rule.prune(self.candidates(found), self.budget)
+
+    def settle(self, found: _Found) -> Settled:
+        return self.rule.settle(self.candidates(found), self.budget, self.selection.group)
+
+    def candidates(self, found: _Found) -> Candidates:
+        return Candidates(found.rows, found.latents, found.affinity, self.tokens, self.d_sae)
+
+    def look(self, bounds: Tensor | None) -> tuple[_Found, Tensor | None]:
+        """In full precision: what may be chosen; and bounds, of which no cut above them leaves any out.
 
         Bounds are None where every row had its own.
         """
-        found, bounds = self.rows(rule, bounds, budget)
+        found, bounds = self.rows(bounds)
+        self.rough_next = None
         if not self.screened:
-            return found, bounds, None
+            return found, bounds
         if bounds is None:
-            return self.exact(found), None, None
-        if budget is None:
+            return self.exact(found), None
+        if self.budget is None:
             found = self.exact(found)
-            return found[found.affinity > _each(bounds, found.latents)], bounds, None
-        settled = self.settle(rule, found, budget)
-        found = self.exact(found[self.in_reach(found, settled)])
-        return found, bounds * (1 - SCREEN_MARGIN) / (1 - SCREEN_MARGIN / 2), settled.next_bounds
+            return found[found.affinity > _each(bounds, found.latents)], bounds
+        pruned = self.prune(found)
+        self.rough_next = pruned.next_bounds
+        found = self.exact(found[self.in_reach(found, pruned)])
+        return found, bounds * (1 - SCREEN_MARGIN) / (1 - SCREEN_MARGIN / 2)
 
     def exact(self, rough: _Found) -> _Found:
         """The same matches with codes in full precision; those that are not positive are dropped."""
@@ -184,21 +183,21 @@ class _Scan:
         found = _Found(rough.rows, rough.latents, values, affinity)
         return found[affinity > 0]
 
-    def rows(self, rule: Rule, bounds: Tensor | None, budget: int | Tensor | None) -> tuple[_Found, Tensor | None]:
+    def rows(self, bounds: Tensor | None) -> tuple[_Found, Tensor | None]:
         """Candidates from all row blocks, and the bounds that held for all of them (None if rows had their own).
 
         Under the screen both are rough, and candidates go down to the margin below the bounds.
         """
         if bounds is not None and bounds.ndim == 1 and bool(torch.isposinf(bounds).all()):
             return _Found.cat([], self.x), bounds
-        total, limit = int(budget.sum()) if isinstance(budget, Tensor) else budget, rule.row_limit
+        total, limit = self.total, self.rule.row_limit
         parts: list[_Found] = []
         pending = 0
         for latents, block in self.product.blocks(torch.bfloat16 if self.screened else self.x.dtype):
             if limit is not None:
                 at = _below_largest(block.affinity, limit)
             elif bounds is None:
-                guess = rule.first_bounds(block.affinity)
+                guess = self.rule.first_bounds(block.affinity)
                 at = bounds = self.x.new_zeros(()) if guess is None else guess.to(self.x.dtype)
             else:
                 at = bounds if bounds.ndim == 0 else bounds[latents]
@@ -210,14 +209,14 @@ class _Scan:
             pending += found.rows.numel()
             if total is not None and pending > 2 * total + SPARE_CANDIDATES:
                 merged = self.merged(parts)
-                settled = self.settle(rule, merged, budget)
-                parts = [merged[self.in_reach(merged, settled)]]
+                pruned = self.prune(merged)
+                parts = [merged[self.in_reach(merged, pruned)]]
                 pending = parts[0].rows.numel()
-                if bounds is not None and settled.cut is not None:
-                    bounds = torch.maximum(bounds, self.below(settled.cut))
+                if bounds is not None and pruned.cut is not None:
+                    bounds = torch.maximum(bounds, self.below(pruned.cut))
                 if self.screened and pending > 2 * total + SPARE_CANDIDATES:  # too much lies within the margin
                     self.screened = False
-                    return self.rows(rule, bounds, budget)
+                    return self.rows(bounds)
         return self.merged(parts), bounds
 
     def merged(self, parts: list[_Found]) -> _Found:
@@ -235,18 +234,18 @@ class _Scan:
         low = (1 - SCREEN_MARGIN) * bounds.float()
         return (low.view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
 
-    def in_reach(self, found: _Found, settled: Settled) -> Tensor:
+    def in_reach(self, found: _Found, pruned: Settled) -> Tensor:
         """Marks what may be chosen in the end: the chosen; under the screen all within the margin of the cut.
 
         With experts an earlier token may still come, and ties at the cut are then its.
         """
         if not self.screened:
-            if self.product.order is None or settled.cut is None:
-                return settled.keep
-            return settled.keep | (found.affinity == _each(settled.cut, found.latents))
-        if settled.cut is None:
-            return torch.ones_like(settled.keep)
-        return found.affinity > (1 - SCREEN_MARGIN) * _each(settled.cut, found.latents)
+            if self.product.order is None or pruned.cut is None:
+                return pruned.keep
+            return pruned.keep | (found.affinity == _each(pruned.cut, found.latents))
+        if pruned.cut is None:
+            return torch.ones_like(pruned.keep)
+        return found.affinity > (1 - SCREEN_MARGIN) * _each(pruned.cut, found.latents)
 
     def below(self, cut: Tensor) -> Tensor:
         """A bound that whatever may still be chosen exceeds; see `in_reach`."""
@@ -268,9 +267,16 @@ class _Scan:
         weights = values if affinity is codes else affinity.view(-1).index_select(0, flat)
         return _Found(rows, flat - rows * codes.shape[1], values, weights)
 
-    def columns(self, latents: Int[Tensor, " n"], budget: Int[Tensor, " d_sae"]) -> list[_Found]:
+    def with_columns(self, found: _Found, short: Bool[Tensor, " d_sae"]) -> _Found:
+        """What was found, with all that latents in `short` have in place of what was found of them."""
+        parts = [found[~short[found.latents]], *self.columns(short.nonzero().squeeze(-1))]
+        found, self.rough_next = _Found.cat(parts, self.x), None
+        return found[(found.rows * self.d_sae + found.latents).argsort()]
+
+    def columns(self, latents: Int[Tensor, " n"]) -> list[_Found]:
         """The best tokens of each of these latents: twice its budget and four more, so that bounds can be told."""
-        parts = []
+        parts, budget = [], self.budget
+        assert isinstance(budget, Tensor)
         for ids, block in self.product.columns(latents[budget[latents].argsort(descending=True)]):
             reach = 2 * int(budget[ids].max()) + 4
             found = self.above(block, _below_largest(block.affinity, reach))

@@ -17,7 +17,7 @@ its backward pass, which makes no gradients of weights; `UpperLayers` says when 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -27,9 +27,10 @@ from torch import Tensor
 
 from apportion import losses
 from apportion.architectures import SAE
+from apportion.group import Group
 from apportion.language.upper import Above, UpperLayers
 from apportion.rows.batch import Batch
-from apportion.training.objective import TrainingContext, add_terms
+from apportion.training.objective import Objective, TrainingContext, add_terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ PRESETS = {
 """The three objectives of the paper; the weights of e2e_ds are ours."""
 
 
-class EndToEnd:
+class EndToEnd(Objective):
     """The objective for SAEs at `hookpoint` of `model`; needs batches of whole contexts (`ContextSource`).
 
     batch_tokens and total_tokens then count all tokens of the contexts, also those that the token filter leaves out.
@@ -70,6 +71,8 @@ class EndToEnd:
     """
 
     whole_contexts = True
+    name = "end_to_end"
+    config: EndToEndConfig
 
     def __init__(self, model: Any, hookpoint: str, config: EndToEndConfig | str = "e2e") -> None:
         if isinstance(config, str):
@@ -82,6 +85,10 @@ class EndToEnd:
         self.upper = UpperLayers(model, hookpoint, config.later if config.downstream_weight else ())
         if config.downstream_weight and not self.upper.later:
             raise ValueError(f"There is no layer above {hookpoint!r}: use downstream_weight = 0.")
+
+    @classmethod
+    def of(cls, config: EndToEndConfig, source: Any) -> EndToEnd:
+        return cls(source.model, source.hookpoint, config)
 
     @property
     def reconstructs(self) -> bool:
@@ -96,11 +103,11 @@ class EndToEnd:
             made = sae.forward_scaled(x, own)
             context.observe(made.latents, y, made.y_hat)
             if self.config.local_weight:
-                local = self.config.local_weight * sae.reconstruction_loss(y, made)
+                local = self.config.local_weight * sae.reconstruction_loss(y, made, context.group)
                 add_terms(total, {"reconstruction": local})
             if self.config.output_weight or self.config.downstream_weight:
                 x_hat = sae.undo(made.y_hat, rows.x.to(made.y_hat))
-                add_terms(total, self._through_the_model(batch, length, x_hat, clean, sae.scale))
+                add_terms(total, self._through_the_model(batch, length, x_hat, clean, sae.scale, context.group))
             add_terms(total, sae.own_terms(x, y, made, own))
         return total
 
@@ -113,7 +120,13 @@ class EndToEnd:
         return self.upper(*in_contexts(batch, batch.x, length))
 
     def _through_the_model(
-        self, batch: Batch, length: int, x_hat: Float[Tensor, "rows d_in"], clean: Above | None, scale: Tensor
+        self,
+        batch: Batch,
+        length: int,
+        x_hat: Float[Tensor, "rows d_in"],
+        clean: Above | None,
+        scale: Float[Tensor, ""],
+        group: Group,
     ) -> dict[str, Tensor]:
         """Losses of the model with the reconstruction `x_hat` [rows that take part, d_in] in it, in raw units."""
         mask = batch.mask
@@ -122,27 +135,29 @@ class EndToEnd:
         spliced = self.upper(ids, x)
         terms = {}
         if self.config.output_weight:
-            terms[self.config.loss] = self.config.output_weight * self._output_loss(ids, spliced, clean)
+            terms[self.config.loss] = self.config.output_weight * self._output_loss(ids, spliced, clean, group)
         if self.config.downstream_weight:
             assert clean is not None
             errors = []
             for name, h in spliced.later.items():
                 error = (h.float() - clean.later[name].float()).flatten(0, 1)
-                errors.append((error if mask is None else error[mask.to(error.device)]).square().mean())
+                error = error if mask is None else error[mask.to(error.device)]
+                errors.append(group.mean(error.square().mean(), len(error)))
             terms["downstream"] = self.config.downstream_weight * scale.square() * torch.stack(errors).mean()
         return terms
 
-    def _output_loss(self, ids: Int[Tensor, "n pos"], spliced: Above, clean: Above | None) -> Float[Tensor, ""]:
+    def _output_loss(
+        self, ids: Int[Tensor, "n pos"], spliced: Above, clean: Above | None, group: Group
+    ) -> Float[Tensor, ""]:
         if self.config.loss == "kl":
             assert clean is not None
-            return losses.kl_divergence(clean.logits, spliced.logits)
+            return losses.kl_divergence(clean.logits, spliced.logits, group)
         predictions = spliced.logits[:, :-1].flatten(0, 1).float()
-        return F.cross_entropy(predictions, ids[:, 1:].flatten().long().to(predictions.device))
+        loss = F.cross_entropy(predictions, ids[:, 1:].flatten().long().to(predictions.device))
+        return group.mean(loss, len(predictions))
 
     def describe(self) -> dict[str, Any]:
-        """For the run's record."""
-        later = list(self.upper.later)
-        return {"name": "end_to_end", "hookpoint": self.upper.hookpoint, **asdict(self.config), "later": later}
+        return super().describe() | {"hookpoint": self.upper.hookpoint, "later": list(self.upper.later)}
 
 
 def context_length(batch: Batch) -> int:

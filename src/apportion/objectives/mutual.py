@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -32,7 +32,7 @@ from torch import Tensor
 from apportion.architectures import SAE
 from apportion.matching import directions, nearest_rows, one_to_one, pair_cosines
 from apportion.rows.batch import Batch
-from apportion.training.objective import TrainingContext, local_reconstruction
+from apportion.training.objective import Objective, TrainingContext, local_reconstruction
 
 if TYPE_CHECKING:
     from apportion.training.learner import Learner
@@ -64,22 +64,27 @@ class MutualConfig:
             )
 
 
-class MutualFeatureRegularisation:
+class MutualFeatureRegularisation(Objective):
     """The objective for two or more SAEs with the same decoder width; give them different seeds.
 
     Reports `cross_mmcs`, the similarity that the penalty raises, and in steps that are logged `within_mmcs`.
     """
 
+    least_saes = 2
+    name = "mutual"
+    config: MutualConfig
+
     def __init__(self, config: MutualConfig | None = None) -> None:
         self.config = config or MutualConfig()
 
     def __call__(self, saes: Sequence[SAE], batch: Batch, context: TrainingContext) -> dict[str, Tensor]:
-        if len(saes) < 2:
+        if len(saes) < self.least_saes:
             raise ValueError(f"Mutual feature regularisation needs two SAEs or more, got {len(saes)}.")
         terms = local_reconstruction(saes, batch, context)
         dictionaries = [directions(sae.get_parameter("W_dec")) for sae in saes]
         similarity = torch.stack([self._similarity(a, b) for a, b in combinations(dictionaries, 2)]).mean()
-        terms["mutual"] = self.weight_at(context.each[0].progress) * (1 - similarity)
+        penalty = self.weight_at(context.each[0].progress) * (1 - similarity)
+        terms["mutual"] = context.group.mean(penalty, 1)  # the same in every process
         context.figures["cross_mmcs"] = similarity.detach()
         if context.logged:
             context.figures["within_mmcs"] = torch.stack([within_mmcs(W.detach()) for W in dictionaries]).mean()
@@ -117,10 +122,6 @@ class MutualFeatureRegularisation:
             raise ValueError('redraw = "sae" compares firing rates with k / d_sae, and this SAE has no k: use "idle".')
         score = imbalance(learner.activity.density(), k / learner.sae.d_sae)
         return everything[: len(everything) * (score > self.config.max_score)]
-
-    def describe(self) -> dict[str, Any]:
-        """For the run's record."""
-        return {"name": "mutual", **asdict(self.config)}
 
 
 def imbalance(rates: Float[Tensor, " d_sae"], expected: float) -> float:

@@ -89,7 +89,7 @@ def loss_terms(sae: SAE, s: Subject, tokens: int) -> Terms:
     target = None if batch.target is None else batch.target.double()
     with torch.no_grad():
         x, _ = sae.prepare(batch.x.double(), target)
-        dead = sae.encode_scaled(x).counts() == 0
+        dead = sae.encode_scaled(x, sae.selection()).counts() == 0
         density = torch.where(dead, 0.0, K / D_SAE).double()
         context = StepContext(progress=0.5, batch_tokens=tokens, dead=dead, density=density, l0=float(K))
         sae.begin_step(context)

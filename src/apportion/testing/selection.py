@@ -6,20 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from apportion import blocks
-from apportion.allocation import (
-    FeatureChoice,
-    LearnedThreshold,
-    MutualChoice,
-    Rule,
-    StepContext,
-    Threshold,
-    TokenChoice,
-)
-from apportion.allocation import reference as dense
+from apportion.allocation import StepContext, Threshold
 from apportion.architectures import SAE
 from apportion.architectures.inputs import PER_TOKEN
 from apportion.latents import Latents
@@ -33,36 +24,35 @@ def budget_in_training(s: Subject) -> None:
         x = prepared(sae, s, tokens)
         positive = everything(sae, x).dense() > 0
         rule = sae.allocation.in_force()
-        budget, got = rule.budget(tokens), sae.encode_scaled(x).dense() != 0
+        budget, got = rule.budget(tokens), sae.encode_scaled(x, sae.selection()).dense() != 0
         if budget is None:
             return
+        limit = sae.d_sae if rule.row_limit is None else rule.row_limit
+        require(int(got.sum(1).max()) <= limit, f"{tokens} rows: one has {int(got.sum(1).max())} matches of {limit}")
         if isinstance(budget, Tensor):
             wanted, spent = torch.minimum(budget, positive.sum(0)), got.sum(0)
-        elif rule.row_limit is not None:
-            wanted, spent = positive.sum(1).clamp_max(rule.row_limit), got.sum(1)
         else:
-            wanted, spent = positive.sum().clamp_max(budget), got.sum()
+            wanted, spent = positive.sum(1).clamp_max(limit).sum().clamp_max(budget), got.sum()
         off = int((wanted - spent).abs().sum())
         require(off == 0, f"{tokens} rows: {int(spent.sum())} matches instead of {int(wanted.sum())} ({off} misplaced)")
 
 
 def selection_equals_reference(s: Subject) -> None:
-    """The matches are those of the dense definitions (allocation/reference.py), in one row block or in many."""
+    """The matches are those of the rule's own dense `reference`, in one row block or in many."""
     for sae in (s.fitted(torch.float64), s.ready(torch.float64)):
         x = prepared(sae, s, 50)
         found = everything(sae, x)
         affinity = found.with_values(sae.affinities(found)).dense()
         rule = sae.allocation.in_force()
-        wanted = chosen_by(rule, affinity)
-        whole = sae.encode_scaled(x).dense()
+        wanted = rule.reference(affinity)
+        whole = sae.encode_scaled(x, sae.selection()).dense()
         with small_row_blocks():
             assert blocks.block_rows(sae.d_sae, x) < len(x), "several blocks"
-            blocked = sae.encode_scaled(x).dense()
+            blocked = sae.encode_scaled(x, sae.selection()).dense()
         require(difference(blocked, whole) <= 1e-9, "codes depend on the size of row blocks")
-        if wanted is not None:
-            wrong = int(((whole != 0) != wanted).sum())
-            require(wrong == 0, f"{wrong} of {int(wanted.sum())} matches differ from those of the dense definition")
-            require(difference(whole, found.dense() * wanted) <= 1e-9, "codes of matches depend on the selection")
+        wrong = int(((whole != 0) != wanted).sum())
+        require(wrong == 0, f"{wrong} of {int(wanted.sum())} matches differ from those of the dense definition")
+        require(difference(whole, found.dense() * wanted) <= 1e-9, "codes of matches depend on the selection")
 
 
 def decode_adds_up(s: Subject) -> None:
@@ -82,7 +72,7 @@ def training_pass_is_encode(s: Subject) -> None:
     batch = s.batch(32)
     x, y = sae.prepare(batch.x, batch.target)
     made = sae.forward_scaled(x, StepContext(batch_tokens=len(x)))
-    z = sae.encode_scaled(x)
+    z = sae.encode_scaled(x, sae.selection())
     require(difference(made.latents.dense(), z.dense()) <= 1e-9, "forward_scaled has other codes than encode_scaled")
     y_hat = sae.decode_scaled(z, x)
     require(made.y_hat.shape == y.shape, f"y_hat has shape {list(made.y_hat.shape)}, y {list(y.shape)}")
@@ -153,19 +143,8 @@ def prepared(sae: SAE, s: Subject, tokens: int) -> Tensor:
 
 def everything(sae: SAE, x: Float[Tensor, " tokens *row"]) -> Latents:
     """All positive matches."""
-    return sae.encode_scaled_by(Threshold.at(x.new_zeros(()), sae.d_sae), x).detach()
-
-
-def chosen_by(rule: Rule, affinity: Float[Tensor, "tokens d_sae"]) -> Bool[Tensor, "tokens d_sae"] | None:
-    """The dense definition of the rules of this library; None for others."""
-    budget = rule.budget(len(affinity))
-    if isinstance(rule, TokenChoice):
-        return dense.token_choice(affinity, rule.row_limit)
-    if isinstance(rule, MutualChoice | FeatureChoice):  # Feature Choice may begin as Mutual Choice
-        return (dense.feature_choice if isinstance(budget, Tensor) else dense.mutual_choice)(affinity, budget)  # type: ignore[arg-type]
-    if isinstance(rule, Threshold | LearnedThreshold):
-        return dense.threshold(affinity, rule.threshold)
-    return None
+    all_positive = sae.selection(rule=Threshold.at(x.new_zeros(()), sae.d_sae))
+    return sae.encode_scaled(x, all_positive).detach()
 
 
 @contextmanager

@@ -1,16 +1,14 @@
-"""One SAE with all that training keeps for it: activity of latents, warm bounds, clipping, Adam's averages."""
+"""One SAE with all that training keeps for it: activity of latents, bounds, clipping, Adam's averages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apportion.allocation import StepContext, WarmStart
+from apportion.allocation import Selection, StepContext
 from apportion.architectures import SAE, rebuild
 from apportion.latents import Latents
 from apportion.training.activity import Activity
@@ -25,7 +23,8 @@ class Learner:
         device = sae.mean.device
         self.activity = Activity(sae.d_sae, config.dead_window, config.density_window).to(device)
         self.clipping = RelativeClipping(config.clip_ratio).to(device)
-        self.warm = WarmStart()
+        self.bounds: Tensor | None = None
+        """Of the selection, carried from step to step."""
         self.optimizer = Adam(
             sae.parameters(),
             unit_rows=sae.unit_rows(),
@@ -51,21 +50,12 @@ class Learner:
             dead=self.activity.dead(),
             density=self.activity.density(),
             l0=self.l0,
-            warm=self.warm,
+            selection=Selection(sae.allocation, self.bounds, self.config.screen),
         )
         sae.begin_step(context)
         sae.allocation.forget_threshold()
         sae.info |= sae.allocation.findings()
         return context
-
-    @contextmanager
-    def screen_in_force(self) -> Iterator[None]:
-        """The configured screen, within the block only: calibration and evaluation are screened only if asked for."""
-        before, self.sae.screen = self.sae.screen, self.config.screen
-        try:
-            yield
-        finally:
-            self.sae.screen = before
 
     def gradient_norm(self) -> Float[Tensor, ""]:
         """Of all gradients, before clipping."""
@@ -76,15 +66,14 @@ class Learner:
         self.optimizer.step(lr, self.clipping.scale(norm))
         self.sae.after_step()
 
-    def drop_step(self, bounds: Tensor | None) -> None:
-        """Forget the gradients of a step that cannot be made, and go back to the bounds before it."""
-        self.optimizer.drop()
-        self.warm.bounds = bounds
-
-    def count(self, latents: Latents) -> None:
-        """Take note of what fired in this step."""
-        self.activity.update(latents.counts(), latents.tokens)
-        self.l0 = latents.nnz / max(latents.tokens, 1)
+    def count(self, latents: Latents, context: StepContext) -> None:
+        """Take note of what fired in this step, and of the bounds that it leaves to the next."""
+        group = context.group
+        tokens, matches = group.count(latents.tokens), group.count(latents.nnz)
+        self.activity.update(group.total(latents.counts()), tokens)
+        self.l0 = matches / max(tokens, 1)
+        if context.selection is not None:
+            self.bounds = context.selection.next_warm
 
     @torch.no_grad()
     def redraw(self, latents: Int[Tensor, " n"], seed: int) -> None:
@@ -99,7 +88,7 @@ class Learner:
                 p[latents] = fresh.get_parameter(name).to(p)[latents]
                 self.optimizer.forget(p, latents)
         self.activity.forget(latents)
-        self.warm.bounds = None
+        self.bounds = None
 
     def state(self) -> dict[str, Tensor]:
         """Everything besides the SAE that its next step depends on."""
@@ -108,8 +97,8 @@ class Learner:
         for name, p in self.sae.named_parameters():
             for key, value in self.optimizer.state(p).items():
                 tensors[f"adam.{name}.{key}"] = value
-        if self.warm.bounds is not None:
-            tensors["warm.bounds"] = self.warm.bounds
+        if self.bounds is not None:
+            tensors["warm.bounds"] = self.bounds
         if self.l0 is not None:
             tensors["l0"] = self.activity.weight.new_tensor(self.l0)
         return tensors
@@ -137,5 +126,5 @@ class Learner:
             state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             if state:
                 self.optimizer.load_state(p, state)
-        self.warm.bounds = tensors.get("warm.bounds")
+        self.bounds = tensors.get("warm.bounds")
         self.l0 = tensors["l0"].item() if "l0" in tensors else None

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from apportion.training.checkpoint import Checkpoint
 from apportion.training.config import TrainConfig
 from apportion.training.given import HeldOut, source_of
 from apportion.training.learner import Learner
-from apportion.training.objective import Objective, TrainingContext, local_reconstruction
+from apportion.training.objective import Losses, Objective, TrainingContext, as_objective, local_reconstruction
 from apportion.training.run import RunFolder, restore
 from apportion.training.same import MAY_DIFFER
 from apportion.training.verdict import ROWS as VERDICT_ROWS
@@ -58,11 +58,11 @@ class Trainer:
         self,
         sae: SAE | Sequence[SAE],
         config: TrainConfig | None = None,
-        objective: Objective = local_reconstruction,
+        objective: Objective | Losses = local_reconstruction,
     ) -> None:
         self.config = config or TrainConfig()
         self.saes = [s.to(getattr(torch, self.config.dtype)) for s in ([sae] if isinstance(sae, SAE) else sae)]
-        self.objective = objective
+        self.objective = as_objective(objective)
         if not self.saes:
             raise ValueError("Trainer needs at least one SAE, got an empty list.")
         for s in self.saes:
@@ -113,25 +113,21 @@ class Trainer:
             tuple(own.begin_step(progress, len(batch.x), lr / self.config.lr) for own in self.learners),
             logged=self.config.logs_step(self.steps + 1),
         )
-        bounds = [own.warm.bounds for own in self.learners]
-        with ExitStack() as screens:
-            for own in self.learners:
-                screens.enter_context(own.screen_in_force())
-            terms = self.objective(self.saes, batch, context)
+        terms = self.objective(self.saes, batch, context)
         loss = torch.stack(list(terms.values())).sum()
         loss.backward()
         norms = {own: own.gradient_norm() for own in self.learners if own.trains}
         if not loss.is_cuda and not math.isfinite(loss.item() + sum(norm.item() for norm in norms.values())):
-            for own, before in zip(self.learners, bounds, strict=True):
-                own.drop_step(before)
+            for own in self.learners:
+                own.optimizer.drop()
             self._check_finite({"loss": loss.detach(), "grad_norm": torch.stack(list(norms.values())).mean()})
         for own, norm in norms.items():
             own.update(lr, norm)
-        for own, (latents, _) in zip(self.learners, context.seen, strict=True):
-            own.count(latents)
+        for own, (latents, _), of_step in zip(self.learners, context.seen, context.each, strict=True):
+            own.count(latents, of_step)
         self.steps += 1
         self.tokens += len(batch.x)
-        getattr(self.objective, "after_step", lambda trainer: None)(self)
+        self.objective.after_step(self)
         metrics = {
             "loss": loss.detach(),
             **{name: term.detach() for name, term in terms.items()},
@@ -162,7 +158,7 @@ class Trainer:
             batch = Batch(batch.reshape(-1, *row) if batch.shape[-len(row) :] == row else batch)
         batch = replace(batch, x=batch.x.detach())  # whatever the rows were made of is not to learn
         rows = batch.rows()
-        if not getattr(self.objective, "whole_contexts", False):
+        if not self.objective.whole_contexts:
             batch = rows
         if batch.x.shape[1:] != row:
             wanted = ", ".join(str(n) for n in row)
@@ -273,10 +269,9 @@ class Trainer:
 
     def _judge(self, source: Source) -> None:
         """Set `verdict`, and say it."""
-        reconstructs = getattr(self.objective, "reconstructs", True)
         found = []
         for own in self.learners:
-            if own.trains and (one := verdict(own.sae, source.held_out(VERDICT_ROWS), reconstructs)):
+            if own.trains and (one := verdict(own.sae, source.held_out(VERDICT_ROWS), self.objective.reconstructs)):
                 own.sae.info["training"] |= {"verdict": one.text, "diverged": one.diverged}
                 found.append(one)
         if found:
@@ -349,16 +344,15 @@ class Trainer:
     def defaults(self) -> dict[str, dict[str, Any]]:
         """What a setting means that the record of an older run lacks."""
         named = SAES.get(self.sae.name)
-        objective = getattr(self.objective, "config", None)
         return {
             "sae": {} if named is None else named.settings(self.sae.allocation_name, to_train=False),
             "train": asdict(TrainConfig()),
-            "objective": {f.name: f.default for f in fields(objective)} if is_dataclass(objective) else {},
+            "objective": self.objective.defaults(),
         }
 
     def _objective(self) -> dict[str, Any]:
         """The objective's own description, if it has one."""
-        described = getattr(self.objective, "describe", dict)()
+        described = self.objective.describe()
         return {"objective": described} if described else {}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
