@@ -10,8 +10,8 @@ import pytest
 
 from apportion import SAES, load
 from apportion.cli import main
-from apportion.objectives import OBJECTIVES
 from apportion.cli.train import TrainBase
+from apportion.objectives import OBJECTIVES
 from apportion.training import TrainConfig
 
 SENTENCE = "the cat sat on the mat and looked at the dog by the old house and the sea was calm and the sun was warm "

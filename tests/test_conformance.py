@@ -127,6 +127,7 @@ from dataclasses import dataclass
 import torch
 
 from apportion.allocation.base import Rule, Settled
+from apportion.allocation.reference import token_choice
 from apportion.allocation.token_choice import rank_within
 
 
@@ -154,6 +155,10 @@ class NearBest(Rule):
         best = best.scatter_reduce(0, candidates.rows, candidates.affinity, "amax")
         rank = rank_within(candidates.rows, candidates.affinity, candidates.tokens)
         return Settled((rank < self.config.k) & (candidates.affinity > self.config.share * best[candidates.rows]))
+
+    def reference(self, affinity):
+        near = affinity > self.config.share * affinity.amax(1, keepdim=True)
+        return token_choice(affinity, self.config.k) & near
 '''
 
 

@@ -91,15 +91,17 @@ def dense(rule: Rule, affinity: torch.Tensor) -> torch.Tensor:
     return reference.threshold(affinity, rule.threshold)
 
 
-def check(p: Problem, rule: Rule, warm: torch.Tensor | None = None, screen: Screen = None) -> Selection:
-    """The fast path gives exactly the reference: matches, order, codes."""
+def check(
+    p: Problem, rule: Rule, warm: torch.Tensor | None = None, screen: Screen = None
+) -> tuple[select.Matches, torch.Tensor | None]:
+    """The fast path gives exactly the reference: matches, order, codes. Returns them, and the bounds for the next batch."""
     selection = Selection(rule, warm, screen)
     found = choose(p.x, p.W, p.b, selection, norms=p.norms)
     S = dense(rule, p.affinity)
     rows, latents = S.nonzero(as_tuple=True)
     assert torch.equal(found.rows, rows) and torch.equal(found.latents, latents)
     assert torch.equal(found.values, p.codes[S])
-    return selection
+    return found, selection.next_warm
 
 
 COUPLED = {"mutual": mutual, "feature": feature, "zipf": zipf}
@@ -189,7 +191,7 @@ def test_bounds_carried_over_a_changing_stream(make, block):
     for i, (tokens, scale) in enumerate([(20, 1), (20, 8), (3, 1), (0, 1), (1, 1), (30, 0), (30, 4), (20, 1), (7, 64)]):
         p = quantised(tokens, 11, seed=i)
         p.x *= scale
-        warm = check(p, rule, warm).next_warm
+        _, warm = check(p, rule, warm)
         assert warm is not None and not bool(warm.isnan().any())
 
 
@@ -212,7 +214,7 @@ def test_threshold_is_strict(theta, screen):
 def test_threshold_per_latent_is_strict(block, screen):
     for p in SMALL.values():
         theta = torch.arange(float(len(p.W))) % 4 - 1
-        found = check(p, Threshold.at(theta, len(p.W)), screen=screen)
+        found, _ = check(p, Threshold.at(theta, len(p.W)), screen=screen)
         norms = 1 if p.norms is None else p.norms[found.latents]
         assert bool((found.values * norms > theta[found.latents]).all())
 
@@ -254,13 +256,13 @@ class Spy:
     """Counts what the scan does."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.scans, self.columns, self.settles = 0, 0, 0
-        for name in ("rows", "columns", "settle"):
+        self.scans, self.columns, self.prunes, self.settles = 0, 0, 0, 0
+        for name in ("rows", "columns", "prune", "settle"):
             monkeypatch.setattr(select._Scan, name, self._counted(name, getattr(select._Scan, name)))
 
     def _counted(self, name, original):
         def counted(scan, *args):
-            attribute = {"rows": "scans", "columns": "columns", "settle": "settles"}[name]
+            attribute = {"rows": "scans", "columns": "columns", "prune": "prunes", "settle": "settles"}[name]
             setattr(self, attribute, getattr(self, attribute) + 1)
             return original(scan, *args)
 
@@ -269,12 +271,12 @@ class Spy:
 
 @pytest.mark.parametrize("make", COUPLED.values(), ids=list(COUPLED))
 def test_compaction_happens_and_is_exact(make, monkeypatch):
-    """Bounds far too low: the candidates are settled on the way instead of piling up."""
+    """Bounds far too low: the candidates are pruned on the way instead of piling up."""
     set_block(monkeypatch, 26)
     spy = Spy(monkeypatch)
     p = PROBLEMS["growing rows"]
     check(p, make(0.5, 13), torch.zeros(()) if make is mutual else torch.zeros(13))
-    assert spy.scans == 1 and spy.columns == 0 and spy.settles > 1
+    assert spy.scans == 1 and spy.columns == 0 and spy.prunes > 0 and spy.settles == 1
 
 
 def test_mutual_choice_looks_again_below_a_bound_that_was_too_high(monkeypatch):
@@ -300,16 +302,16 @@ def test_feature_choice_looks_up_single_latents(monkeypatch):
     bounds[4] = 1e6
     asked = []
     columns = select._Scan.columns
-    monkeypatch.setattr(
-        select._Scan, "columns", lambda scan, ids: asked.extend(ids.tolist()) or columns(scan, ids)
-    )
+    monkeypatch.setattr(select._Scan, "columns", lambda scan, ids: asked.extend(ids.tolist()) or columns(scan, ids))
     check(p, rule, bounds)
     assert asked == [4]
 
 
 def test_looking_up_a_latent_finds_its_best_tokens_and_no_more():
     p = PROBLEMS["all equal"]
-    (found,) = select._Scan(Product(p.x, p.W, p.b)).columns(torch.tensor([3, 1]), torch.full((5,), 2))
+    scan = select._Scan(Product(p.x, p.W, p.b), Selection(feature(1.25, 5)))
+    assert scan.budget.tolist() == 5 * [2]
+    (found,) = scan.columns(torch.tensor([3, 1]))
     assert found.latents.tolist() == 8 * [3] + 8 * [1] and found.rows.tolist() == 2 * list(range(8))
 
 
@@ -481,7 +483,7 @@ def test_impossible_budgets_are_refused(make, k):
 def test_mutual_choice_spends_the_whole_part_of_a_fractional_budget():
     p = PROBLEMS["all positive"]
     for k, matches in [(2.5, 42), (0.3, 5), (0.05, 0), (13, 221)]:
-        assert check(p, mutual(k, 13)).rows.numel() == matches
+        assert check(p, mutual(k, 13))[0].rows.numel() == matches
 
 
 @pytest.mark.parametrize("percent", range(1, 101))

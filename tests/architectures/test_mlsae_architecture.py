@@ -47,7 +47,9 @@ def test_the_size_of_a_layer_does_not_matter() -> None:
     codes = sae.encode(x).dense().view(TOKENS, len(LAYERS), D_SAE)
     assert torch.allclose(codes[:, :1], codes, rtol=1e-3) and bool(codes.any())
     rows, target = sae.prepare(x)
-    errors = (target - sae.decode_scaled(sae.encode_scaled(rows, sae.selection()))).square().mean(1).view(TOKENS, -1).mean(0)
+    errors = (
+        (target - sae.decode_scaled(sae.encode_scaled(rows, sae.selection()))).square().mean(1).view(TOKENS, -1).mean(0)
+    )
     assert torch.allclose(errors[0], errors, rtol=1e-3)
 
 

@@ -11,7 +11,6 @@ import apportion as ap
 from apportion import blocks, losses
 from apportion.allocation import StepContext, reference
 from apportion.architectures import rebuild
-from apportion.architectures.base import Pass
 from apportion.metrics import entropy, load
 
 D_IN, D_SAE, K, E = 6, 28, 3, 4
