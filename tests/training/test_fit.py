@@ -474,17 +474,17 @@ def test_training_lowers_fvu(case):
 
 FULL_DISK = """
 import resource, signal, sys, torch, apportion as ap
-from apportion.training import local_reconstruction
+from apportion.training import Objective, local_reconstruction
 sae = ap.create("topk", d_in=16, d_sae=1024, k=4, seed=0)
 x = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
 config = ap.TrainConfig(lr=1e-2, batch_tokens=200, total_tokens=2000, checkpoint_every_tokens=600)
-def limit(trainer, *_):
-    if trainer.steps == 5:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-def objective(saes, batch, context):
-    return local_reconstruction(saes, batch, context)
-objective.after_step = limit
-ap.Trainer(sae, config, objective).fit(x, sys.argv[1], progress=False)
+class Limited(Objective):
+    def __call__(self, saes, batch, context):
+        return local_reconstruction(saes, batch, context)
+    def after_step(self, trainer):
+        if trainer.steps == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+ap.Trainer(sae, config, Limited()).fit(x, sys.argv[1], progress=False)
 """
 
 

@@ -120,9 +120,10 @@ def as_objective(given: Objective | Losses) -> Objective:
     """ValueError for what is neither an Objective nor a function: what else it has would go unnoticed."""
     if isinstance(given, Objective):
         return given
-    if isinstance(given, FunctionType):
+    if isinstance(given, FunctionType) and not vars(given):
         return OfFunction(given)
-    raise ValueError(f"An objective is an Objective (apportion.training) or a function, got a {type(given).__name__}.")
+    what = "function with attributes" if isinstance(given, FunctionType) else type(given).__name__
+    raise ValueError(f"An objective is a subclass of apportion.training.Objective, or a plain function; got a {what}.")
 
 
 def add_terms(total: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
