@@ -41,7 +41,7 @@ class CutsWideRows(Plain):
 
 
 class TakesNaN(Plain):
-    def _finite_rows(self, x):
+    def finite_rows(self, x):
         return self._rows(x).nan_to_num()
 
 

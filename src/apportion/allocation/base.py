@@ -114,6 +114,9 @@ class Rule(nn.Module, ABC):
     Config: ClassVar[type]
     batch_coupled: ClassVar[bool]
     """True if, in train mode, a token's code depends on the other tokens; such rules need thresholds in eval mode."""
+    eval_form: ClassVar[Literal["topk", "threshold"] | None] = None
+    """How it chooses in eval mode, where that is plain: the `row_limit` best of each token, or whatever exceeds
+    `in_force().threshold`. None: in some way of its own (a threshold and a cap, say), which no other library knows."""
     not_to_train: ClassVar[str | None] = None
     """Why a new SAE cannot have it as its `allocation`, in words that go on from the rule's name; None: it can."""
     threshold: Tensor

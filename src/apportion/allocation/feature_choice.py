@@ -80,6 +80,7 @@ class FeatureChoiceConfig:
 class FeatureChoice(Rule):
     Config = FeatureChoiceConfig
     batch_coupled = True
+    eval_form = "threshold"
     density: Tensor
     """Expected share of tokens of each latent; NaN during a Mutual Choice phase, frozen after it."""
 

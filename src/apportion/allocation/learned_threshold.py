@@ -31,6 +31,7 @@ class LearnedThresholdConfig:
 class LearnedThreshold(Rule):
     Config = LearnedThresholdConfig
     batch_coupled = False
+    eval_form = "threshold"
     not_to_train = "learns by gradients that only the SAE jumprelu gives its thresholds: use that"
 
     def __init__(self, config: LearnedThresholdConfig, d_sae: int) -> None:

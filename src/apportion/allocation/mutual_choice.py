@@ -41,6 +41,7 @@ class MutualChoiceConfig(AnnealedConfig):
 class MutualChoice(AnnealedRule):
     Config = MutualChoiceConfig
     batch_coupled = True
+    eval_form = "threshold"
 
     def __init__(self, config: MutualChoiceConfig, d_sae: int) -> None:
         super().__init__(config, d_sae, "Mutual Choice")

@@ -33,6 +33,7 @@ class ThresholdConfig:
 class Threshold(Rule):
     Config = ThresholdConfig
     batch_coupled = False
+    eval_form = "threshold"
     not_to_train = (
         "has no budget, so that nothing would make codes sparse (loaded SAEs have it): train with a rule that has k, "
         "or use relu, gated or jumprelu"

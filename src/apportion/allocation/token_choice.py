@@ -39,6 +39,7 @@ class TokenChoiceConfig(AnnealedConfig):
 class TokenChoice(AnnealedRule):
     Config = TokenChoiceConfig
     batch_coupled = False
+    eval_form = "topk"
 
     def __init__(self, config: TokenChoiceConfig, d_sae: int) -> None:
         super().__init__(config, d_sae, "TopK")

@@ -27,23 +27,18 @@ from torch import Tensor, nn
 
 from apportion import losses
 from apportion.allocation import Rule, Screen, Selection, StepContext
-from apportion.architectures.calibrate import set_thresholds
+from apportion.architectures.calibrate import calibrate
 from apportion.architectures.inputs import (
     PER_TOKEN,
     Centre,
     InputDescription,
     InputNorm,
     as_tensor,
-    first_tensor,
-    is_array,
 )
 from apportion.group import ALONE, Group
 from apportion.latents import Latents
 from apportion.settings import settle
 from apportion.torch_state import in_eval_mode, usual
-
-CALIBRATION_CHUNK = 4096
-"""Rows that are encoded together while calibrating."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +90,9 @@ class SAE(nn.Module, ABC):
     constants: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """What a term of `own_terms` holds constant, on purpose: names of parameters, as far as `own_terms` itself uses
     them, and "made" for all that `forward_scaled` made. The conformance suite goes by it."""
+    form: ClassVar[Literal["affine", "gated", "switch"] | None] = None
+    """What it computes in eval mode, where other libraries know it too, by the equations of interop/parts.py: affine
+    (relu of pre_acts where chosen, one decoder, perhaps a skip), gated, switch. None: something of its own."""
     allocation_name: str | None = None
     """The name of its rule, where the rule is a setting."""
 
@@ -154,6 +152,10 @@ class SAE(nn.Module, ABC):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
     @classmethod
     def d_sae_for(cls, d_in: int) -> int | None:
         """The number of latents where it follows from d_in; None where it is a setting."""
@@ -189,7 +191,7 @@ class SAE(nn.Module, ABC):
         """Prepared input and what it is to be reconstructed to, from raw rows of a training batch."""
         if target is not None:
             raise ValueError(f"{self.name} reconstructs its input and takes no target; use a transcoder for one.")
-        x = self.input.apply_to(x.to(self.mean.device, self.dtype))
+        x = self.input.apply_to(x.to(self.device, self.dtype))
         return x, x
 
     @usual()
@@ -242,7 +244,7 @@ class SAE(nn.Module, ABC):
         Raises ValueError for a wrong shape, NaN or infinite entries, or eval mode without thresholds.
         """
         x = as_tensor(x)
-        rows = self._finite_rows(x)
+        rows = self.finite_rows(x)
         if self.training:
             self.input.hint(rows)
         latents = self.encode_scaled(self.input.apply_to(rows), self.selection())
@@ -287,7 +289,7 @@ class SAE(nn.Module, ABC):
             raise ValueError(f"Expected activations [..., {wanted}] (d_in = {self.d_in}), got {list(x.shape)}.")
         return x.reshape(prod(x.shape[:lead]), *self.row_shape).to(self.dtype)
 
-    def _finite_rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+    def finite_rows(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         """Rows, if they are finite; `index` says where each lies in its source, to name one that is not."""
         rows = self._rows(x)
         if not bool(torch.isfinite(rows.detach().sum())) and not bool(torch.isfinite(rows.detach()).all()):
@@ -303,43 +305,13 @@ class SAE(nn.Module, ABC):
 
         `xs` are raw, filtered activations, best 100,000 rows or more that were not trained on: one tensor or
         array, or an iterable of them or of Batches (their mask says which rows take part), a DataLoader for example.
-        Their order does not matter. For TopK no
-        parameter changes. The measured L0 and the number of rows are recorded in `sae.info` and saved. Memory: about
-        30 k bytes a row, and 1 GB. Raises ValueError for no rows, NaN, or a generator (which gives its rows only once)
-        whose rows are so far from random order that once is not enough.
+        Their order does not matter. For TopK no parameter changes. The measured L0 and the number of rows are recorded
+        in `sae.info` and saved. Memory: about 30 k bytes a row, and 1 GB.
+
+        Raises ValueError for no rows, NaN, or a generator (which gives its rows only once) whose rows are so far from
+        random order that once is not enough.
         """
-        was_training = self.training
-        xs = as_tensor(xs) if is_array(xs) else xs
-        again = isinstance(xs, Tensor) or iter(xs) is not xs
-        tokens = xs.shape[: xs.ndim - len(self.row_shape)].numel() if isinstance(xs, Tensor) else None
-        try:
-            if self.allocation.batch_coupled:
-                tokens, matches = set_thresholds(self, lambda: self._parts(xs), tokens, again)
-            else:
-                tokens, matches = self._count(xs)
-        finally:
-            self.train(was_training)
-        self.info["calibration"] = {"tokens": tokens, "l0": matches / tokens}
-        return matches / tokens
-
-    def _parts(self, xs: Tensor | Iterable[Any]) -> Iterator[Tensor]:
-        """Prepared rows, at most CALIBRATION_CHUNK at a time."""
-        items: Iterable[Any] = [xs] if isinstance(xs, Tensor) else xs
-        for x in items:
-            batch = x.rows() if hasattr(x, "rows") else None
-            rows = self._finite_rows(first_tensor(x)) if batch is None else self._finite_rows(batch.x, batch.index)
-            for part in rows.split(CALIBRATION_CHUNK) if len(rows) else ():
-                yield self.input.apply_to(part.to(self.mean.device))
-
-    def _count(self, xs: Tensor | Iterable[Any]) -> tuple[int, int]:
-        self.eval()
-        tokens = matches = 0
-        for x in self._parts(xs):
-            latents = self.encode_scaled(x, self.selection())
-            tokens, matches = tokens + latents.tokens, matches + latents.nnz
-        if not tokens:
-            raise ValueError("calibrate needs at least one row of activations, got none.")
-        return tokens, matches
+        return calibrate(self, xs)
 
     @torch.no_grad()
     @usual()

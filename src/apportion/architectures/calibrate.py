@@ -12,8 +12,8 @@ be. Rows that come only once (a generator) can then not be calibrated on, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from apportion.allocation import Pool
 from apportion.allocation.token_choice import rank_within
+from apportion.architectures.inputs import as_tensor, first_tensor, is_array
 
 if TYPE_CHECKING:
     from apportion.architectures.base import SAE
@@ -35,8 +36,50 @@ AT_ONCE = 1 << 23
 ROUNDS = 8
 """Times that the rows are read, at most; twice is what it takes unless most latents lack matches."""
 
+CHUNK = 4096
+"""Rows that are encoded together."""
+
 Rows = Callable[[], Iterable[Float[Tensor, " n *row"]]]
 """Prepared rows in parts, anew at each call."""
+
+
+def calibrate(sae: SAE, xs: Tensor | Iterable[Any]) -> float:
+    """What `SAE.calibrate` says."""
+    was_training = sae.training
+    xs = as_tensor(xs) if is_array(xs) else xs
+    again = isinstance(xs, Tensor) or iter(xs) is not xs
+    tokens = xs.shape[: xs.ndim - len(sae.row_shape)].numel() if isinstance(xs, Tensor) else None
+    try:
+        if sae.allocation.batch_coupled:
+            tokens, matches = set_thresholds(sae, lambda: prepared_parts(sae, xs), tokens, again)
+        else:
+            tokens, matches = count_matches(sae, prepared_parts(sae, xs))
+    finally:
+        sae.train(was_training)
+    sae.info["calibration"] = {"tokens": tokens, "l0": matches / tokens}
+    return matches / tokens
+
+
+def prepared_parts(sae: SAE, xs: Tensor | Iterable[Any]) -> Iterator[Tensor]:
+    """Prepared rows, at most CHUNK at a time."""
+    items: Iterable[Any] = [xs] if isinstance(xs, Tensor) else xs
+    for x in items:
+        batch = x.rows() if hasattr(x, "rows") else None
+        rows = sae.finite_rows(first_tensor(x)) if batch is None else sae.finite_rows(batch.x, batch.index)
+        for part in rows.split(CHUNK) if len(rows) else ():
+            yield sae.input.apply_to(part.to(sae.device))
+
+
+def count_matches(sae: SAE, parts: Iterable[Tensor]) -> tuple[int, int]:
+    """Rows, and the matches that eval mode makes of them."""
+    sae.eval()
+    tokens = matches = 0
+    for x in parts:
+        latents = sae.encode_scaled(x, sae.selection())
+        tokens, matches = tokens + latents.tokens, matches + latents.nnz
+    if not tokens:
+        raise ValueError("calibrate needs at least one row of activations, got none.")
+    return tokens, matches
 
 
 def set_thresholds(sae: SAE, rows: Rows, tokens: int | None, again: bool) -> tuple[int, int]:

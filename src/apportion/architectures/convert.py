@@ -26,18 +26,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apportion.allocation import MutualChoice, TokenChoice
+from apportion.allocation import MutualChoice
 from apportion.allocation.mutual_choice import MutualChoiceConfig
 from apportion.architectures.affine import Affine, AffineConfig
 from apportion.architectures.base import SAE
 from apportion.architectures.jumprelu import JumpReLU
-from apportion.architectures.matryoshka import Matryoshka
-from apportion.architectures.mlsae import MLSAE
-from apportion.architectures.multi_topk import MultiTopK
-from apportion.architectures.plain import Plain
-
-CONVERTIBLE = (Plain, MLSAE, MultiTopK, Matryoshka)
-"""They all encode and decode alike."""
 
 
 @torch.no_grad()
@@ -48,17 +41,18 @@ def to_jumprelu(sae: SAE, xs: Float[Tensor, "*lead d_in"] | Iterable[Tensor] | N
     `sae`. Raises ValueError for TopK without `xs`, for thresholds that were never calibrated, and for SAEs of another
     form.
     """
-    if not isinstance(sae, CONVERTIBLE) or sae.k is None:
+    rule = sae.allocation
+    if not isinstance(sae, Affine) or sae.form != "affine" or sae.needs_target or not (rule.k and rule.eval_form):
         raise ValueError(
             f"to_jumprelu is for SAEs with one affine encoder, one decoder and a budget k (topk, mutual_choice, "
             f"feature_choice, multi_topk, matryoshka), got {sae.extra_repr()}."
         )
     source = deepcopy(sae).eval()
-    if isinstance(source.allocation, TokenChoice):
+    if rule.eval_form == "topk":
         if xs is None:
             raise ValueError("A TopK SAE has no thresholds: call to_jumprelu(sae, xs) with some 100,000 activations.")
-        rule = MutualChoice(MutualChoiceConfig(k=source.allocation.config.k), source.d_sae)
-        source.allocation = rule.to(source.mean).eval()
+        by_threshold = MutualChoice(MutualChoiceConfig(k=rule.k), source.d_sae)
+        source.allocation = by_threshold.to(source.mean).eval()
     if xs is not None:
         source.calibrate(xs)
     return _with_thresholds(source, _thresholds(source))
@@ -85,7 +79,7 @@ def _with_thresholds(source: Affine, theta: Float[Tensor, " d_sae"]) -> JumpReLU
     shared = {f.name: getattr(source.config, f.name) for f in fields(AffineConfig)}
     sae = create("jumprelu", **shared | {"affinity": "code", "k": source.k})
     assert isinstance(sae, JumpReLU)
-    sae.to(source.mean.device, source.dtype)
+    sae.to(source.device, source.dtype)
     for part in ("W_enc", "b_enc", "W_dec", "b_dec"):
         getattr(sae, part).copy_(getattr(source, part))
     sae.input.load_state_dict(source.input.state_dict())

@@ -48,6 +48,7 @@ class FixedBasisConfig(AffineConfig):
 class FixedBasis(Affine):
     Config = FixedBasisConfig
     config: FixedBasisConfig  # type: ignore[assignment]
+    form = "affine"
 
     def __init__(self, config: FixedBasisConfig, allocation: Rule) -> None:
         super().__init__(config, allocation)
@@ -68,7 +69,7 @@ class FixedBasis(Affine):
         """Estimate mean and scale of the input description and the basis from raw, filtered activations."""
         super().fit_input(x, target)
         if self.config.basis == "pca":
-            rows = self.input.apply_to(self._finite_rows(x)).double()
+            rows = self.input.apply_to(self.finite_rows(x)).double()
             self.b_dec.copy_(rows.mean(0))
             self._set(principal_components(rows))
         if not self.config.subtract_b_dec:

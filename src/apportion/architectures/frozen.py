@@ -46,6 +46,7 @@ class FrozenConfig(AuxiliaryConfig):
 class Frozen(AffineWithAuxiliary):
     Config = FrozenConfig
     config: FrozenConfig  # type: ignore[assignment]
+    form = "affine"
     W_start: Tensor
     """The random start of the decoder, kept by soft_decoder."""
 

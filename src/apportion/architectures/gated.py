@@ -52,6 +52,7 @@ class GatedPass(Pass):
 class Gated(Affine):
     Config = SparsityConfig
     config: SparsityConfig  # type: ignore[assignment]
+    form = "gated"
     constants: ClassVar = {"gates": ("W_dec", "b_dec")}
 
     def __init__(self, config: SparsityConfig, allocation: Rule) -> None:

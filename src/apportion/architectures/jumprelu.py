@@ -118,6 +118,7 @@ class JumpReLUPass(Pass):
 class JumpReLU(AffineWithAuxiliary):
     Config = JumpReLUConfig
     config: JumpReLUConfig  # type: ignore[assignment]
+    form = "affine"
     allocation: LearnedThreshold
     bandwidth: Tensor
 
@@ -191,7 +192,7 @@ class JumpReLU(AffineWithAuxiliary):
         """As always; in train mode thresholds get gradients too, which `decode(encode(x))` cannot give them."""
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(x)
-        rows = self._finite_rows(x)
+        rows = self.finite_rows(x)
         made = self.forward_scaled(self.input.apply_to(rows), StepContext())
         return self.undo(made.y_hat, rows).reshape(x.shape).to(x.dtype)
 

@@ -81,6 +81,7 @@ class NestedPass(Pass):
 class Matryoshka(AffineWithAuxiliary):
     Config = MatryoshkaConfig
     config: MatryoshkaConfig  # type: ignore[assignment]
+    form = "affine"
 
     def __init__(self, config: MatryoshkaConfig, allocation: Rule) -> None:
         super().__init__(config, allocation)

@@ -37,3 +37,4 @@ class MLSAEConfig(AuxiliaryConfig):
 @final
 class MLSAE(AffineWithAuxiliary):
     Config = MLSAEConfig
+    form = "affine"

@@ -57,6 +57,7 @@ class WidePass(Pass):
 class MultiTopK(AffineWithAuxiliary):
     Config = MultiTopKConfig
     config: MultiTopKConfig  # type: ignore[assignment]
+    form = "affine"
 
     def forward_scaled(self, x: Float[Tensor, "tokens d_in"], context: StepContext) -> Pass:
         assert isinstance(self.allocation, TokenChoice), "the paper's rule"

@@ -17,3 +17,4 @@ from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConf
 @final
 class Plain(AffineWithAuxiliary):
     Config = AuxiliaryConfig
+    form = "affine"

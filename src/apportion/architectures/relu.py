@@ -70,6 +70,7 @@ class ReLUConfig(SparsityConfig):
 class ReLU(Affine):
     Config = ReLUConfig
     config: ReLUConfig  # type: ignore[assignment]
+    form = "affine"
     p: Tensor
     """Exponent of the penalty."""
     compensation: Tensor

@@ -99,6 +99,7 @@ class SwitchPass(Pass):
 class Switch(AffineWithAuxiliary):
     Config = SwitchConfig
     config: SwitchConfig  # type: ignore[assignment]
+    form = "switch"
     constants = dict.fromkeys(AffineWithAuxiliary.constants, ("made", "b_dec", "W_router", "b_router"))
 
     def __init__(self, config: SwitchConfig, allocation: Rule) -> None:
@@ -123,7 +124,7 @@ class Switch(AffineWithAuxiliary):
     @torch.no_grad()
     def experts(self, x: Float[Tensor, "*lead d_in"]) -> Int[Tensor, "*lead"]:
         """The expert of each row of raw activations. See `metrics.load` and `metrics.entropy`."""
-        return self.route(self.input.apply_to(self._finite_rows(x))).expert.reshape(x.shape[:-1])
+        return self.route(self.input.apply_to(self.finite_rows(x))).expert.reshape(x.shape[:-1])
 
     def encode_scaled(self, x: Float[Tensor, "tokens d_in"], selection: Selection) -> Latents:  # type: ignore[override]
         return self._encode(x, selection, self.route(x))

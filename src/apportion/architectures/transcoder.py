@@ -66,6 +66,7 @@ class TranscoderConfig(AuxiliaryConfig):
 class Transcoder(AffineWithAuxiliary):
     Config = TranscoderConfig
     config: TranscoderConfig  # type: ignore[assignment]
+    form = "affine"
     needs_target = True
 
     def __init__(self, config: TranscoderConfig, allocation: Rule) -> None:
@@ -113,8 +114,8 @@ class Transcoder(AffineWithAuxiliary):
     def prepare(
         self, x: Float[Tensor, "tokens d_in"], target: Float[Tensor, "tokens d_out"] | None = None
     ) -> tuple[Float[Tensor, "tokens d_in"], Float[Tensor, "tokens d_out"]]:
-        y = self.output.apply_to(self._targets(target).to(self.mean.device))
-        return self.input.apply_to(x.to(self.mean.device, self.dtype)), y
+        y = self.output.apply_to(self._targets(target).to(self.device))
+        return self.input.apply_to(x.to(self.device, self.dtype)), y
 
     def fit_input(self, x: Float[Tensor, "*lead d_in"], target: Float[Tensor, "*lead d_out"] | None = None) -> None:
         """Estimate both descriptions from raw, filtered activations and their targets (`dataset` only)."""

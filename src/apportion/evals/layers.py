@@ -147,7 +147,7 @@ def evaluate_layers(
     with progress_bar("evaluating", len(rows), show=progress) as show, sae.in_eval_mode():
         done = 0
         for indices in rows.split(max(1, CHUNK // len(names))):
-            x, mask = store.gather(indices).to(sae.mean.device), store.mask[indices].to(sae.mean.device)
+            x, mask = store.gather(indices).to(sae.device), store.mask[indices].to(sae.device)
             latents = sae.encode(x)
             x_hat = sae.decode(latents, x)
             flat = x.flatten(0, 1)

@@ -50,9 +50,9 @@ class Measurement:
         """
         if self.sae.needs_target and target is None:
             raise ValueError(f"{self.sae.name} predicts a target from x: it can only be measured against one.")
-        x, mask = x.to(self.sae.mean.device), mask.to(self.sae.mean.device)
+        x, mask = x.to(self.sae.device), mask.to(self.sae.device)
         y = x if target is None else target.to(x.device)
-        usable = mask | (_finite_rows(x) & _finite_rows(y))
+        usable = mask | (finite_rows(x) & finite_rows(y))
         if not bool(usable.all()):
             y_hat = torch.zeros_like(y)
             y_hat[usable] = self.add(
@@ -140,5 +140,5 @@ class Measurement:
         return vars(fit_zipf(density, min_density=least))
 
 
-def _finite_rows(x: Float[Tensor, " n *row"]) -> Bool[Tensor, " n"]:
+def finite_rows(x: Float[Tensor, " n *row"]) -> Bool[Tensor, " n"]:
     return x.flatten(1).isfinite().all(1)

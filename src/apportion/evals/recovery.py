@@ -79,8 +79,8 @@ def _encoded(sae: SAE, batch: Batch) -> tuple[Latents, float]:
     y = batch.x if batch.target is None else batch.target
     with sae.in_eval_mode():
         for x, y_part in zip(batch.x.split(CHUNK), y.split(CHUNK), strict=True):
-            latents = sae.encode(x.to(sae.mean.device))
-            fvu.add(y_part, sae.decode(latents, x.to(sae.mean.device)))
+            latents = sae.encode(x.to(sae.device))
+            fvu.add(y_part, sae.decode(latents, x.to(sae.device)))
             parts.append(latents.to("cpu"))
     return concatenated(parts), fvu.value()
 
@@ -130,7 +130,7 @@ def detection(
 
 def decoder_directions(sae: SAE) -> Float[Tensor, "d_sae out"]:
     """What each latent adds to the reconstruction of raw rows, flattened and scaled to unit norm; zero if nothing."""
-    device, parts = sae.mean.device, []
+    device, parts = sae.device, []
     for ids in torch.arange(sae.d_sae, device=device).split(CHUNK):
         n = len(ids)
         x = sae.mean.new_zeros(n, *sae.row_shape, dtype=sae.dtype)

@@ -181,7 +181,7 @@ def _sweeps(
     batch, found = store.batch(chosen), {}
     with progress_bar("trying other budgets", len(chosen) * len(saes), show=progress) as show:
         for number, (name, sae) in enumerate(saes.items(), 1):
-            device = sae.mean.device
+            device = sae.device
             found[name] = sweep(sae, batch.x.to(device), None if batch.target is None else batch.target.to(device))
             show(number * len(chosen))
     return found
@@ -217,7 +217,7 @@ def passage(saes: Mapping[str, SAE], store: ActivationStore, rows: Tensor, token
 
 def _l0(sae: SAE, x: Tensor) -> Tensor:
     with sae.in_eval_mode():
-        return sae.encode(x.to(sae.mean.device)).l0().cpu()
+        return sae.encode(x.to(sae.device)).l0().cpu()
 
 
 def _latent_json(tokenizer: Any, found: LatentExamples) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def to_sae_bench(
         neuronpedia_id=metadata["neuronpedia_id"],
     )
     limit = _limit(sae, pass_outliers)
-    return SaeBenchSAE(parts, cfg, limit).to(sae.mean.device, sae.dtype).eval()
+    return SaeBenchSAE(parts, cfg, limit).to(sae.device, sae.dtype).eval()
 
 
 def _limit(sae: SAE, pass_outliers: bool) -> float | None:

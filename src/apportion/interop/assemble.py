@@ -25,26 +25,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apportion.allocation import LearnedThreshold, Rule, Threshold, TokenChoice
+from apportion.allocation import LearnedThreshold, Rule
 from apportion.architectures import SAE, rebuild
 from apportion.architectures.affine import Affine, blank_weights
-from apportion.architectures.fixed_basis import FixedBasis
-from apportion.architectures.frozen import Frozen
-from apportion.architectures.gated import Gated
 from apportion.architectures.inputs import PER_TOKEN
-from apportion.architectures.jumprelu import JumpReLU
-from apportion.architectures.matryoshka import Matryoshka
-from apportion.architectures.mlsae import MLSAE
-from apportion.architectures.multi_topk import MultiTopK
-from apportion.architectures.plain import Plain
-from apportion.architectures.relu import ReLU
-from apportion.architectures.switch import Switch
 from apportion.architectures.transcoder import Transcoder
 from apportion.disk import all_finite
 from apportion.interop.parts import Parts
 
-ALIKE = (Plain, MLSAE, MultiTopK, Matryoshka, Frozen, FixedBasis, ReLU, JumpReLU, Transcoder)
-"""They all encode and decode alike in eval mode."""
 TINY = 1e-30
 """Thresholds that are not positive cut nothing; their logarithm is that of this number."""
 
@@ -176,12 +164,12 @@ def _set_threshold(rule: Rule, parts: Parts) -> None:
 @torch.no_grad()
 def take_apart(sae: SAE) -> Parts:
     """What `sae` computes in eval mode, as Parts in raw units on the CPU. ValueError if no Parts can say it."""
-    if not isinstance(sae, (*ALIKE, Gated, Switch)):
+    if sae.form is None:
         raise ValueError(f"No other library's format holds a {sae.name}; save it in ours with sae.save.")
     folded = (deepcopy(sae) if sae.input.kind in PER_TOKEN else sae.folded()).cpu().eval()
     assert isinstance(folded, Affine)
-    if isinstance(folded, Transcoder) and folded.input.kind in PER_TOKEN:
-        if folded.config.skip:
+    if folded.needs_target and folded.input.kind in PER_TOKEN:
+        if folded.decode_needs_x:
             raise ValueError(
                 f"The skip of this SAE reads normalised tokens ({folded.input.kind}); no other format can. "
                 "Save it in ours with sae.save."
@@ -206,15 +194,15 @@ def _parts(folded: Affine) -> Parts:
         k=folded.k,
         input_norm=folded.config.input_norm,
     )
-    if isinstance(folded, Gated):
+    if folded.form == "gated":
         parts.kind, parts.b_enc = "gated", torch.zeros_like(parts.b_enc)
         b_gate = weights["b_enc"] - _thresholds(folded)
         parts.gate = {"b_gate": b_gate, "r_mag": weights["r_mag"], "b_mag": weights["b_mag"]}
         return parts
-    if isinstance(folded, Transcoder):
+    if folded.needs_target:
         parts.transcoder, parts.W_skip = True, weights.get("W_skip")
     rule = folded.allocation
-    if isinstance(rule, TokenChoice):
+    if rule.eval_form == "topk":
         parts.kind, parts.k = "topk", rule.row_limit
         if folded.config.affinity == "code_times_decoder_norm":
             norms = folded.decoder_norms()
@@ -225,7 +213,7 @@ def _parts(folded: Affine) -> Parts:
         theta = _thresholds(folded)
         if bool((theta != 0).any()):
             parts.kind, parts.threshold = "jumprelu", theta
-    if isinstance(folded, Switch):
+    if folded.form == "switch":
         if parts.kind != "topk":
             raise ValueError(
                 "Of Switch SAEs other formats hold those with the rule topk only, "
@@ -237,12 +225,10 @@ def _parts(folded: Affine) -> Parts:
 
 def _thresholds(folded: Affine) -> Float[Tensor, " d_sae"]:
     """What codes have to exceed in eval mode; finite, for other libraries refuse what is not."""
-    rule = folded.allocation.in_force()
-    if not isinstance(rule, Threshold | LearnedThreshold):
-        raise ValueError(
-            f"No other library's format holds the rule {type(rule).__name__}; save it in ours with sae.save."
-        )
-    theta = rule.threshold.expand(folded.d_sae)
+    if folded.allocation.eval_form != "threshold":
+        rule = type(folded.allocation).__name__
+        raise ValueError(f"No other library's format holds the rule {rule}; save it in ours with sae.save.")
+    theta = folded.allocation.in_force().threshold.expand(folded.d_sae)
     if folded.config.affinity == "code_times_decoder_norm":
         norms = folded.decoder_norms()
         theta = torch.where(norms > 0, theta / norms, torch.inf)

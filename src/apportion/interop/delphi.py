@@ -115,7 +115,7 @@ def _matches(
             if texts and tokens.shape[1] != texts[0].shape[1]:
                 raise ValueError(f"Contexts of {tokens.shape[1]} tokens follow some of {texts[0].shape[1]}.")
             kept = torch.arange(len(x)) if mask is None else mask.nonzero().squeeze(1)
-            latents = sae.encode(x[kept.to(x.device)].to(sae.mean.device))
+            latents = sae.encode(x[kept.to(x.device)].to(sae.device))
             latents = latents.with_values(latents.values * size[latents.indices])
             latents = latents.where(latents.values.abs() > SMALLEST).to("cpu")
             row, length = kept[latents.rows()], tokens.shape[1]

@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apportion.allocation import TokenChoice
 from apportion.architectures import SAE
 from apportion.architectures.affine import Affine
 from apportion.disk import all_finite, whole_folder
@@ -130,9 +129,9 @@ def _check_finite(parts: Parts) -> None:
 @torch.no_grad()
 def unit(sae: SAE) -> Float[Tensor, " d_sae"]:
     """How many times as large each latent's codes are in exported files as those of `sae`."""
-    size = torch.ones(sae.d_sae, dtype=sae.dtype, device=sae.mean.device) / sae.scale
+    size = torch.ones(sae.d_sae, dtype=sae.dtype, device=sae.device) / sae.scale
     by_norm = isinstance(sae, Affine) and sae.config.affinity == "code_times_decoder_norm"
-    if by_norm and isinstance(sae.allocation, TokenChoice):
+    if by_norm and sae.allocation.eval_form == "topk":
         folded = sae.folded() if sae.input.kind == "dataset" else sae
         assert isinstance(folded, Affine)
         size = size * folded.decoder_norms()

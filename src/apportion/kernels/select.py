@@ -163,7 +163,10 @@ class _Scan:
 
         Bounds are None where every row had its own.
         """
+        cold = bounds is None and self.rule.row_limit is None
         found, bounds = self.rows(bounds)
+        if cold:  # each process has guessed its own
+            bounds = self.selection.group.highest(self.x.new_zeros(()) if bounds is None else bounds)
         self.rough_next = None
         if not self.screened:
             return found, bounds

@@ -117,7 +117,7 @@ class MutualFeatureRegularisation(Objective):
     def _to_redraw(self, learner: Learner) -> Int[Tensor, " n"]:
         if self.config.redraw == "idle":
             return learner.activity.dead().nonzero().squeeze(1)
-        k, everything = learner.sae.k, torch.arange(learner.sae.d_sae, device=learner.sae.mean.device)
+        k, everything = learner.sae.k, torch.arange(learner.sae.d_sae, device=learner.sae.device)
         if k is None:
             raise ValueError('redraw = "sae" compares firing rates with k / d_sae, and this SAE has no k: use "idle".')
         score = imbalance(learner.activity.density(), k / learner.sae.d_sae)

@@ -20,7 +20,7 @@ from apportion.training.config import TrainConfig
 class Learner:
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
         self.sae, self.config = sae, config
-        device = sae.mean.device
+        device = sae.device
         self.activity = Activity(sae.d_sae, config.dead_window, config.density_window).to(device)
         self.clipping = RelativeClipping(config.clip_ratio).to(device)
         self.bounds: Tensor | None = None

@@ -64,7 +64,7 @@ def activations_on(
     parts = []
     with sae.in_eval_mode():
         for ids in rows.split(CHUNK):
-            codes = sae.encode(store.gather(ids).to(sae.mean.device)).select(latents.to(sae.mean.device))
+            codes = sae.encode(store.gather(ids).to(sae.device)).select(latents.to(sae.device))
             parts.append(codes.dense().cpu() * store.mask[ids][:, None])
     return torch.cat(parts)
 
