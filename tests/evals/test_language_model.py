@@ -101,7 +101,7 @@ def test_filtered_rows_stay_untouched(model: Any, contexts: torch.Tensor) -> Non
 @torch.no_grad()
 def test_difficulty_is_the_loss_of_the_prediction_made_at_the_token(model: Any, contexts: torch.Tensor) -> None:
     measured, _ = evaluate_model({"perfect": perfect()}, model, contexts[:2], FILTER, hookpoint=PLACE, progress=False)
-    difficulty = measured["perfect"].difficulty()
+    difficulty = measured["perfect"].of(Difficulty).values()
     logits = model(input_ids=contexts[:2]).logits
     by_hand = F.cross_entropy(logits[0, 3], contexts[0, 4])
     position_3 = int(FILTER.mask(torch.zeros(3, 32), contexts[0, 1:4], torch.arange(1, 4)).sum()) - 1

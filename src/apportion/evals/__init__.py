@@ -2,13 +2,18 @@
 
 from apportion.evals.language_model import evaluate_model
 from apportion.evals.layers import evaluate_layers
-from apportion.evals.measure import Measurement
+from apportion.evals.measure import Measure, Measurement, add_measure
+from apportion.evals.measures import Reconstruction, Sparsity
 from apportion.evals.model_diff import model_diff
 from apportion.evals.recovery import recovery
 from apportion.evals.rows import evaluate_rows, held_out_rows
 
 __all__ = [
+    "Measure",
     "Measurement",
+    "Reconstruction",
+    "Sparsity",
+    "add_measure",
     "evaluate_layers",
     "evaluate_model",
     "evaluate_rows",

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.architectures import SAE
-from apportion.evals.measure import Measurement
+from apportion.evals.measure import Measurement, Seen
 from apportion.latents import Latents
 from apportion.metrics import variance
 from apportion.progress import progress_bar
@@ -152,10 +152,10 @@ def evaluate_layers(
             x_hat = sae.decode(latents, x)
             flat = x.flatten(0, 1)
             each = mask.repeat_interleave(len(names))
-            pooled.record(flat, each, replace(latents, shape=(latents.tokens,)), flat, x_hat.flatten(0, 1))
+            pooled.record(Seen(flat, each, replace(latents, shape=(latents.tokens,)), flat, x_hat.flatten(0, 1)))
             for number, measurement in enumerate(layers.values()):
                 here = x[:, number]
-                measurement.record(here, mask, latents[:, number], here, x_hat[:, number])
+                measurement.record(Seen(here, mask, latents[:, number], here, x_hat[:, number]))
             statistics.add(latents[mask])
             done += len(indices)
             show(done)

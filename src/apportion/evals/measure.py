@@ -1,38 +1,81 @@
 """What is measured of one SAE on held-out activations, always in eval mode.
 
-Figures are over the rows that pass the token filter; `fvu_unfiltered` beside them is over all rows, and the share of
-rows left out is given, because a handful of attention-sink tokens can make every FVU look excellent.
+A `Measure` is one thing that is added up row by row and then read. To add one, write the class and call `add_measure`:
+its figures are then in the table, the JSON, the report and the card of whatever is evaluated.
+
+Figures are over the rows that pass the token filter, whose share is given, because a handful of attention-sink tokens
+can make every FVU look excellent.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apportion.allocation.zipf import fit_zipf
 from apportion.architectures import SAE
+from apportion.evals.figures import Figure, add_figures
 from apportion.latents import Latents
-from apportion.metrics import FVU, Activations, correlation
+from apportion.metrics import Activations
 from apportion.torch_state import usual
 
-MIN_FIRINGS = 10
-"""Latents that fired less often are left out of the Zipf fit: their measured densities are noise."""
+
+@dataclass(frozen=True)
+class Seen:
+    """Raw rows that an SAE has encoded and decoded, in eval mode."""
+
+    x: Float[Tensor, " n *row"]
+    mask: Bool[Tensor, " n"]
+    """Which take part."""
+    latents: Latents
+    y: Float[Tensor, " n *out"]
+    """What was to be reconstructed, mostly x."""
+    y_hat: Float[Tensor, " n *out"]
+    difficulty: Float[Tensor, " n"] | None = None
+    """The model's cross-entropy of the prediction made at each row, NaN where there is none."""
 
 
-class Measurement:
-    """Streaming measurements of one SAE: `add` rows, then read `result`."""
+class Measure(ABC):
+    """One thing that is measured."""
+
+    figures: ClassVar[tuple[Figure, ...]] = ()
+    """What `result` has, as far as it is for the tables."""
 
     def __init__(self, sae: SAE) -> None:
         self.sae = sae
-        self.filtered, self.unfiltered = FVU(), FVU()
-        self.sites: list[FVU] = []
+
+    @abstractmethod
+    def add(self, seen: Seen) -> None:
+        """Take note of some more rows."""
+
+    @abstractmethod
+    def result(self, activations: Activations) -> dict[str, Any]:
+        """JSON-able; `None` where a figure does not exist. `activations`: of all rows that took part, in order."""
+
+
+MEASURES: dict[str, type[Measure]] = {}
+AnyMeasure = TypeVar("AnyMeasure", bound=Measure)
+
+
+def add_measure(measure: type[AnyMeasure]) -> type[AnyMeasure]:
+    """Have it measured, too; also as a decorator."""
+    add_figures(*measure.figures)
+    MEASURES[measure.__name__] = measure
+    return measure
+
+
+class Measurement:
+    """Everything in MEASURES, of one SAE: `add` rows, then read `result`."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae = sae
         self.activations = Activations(sae.d_sae)
         self.rows = 0
-        self._distances: list[Tensor] = []
-        self._difficulty: list[Tensor] = []
+        self.measures = [measure(sae) for measure in MEASURES.values()]
 
     @torch.inference_mode()
     def add(
@@ -66,78 +109,41 @@ class Measurement:
         with self.sae.in_eval_mode():
             latents = self.sae.encode(x)
             y_hat = self.sae.decode(latents, x)
-        self.record(x, mask, latents, y, y_hat, difficulty)
+        self.record(Seen(x, mask, latents, y, y_hat, difficulty))
         return y_hat
 
-    def record(
-        self,
-        x: Float[Tensor, " n *row"],
-        mask: Bool[Tensor, " n"],
-        latents: Latents,
-        y: Float[Tensor, " n *out"],
-        y_hat: Float[Tensor, " n *out"],
-        difficulty: Float[Tensor, " n"] | None = None,
-    ) -> None:
-        """Take note of rows that have been encoded (in eval mode) and decoded already."""
-        mask = mask.to(x.device)
-        self.unfiltered.add(y, y_hat)
-        self.filtered.add(y[mask], y_hat[mask])
-        if y.ndim == 3:
-            self.sites = self.sites or [FVU() for _ in range(y.shape[1])]
-            for site, fvu in enumerate(self.sites):
-                fvu.add(y[mask, site], y_hat[mask, site])
-        self.activations.add(latents[mask])
-        self.rows += len(x)
-        self._distances.append((x[mask].float() - self.sae.mean).flatten(1).norm(dim=1).cpu())
-        if difficulty is not None:
-            self._difficulty.append(difficulty.to(mask.device)[mask].cpu())
+    def record(self, seen: Seen) -> None:
+        """Take note of rows that have been encoded and decoded already."""
+        self.activations.add(seen.latents[seen.mask])
+        self.rows += len(seen.x)
+        for measure in self.measures:
+            measure.add(seen)
 
-    def l0_of_tokens(self) -> Tensor:
+    def of(self, measure: type[AnyMeasure]) -> AnyMeasure:
+        """One of the measures."""
+        return next(one for one in self.measures if isinstance(one, measure))
+
+    def l0_of_tokens(self) -> Int[Tensor, " n"]:
         """Active latents of every token that took part."""
         return self.activations.l0()
-
-    def difficulty(self) -> Float[Tensor, " n"] | None:
-        return torch.cat(self._difficulty) if self._difficulty else None
 
     @usual()
     def result(self) -> dict[str, Any]:
         """JSON-able; `None` where a figure does not exist (a correlation with a constant L0, say)."""
-        acts, tokens = self.activations, self.activations.tokens
+        tokens = self.activations.tokens
         if not tokens:
             raise ValueError("Nothing to evaluate: no row passed the token filter. Give more text.")
-        l0 = acts.l0().double()
-        quantiles = torch.quantile(l0[:1_000_000], torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64))
-        return {
+        found = {
             "sae": self.sae.name,
             "k": self.sae.k,
             "d_sae": self.sae.d_sae,
             "mode": "eval (per-token top-k)" if not self.sae.allocation.batch_coupled else "eval (thresholds)",
             "tokens": tokens,
             "filtered_share": 1 - tokens / self.rows,
-            "fvu": self.filtered.value(),
-            "fvu_unfiltered": self.unfiltered.value(),
-            **({"fvu_sites": [fvu.value() for fvu in self.sites]} if self.sites else {}),
-            "l0": acts.mean_l0(),
-            "l0_quantiles": dict(zip(("5%", "25%", "50%", "75%", "95%"), quantiles.tolist(), strict=True)),
-            "dead": acts.dead(),
-            "dead_window_tokens": tokens,
-            "zipf": self._zipf(),
-            "l0_difficulty_correlation": self._l0_against(self.difficulty()),
-            "l0_distance_correlation": self._l0_against(torch.cat(self._distances)),
         }
-
-    def _l0_against(self, other: Tensor | None) -> float | None:
-        if other is None:
-            return None
-        known = ~other.isnan()
-        r = correlation(self.activations.l0()[known].double(), other[known])
-        return None if r != r else r
-
-    def _zipf(self) -> dict[str, float] | None:
-        density, least = self.activations.density(), MIN_FIRINGS / self.activations.tokens
-        if int((density > least).sum()) < 3:
-            return None
-        return vars(fit_zipf(density, min_density=least))
+        for measure in self.measures:
+            found |= measure.result(self.activations)
+        return found
 
 
 def finite_rows(x: Float[Tensor, " n *row"]) -> Bool[Tensor, " n"]:

@@ -18,6 +18,7 @@ import torch
 from apportion.allocation.zipf import ZipfFit
 from apportion.disk import replacing
 from apportion.evals.measure import Measurement
+from apportion.evals.measures import Difficulty
 from apportion.extras import need
 from apportion.trust import shown
 
@@ -34,7 +35,7 @@ def save_plots(measurements: Mapping[str, Measurement], folder: Path) -> list[Pa
     check_plots()
     folder.mkdir(parents=True, exist_ok=True)
     charts: dict[str, Chart] = {"density": density_chart(measurements), "l0": l0_chart(measurements)}
-    if all(m.difficulty() is not None for m in measurements.values()):
+    if all(m.of(Difficulty).values() is not None for m in measurements.values()):
         charts["difficulty"] = difficulty_chart(measurements)
     drawn = []
     for name, chart in charts.items():
@@ -134,7 +135,7 @@ def difficulty_chart(measurements: Mapping[str, Measurement]) -> Chart:
 
     def draw(axes: Any) -> None:
         for colour, (name, m) in zip(COLOURS, measurements.items(), strict=False):
-            difficulty, l0 = m.difficulty(), m.l0_of_tokens().double()
+            difficulty, l0 = m.of(Difficulty).values(), m.l0_of_tokens().double()
             assert difficulty is not None
             known = ~difficulty.isnan()
             difficulty, l0 = difficulty[known].double(), l0[known]

@@ -21,6 +21,7 @@ from apportion.architectures import SAE, SAES
 from apportion.architectures.inputs import is_array
 from apportion.disk import replacing, write_json, write_text
 from apportion.evals.baselines import pca_curve
+from apportion.evals.figures import columns_of
 from apportion.evals.language_model import CrossEntropies, evaluate_model
 from apportion.evals.measure import Measurement
 from apportion.evals.plots import chart_svg, check_plots, density_chart, difficulty_chart, fvu_chart, l0_chart
@@ -231,6 +232,36 @@ def _latent_json(tokenizer: Any, found: LatentExamples) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Line:
+    """One line of the page's table."""
+
+    name: str
+    figures: Mapping[str, Any]
+    colour: int | None = None
+    """Number of its colour in the charts."""
+    tokens: int | None = None
+    is_baseline: bool = False
+
+
+def _lines_of(methods: Mapping[str, Any]) -> list[Line]:
+    return [
+        Line(name, figures, number, figures["training"].get("tokens"))
+        for number, (name, figures) in enumerate(methods.items(), 1)
+    ]
+
+
+def _lines_of_baselines(baselines: Mapping[str, Any]) -> list[Line]:
+    lines, pca = [], baselines["pca"]
+    if "fvu" in pca:
+        found = {"fvu": pca["fvu"], "l0": pca["components"]}
+        lines.append(Line(f"PCA, {pca['components']} components", found, MOST_SAES + 1, is_baseline=True))
+    if MEAN in baselines:
+        found = baselines[MEAN] | {"fvu": 1.0, "l0": 0, "recovered_mean": 0.0}
+        lines.append(Line("mean ablation", found, is_baseline=True))
+    return lines
+
+
 def render(
     figures: dict[str, Any],
     measurements: Mapping[str, Measurement],
@@ -256,13 +287,16 @@ def render(
     environment.filters["pieces"] = lambda example: example_pieces(tokenizer, example)
     environment.filters["token"] = lambda token: tokenizer.decode([token])
     template = environment.from_string(files("apportion.evals").joinpath("report.html").read_text(encoding="utf-8"))
+    baselines = figures["baselines"]
     return template.render(
         figures=figures,
+        columns=[figure for figure in columns_of(methods.values()) if figure.key != "k"],
+        lines=[*_lines_of(methods), *_lines_of_baselines(baselines)],
         model=(figures["model"] or {}).get("name_or_path", "rows of numbers"),
         text=text_in_words(figures["text"]),
         methods=methods,
-        pca=figures["baselines"]["pca"],
-        mean_ce=figures["baselines"].get(MEAN, {}).get("delta_ce"),
+        pca=baselines["pca"],
+        mean_ce=baselines.get(MEAN, {}).get("delta_ce"),
         summaries={name: SAES[f["sae"]].summary for name, f in methods.items()},
         charts=charts,
         passage=tokens,

@@ -9,36 +9,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from apportion.evals.figures import columns_of
 from apportion.trust import shown
 
-COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("k", "k", "g"),
-    ("fvu", "FVU", ".4f"),
-    ("fvu_unfiltered", "unfilt.", ".4f"),
-    ("l0", "L0", ".2f"),
-    ("dead", "dead", ".2%"),
-    ("delta_ce", "ΔCE", "+.4f"),
-    ("recovered_zero", "rec.0", ".4f"),
-    ("recovered_mean", "rec.µ", ".4f"),
-    ("l0_difficulty_correlation", "r(L0,CE)", ".2f"),
-)
-
-
+PLAIN = ("k", "fvu", "l0")
+"""Figures that everybody knows who reads the table."""
 OFF_BUDGET = 0.05
 """An L0 that is further from k than this share is pointed out: figures at different L0 do not compare."""
 
 
 def print_table(results: Mapping[str, Mapping[str, Any]], console: Console | None = None) -> None:
-    """One row per SAE; columns that no result has are left out. Says over how many tokens, and what was filtered."""
-    columns = [c for c in COLUMNS if any(c[0] in r for r in results.values())]
+    """One row per SAE, of the figures that the results have. Says over how many tokens, and what was filtered."""
+    columns = columns_of(results.values())
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("SAE", overflow="fold")
-    for _, title, _ in columns:
-        table.add_column(title, justify="right")
+    for figure in columns:
+        table.add_column(figure.heading, justify="right")
     results = {shown(name, keep=""): result for name, result in results.items()}
     for name, result in results.items():
-        cells = ((result.get(key), style) for key, _, style in columns)
-        table.add_row(Text(name), *("-" if value is None else format(value, style) for value, style in cells))
+        table.add_row(Text(name), *(figure.written(result.get(figure.key)) for figure in columns))
     modes = {result["mode"] for result in results.values()}
     mode = modes.pop() if len(modes) == 1 else "eval mode"
     console = console or Console()
@@ -50,12 +39,8 @@ def print_table(results: Mapping[str, Mapping[str, Any]], console: Console | Non
         names = [name for name, result in results.items() if _evaluated_on(result, mode) == said]
         line = said if len(names) == len(results) else f"{', '.join(names)}: {said}"
         console.print(Text(line, style="dim"))
-    console.print(
-        "Dead: never active on these tokens. unfilt.: FVU over all tokens. ΔCE: loss that splicing adds, in nats; "
-        "rec.0, rec.µ: share of it recovered against zero and mean ablation.",
-        style="dim",
-        highlight=False,
-    )
+    said = "; ".join(f"{figure.heading}: {figure.definition}" for figure in columns if figure.key not in PLAIN)
+    console.print(Text(f"{said}.", style="dim"))
 
 
 def _evaluated_on(result: Mapping[str, Any], mode: str) -> str:

@@ -11,32 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apportion.architectures import SAE, SAES
+from apportion.evals.figures import FIGURES, is_number
 from apportion.trust import shown
 
 PLOTS = "plots"
 """The folder of the images."""
-METRICS: dict[str, tuple[str, str, str]] = {
-    "fvu": ("FVU", ".4f", "fraction of variance unexplained: sum of ‖error‖² / sum of ‖deviation from the mean‖²"),
-    "fvu_unfiltered": ("FVU, all tokens", ".4f", "the same with the tokens that the filter leaves out"),
-    "l0": ("L0", ".2f", "mean number of active latents per token"),
-    "dead": ("dead", ".2%", "share of latents that were active on none of these tokens"),
-    "ce_clean": ("CE", ".4f", "cross-entropy of the language model as it is, in nats per predicted token"),
-    "ce_spliced": ("CE, spliced", ".4f", "the same with reconstructions in place of the activations"),
-    "delta_ce": ("ΔCE", "+.4f", "CE, spliced - CE: what the model loses, in nats per predicted token"),
-    "recovered_zero": ("recovered (zero)", ".4f", "(CE with zeros in place of activations - CE, spliced) / (it - CE)"),
-    "recovered_mean": ("recovered (mean)", ".4f", "the same with the mean of the activations instead of zeros"),
-    "l0_difficulty_correlation": (
-        "r(L0, CE)",
-        ".2f",
-        "correlation of a token's L0 with the CE of the prediction there",
-    ),
-    "l0_distance_correlation": (
-        "r(L0, distance)",
-        ".2f",
-        "correlation of a token's L0 with its distance from the mean",
-    ),
-}
-"""Name in what an evaluation writes: title, format, definition."""
 SAID_ELSEWHERE = {"k", "d_sae", "tokens", "filtered_share", "dead_window_tokens", "predictions"}
 
 
@@ -133,13 +112,16 @@ def _training(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:
-    defined = {name: about for name, about in METRICS.items() if _is(metrics.get(name))}
-    rows = [(title, format(metrics[name], style), what) for name, (title, style, what) in defined.items()]
-    others = {f"`{n}`": v for n, v in metrics.items() if n not in METRICS.keys() | SAID_ELSEWHERE and _is(v)}
+    defined = [f for key, f in FIGURES.items() if key not in SAID_ELSEWHERE and is_number(metrics.get(key))]
+    rows = [(figure.title, figure.written(metrics[figure.key]), figure.definition) for figure in defined]
+    others = {f"`{n}`": v for n, v in metrics.items() if n not in FIGURES.keys() | SAID_ELSEWHERE and is_number(v)}
     if not rows and not others:
         return ""
-    over = [f"{_count(metrics['tokens'])} tokens" if _is(metrics.get("tokens")) else "", str(metrics.get("mode", ""))]
-    if _is(metrics.get("filtered_share")):
+    over = [
+        f"{_count(metrics['tokens'])} tokens" if is_number(metrics.get("tokens")) else "",
+        str(metrics.get("mode", "")),
+    ]
+    if is_number(metrics.get("filtered_share")):
         over.append(f"{metrics['filtered_share']:.2%} of tokens filtered out")
     lines = ["## Metrics", ", ".join(part for part in over if part)]
     if rows:
@@ -179,10 +161,6 @@ def _name(source: Mapping[str, Any]) -> str | None:
 def _code(value: object) -> str | None:
     """As code, of which a backtick would be the end."""
     return None if value is None else f"`{str(value).replace('`', chr(39))}`"
-
-
-def _is(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _count(value: object) -> str | None:
