@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import apportion as ap
 from apportion.evals import evaluate_model
 from apportion.evals.language_model import token_losses
+from apportion.evals.measures import Difficulty
 from apportion.language import load_model
 from apportion.language.hookpoints import capture
 from apportion.rows import TokenFilter

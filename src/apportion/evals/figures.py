@@ -57,24 +57,16 @@ def is_number(value: object) -> bool:
 OF_CE = "in nats per predicted token"
 add_figures(
     Figure("k", "k", "g", "the budget: active latents per token that were asked for"),
-    Figure(
-        "fvu", "FVU", ".4f", "fraction of variance unexplained: sum ‖error‖² / sum ‖deviation from the mean‖²", "lower"
-    ),
-    Figure(
-        "fvu_unfiltered", "FVU, all tokens", ".4f", "with the tokens that the filter leaves out", "lower", "unfilt."
-    ),
+    Figure("fvu", "FVU", ".4f", "fraction of variance unexplained: sum ‖error‖² / sum ‖x - mean x‖²", "lower"),
+    Figure("fvu_unfiltered", "FVU, all tokens", ".4f", "with the tokens that are filtered out", "lower", "unfilt."),
     Figure("l0", "L0", ".2f", "mean number of active latents per token"),
     Figure("dead", "dead", ".2%", "share of latents that were active on none of these tokens", "lower"),
     Figure("ce_clean", "CE", ".4f", f"cross-entropy of the language model as it is, {OF_CE}", column=None),
     Figure("ce_spliced", "CE, spliced", ".4f", "with reconstructions in place of the activations", "lower", None),
     Figure("delta_ce", "ΔCE", "+.4f", f"CE, spliced - CE: what the model loses, {OF_CE}", "lower"),
-    Figure(
-        "recovered_zero", "recovered (zero)", ".4f", "share of the loss of zero ablation avoided", "higher", "rec.0"
-    ),
-    Figure(
-        "recovered_mean", "recovered (mean)", ".4f", "share of the loss of mean ablation avoided", "higher", "rec.µ"
-    ),
-    Figure("l0_difficulty_correlation", "r(L0, CE)", ".2f", "of a token's L0 with the CE of the prediction there"),
+    Figure("recovered_zero", "recovered (zero)", ".4f", "share of the loss by zeros avoided", "higher", "rec.0"),
+    Figure("recovered_mean", "recovered (mean)", ".4f", "share of the loss by the mean avoided", "higher", "rec.µ"),
+    Figure("l0_difficulty_correlation", "r(L0, CE)", ".2f", "correlation of a token's L0 with the CE there"),
     Figure(
         "l0_distance_correlation", "r(L0, distance)", ".2f", "of its L0 with its distance from the mean", column=None
     ),
