@@ -41,6 +41,7 @@ class MLSAEConfig(AuxiliaryConfig):
 @final
 class MLSAE(AffineWithAuxiliary):
     Config = MLSAEConfig
+    row_kind = "layers"
 
     def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
         return self.auxiliary_terms(x, y - made.y_hat, context)
