@@ -11,46 +11,46 @@ is left out. What a file says besides, because another version wrote it, is kept
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from functools import cache
-from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from apportion.fields import check_fields
+
+KEYS = {"class_name": "class", "kind": "source"}
+"""Fields that have another name in JSON."""
+PASSING = {"passing": True}
+"""What says nothing of which rows they are: where they lie, how long it took, counts of a source that runs live."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """A frozen dataclass that reads and writes JSON."""
 
-    more: dict[str, Any] = field(default_factory=dict, metadata={"key": None})
+    more: dict[str, Any] = field(default_factory=dict)
     """What else a file says."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str = "") -> Self:
         """ValueError, naming the field, for one of another kind than its type hint."""
-        known = kinds_of(cls)
+        known, where = keys_of(cls), where + "." if where else ""
         given = {key: value for key, value in values.items() if key in known and value is not None}
-        check_fields(given, {}, {key: kind for key, (_, kind) in known.items()}, where)
-        made = {known[key][0]: _made(known[key][1], value, f"{where}.{key}") for key, value in given.items()}
+        needed = {key: kind for key, (f, kind) in known.items() if f.default is MISSING}
+        check_fields(given, needed, {key: kind for key, (_, kind) in known.items()}, where[:-1])
+        made = {known[key][0].name: _made(known[key][1], value, where + key) for key, value in given.items()}
         return cls(**made, more={key: value for key, value in values.items() if key not in known})
 
     def to_json(self) -> dict[str, Any]:
-        said = ((f, getattr(self, f.name)) for f in fields(self))
-        return {key: _plain(v) for f, v in said if v != f.default and (key := key_of(f))} | self.more
-
-
-def key_of(f: Field[Any]) -> str | None:
-    """What a field is called in JSON; None if it does not stand there under one name."""
-    return f.metadata.get("key", f.name)
+        said = ((key, f, getattr(self, f.name)) for key, (f, _) in keys_of(type(self)).items())
+        return {key: _plain(value) for key, f, value in said if value != f.default} | self.more
 
 
 @cache
-def kinds_of(record: type[Record]) -> dict[str, tuple[str, Any]]:
+def keys_of(record: type[Record]) -> dict[str, tuple[Field[Any], Any]]:
     """For each key in JSON the field and its type hint."""
     hints = get_type_hints(record)
-    return {key: (f.name, hints[f.name]) for f in fields(record) if (key := key_of(f))}
+    return {KEYS.get(f.name, f.name): (f, hints[f.name]) for f in fields(record) if f.name not in ("more", "language")}
 
 
 def _made(kind: Any, value: Any, where: str) -> Any:
@@ -59,7 +59,7 @@ def _made(kind: Any, value: Any, where: str) -> Any:
         if get_origin(part) is tuple:
             return tuple(_made(get_args(part)[0], item, f"{where}.{i}") for i, item in enumerate(value))
         if is_dataclass(part):
-            return part.from_json(value, where.lstrip("."))  # pyright: ignore[reportAttributeAccessIssue]
+            return part.from_json(value, where)  # pyright: ignore[reportAttributeAccessIssue]
     return value
 
 
@@ -74,15 +74,12 @@ class ModelRecord(Record):
     """By what a language model is known again (language/fingerprint.py)."""
 
     name_or_path: str | None = None
-    class_name: str | None = field(default=None, metadata={"key": "class"})
+    class_name: str | None = None
     hidden_size: int | None = None
     num_layers: int | None = None
     dtype: str | None = None
     weights_sha256: str | None = None
     probe: tuple[float, ...] | None = None
-
-    def short_name(self) -> str:
-        return Path(self.name_or_path or "").name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +107,6 @@ class TextRecord(Record):
         if self.where is not None or self == TextRecord():
             return self.where or "none"
         return "in memory" if self.documents is None else f"{self.documents:,} documents in memory"
-
-
-PASSING = {"passing": True}
-"""What says nothing of which rows they are: where they lie, how long it took, counts of a source that runs live."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +142,9 @@ class Language(Record):
 class Site(Record):
     """What a hookpoint has of its own."""
 
-    hookpoint: str | None = None
+    hookpoint: str | None
     d_in: int | None = None
-    filter: dict[str, Any] | None = None
+    filter: dict | None = None
     """Of its rows, fitted: `TokenFilter.from_dict` reads it."""
     median_norm: float | None = None
     median_norm_rows: int | None = None
@@ -159,7 +152,7 @@ class Site(Record):
     filtered: dict[str, int] | None = field(default=None, metadata=PASSING)
     """Rows left out, by reason."""
     filtered_share: float | None = field(default=None, metadata=PASSING)
-    language: Language | None = field(default=None, metadata={"key": None})
+    language: Language | None = None
 
     @property
     def lm(self) -> Language:
@@ -181,7 +174,8 @@ class Site(Record):
 class About(Site):
     """Of rows of several hookpoints, `hookpoint` joins their names and `d_in` is the width of one."""
 
-    kind: str | None = field(default=None, metadata={"key": "source"})
+    hookpoint: str | None = None
+    kind: str | None = None
     """array, stream, cache, live, contexts, ground truth."""
     target_hookpoint: str | None = None
     """Where targets come from."""
@@ -197,16 +191,9 @@ class About(Site):
     seed: int | None = None
     content_sha256: str | None = None
     """Which activations."""
-    world: dict[str, Any] | None = None
+    world: dict | None = None
     """The settings of made-up features (synthetic/world.py)."""
     sites: tuple[Site, ...] = ()
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: str = "") -> Self:
-        about = super().from_json(values, where)
-        for number, site in enumerate(values.get("sites") or ()):
-            check_fields(site, {"hookpoint": str}, {}, f"{where}.sites.{number}" if where else f"sites.{number}")
-        return about
 
     def of_site(self, site: Site, **changes: Any) -> About:
         """With what is said of one hookpoint in place of what was said of its own."""

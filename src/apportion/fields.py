@@ -11,9 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 def fits(value: Any, kind: Any) -> bool:
     """Is a value of the kind that a type hint names? As in JSON: a whole number is a float too, a bool is no number,
     and what is to become a dataclass is an object."""
+    kind = dict if is_dataclass(kind) else kind
     origin, parts = get_origin(kind), get_args(kind)
-    if kind is Any or is_dataclass(kind):
-        return kind is Any or isinstance(value, dict)
     if origin in (Union, UnionType):
         return any(fits(value, part) for part in parts)
     if origin is Literal:
@@ -55,8 +54,6 @@ def in_words(kind: Any) -> str:
         return " or ".join(in_words(part) for part in parts)
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}"
-    if origin is dict and parts[1] is Any:
-        return WORDS[dict]
     if origin in (list, tuple, dict):
         return f"{WORDS[origin]} of which each is {in_words(parts[1] if origin is dict else parts[0])}"
     return WORDS[dict] if is_dataclass(kind) else WORDS.get(kind, str(kind))

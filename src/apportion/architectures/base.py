@@ -148,8 +148,8 @@ class SAE(nn.Module, ABC):
 
     @property
     def target_hookpoint(self) -> str | None:
-        """Where its targets come from, if it has any."""
-        return None
+        """Where its targets come from, if it has any: the setting, or what it was trained on."""
+        return getattr(self.config, "target_hookpoint", None) or self.source.target_hookpoint
 
     @property
     def mean(self) -> Float[Tensor, "*sites d_in"]:

@@ -90,11 +90,6 @@ class Transcoder(AffineWithAuxiliary):
         return self.out_shape[0]
 
     @property
-    def target_hookpoint(self) -> str | None:
-        """Where its targets come from: the setting, or what it was trained on."""
-        return self.config.target_hookpoint or self.source.target_hookpoint
-
-    @property
     def needs_fit(self) -> bool:
         return self.input.needs_fit or self.output.needs_fit
 

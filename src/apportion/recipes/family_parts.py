@@ -243,7 +243,7 @@ class CachePart(Part):
 
     def describe(self) -> str:
         about = self.train_rows().describe()
-        return f"{about.lm.model.short_name()}, output of {about.hookpoint}, width {self.d_in}"
+        return f"{Path(about.lm.model.name_or_path or '').name}, output of {about.hookpoint}, width {self.d_in}"
 
     def why_not(self, sae: SAE) -> str | None:
         kind = kind_here(sae)

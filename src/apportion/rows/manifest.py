@@ -138,7 +138,7 @@ def _check_size(name: str, size: int) -> None:
 def _check_hookpoint(name: str, about: dict[str, Any], folder: Path) -> None:
     where = f"hookpoints.{name}"
     check_fields(about, OF_HOOKPOINT, {}, where)
-    Site.from_json(about, where)
+    Site.from_json({"hookpoint": name, **about}, where)
     _check_size(f"{where}.d_in", about["d_in"])
     if about["folder"] != folder_name(name):
         raise ValueError(f"{where}.folder is {about['folder']!r}, not {folder_name(name)!r}.")

@@ -77,15 +77,9 @@ class CacheSource:
         self._order.load_state_dict(state)
 
     def describe(self) -> About:
-        return replace(
-            self.store.describe(),
-            kind="cache",
-            folder=str(self.store.folder.resolve()),
-            rows_train=self.num_rows,
-            rows_calibrate=len(self._held_out),
-            held_out_share=self.held_out_share,
-            seed=self.seed,
-        )
+        split = {"held_out_share": self.held_out_share, "seed": self.seed}
+        counts = {"rows_train": self.num_rows, "rows_calibrate": len(self._held_out)}
+        return replace(self.store.describe(), kind="cache", folder=str(self.store.folder.resolve()), **split, **counts)
 
 
 def _read_ahead(read: Any, upcoming: Iterable[tuple[Tensor, Position]]) -> Iterator[tuple[Batch, Position]]:

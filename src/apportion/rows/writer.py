@@ -63,6 +63,7 @@ class _HookpointStats:
 
     def to_dict(self, hookpoint: str, rows: int) -> dict[str, Any]:
         site = Site(
+            hookpoint=hookpoint,
             d_in=self.d_in,
             filter=self.filter.to_dict(),
             median_norm=self.filter.median_norm,

@@ -97,13 +97,8 @@ class GroundTruthSource:
         self._position = (state["block"], state["row"])
 
     def describe(self) -> About:
-        return About(
-            kind="ground truth",
-            d_in=self.d_in,
-            dtype="float32",
-            rows_calibrate=self.held_out_rows,
-            **self._identity(),
-        )
+        counts = {"d_in": self.d_in, "rows_calibrate": self.held_out_rows}
+        return About(kind="ground truth", dtype="float32", **counts, **self._identity())
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a position to mean the same rows."""
