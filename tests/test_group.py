@@ -85,7 +85,7 @@ def together(work: Callable[[int, Group], Any]) -> list[Any]:
 SUBJECTS: dict[str, dict[str, Any]] = {
     name: {"name": name}
     for name, entry in SAES.items()
-    if not entry.architecture.needs_target and name not in ("pca", "neurons")
+    if entry.architecture.row_kind != "pair" and name not in ("pca", "neurons")
 } | {
     "topk aux_zipf": {"name": "topk", "aux": "aux_zipf"},
     "mutual_choice aux_k": {"name": "mutual_choice", "aux": "aux_k"},

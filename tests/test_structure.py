@@ -19,7 +19,7 @@ PACKAGE = Path(apportion.__file__).parent
 
 ORDER = [
     {"latents", "metrics", "losses", "disk", "durable", "interrupt", "locks", "processes", "settings", "torch_state"}
-    | {"answers", "blocks", "extras", "fields", "matching", "progress", "trust"},
+    | {"about", "answers", "blocks", "extras", "fields", "matching", "progress", "same_model", "trust"},
     {"allocation"},
     {"kernels"},
     {"architectures", "embedded"},

@@ -63,7 +63,7 @@ def usage(name: str, entry: NamedSAE) -> str:
     d_in = 576
     follows = entry.architecture.d_sae_for(d_in)
     d_sae, options = ("", "") if follows else (", d_sae=4608", " --d-sae 4608")
-    if entry.architecture.needs_target:
+    if entry.architecture.row_kind == "pair":
         options += " --hookpoint model.layers.8.mlp:in --target-hookpoint model.layers.8.mlp"
     return (
         f'    sae = ap.create("{name}", d_in={d_in}{d_sae}, k=32)\n'

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Is a value of the kind that a type hint names? As in JSON: a whole number is a float too, a bool is no number."""
+    """Is a value of the kind that a type hint names? As in JSON: a whole number is a float too, a bool is no number,
+    and what is to become a dataclass is an object."""
+    kind = dict if is_dataclass(kind) else kind
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(fits(value, part) for part in parts)
@@ -53,4 +56,4 @@ def in_words(kind: Any) -> str:
         return f"one of {', '.join(map(str, parts))}"
     if origin in (list, tuple, dict):
         return f"{WORDS[origin]} of which each is {in_words(parts[1] if origin is dict else parts[0])}"
-    return WORDS.get(kind, str(kind))
+    return WORDS[dict] if is_dataclass(kind) else WORDS.get(kind, str(kind))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from apportion.about import About
 from apportion.interop.hook_names import (
     LAYERS,
     STREAM,
@@ -116,10 +117,13 @@ def test_models_by_name(name: str, family: str | None, on_the_hub: str) -> None:
 
 def test_where_a_checkpoint_says_it_comes_from() -> None:
     source = {"model": {"name_or_path": "google/gemma-2-2b"}, "hook_name": "blocks.12.hook_resid_post"}
-    assert origin("gemma-2-2b", "blocks.12.hook_resid_post") == ("model.layers.12", source)
-    assert origin("gemma-2-2b", "unembed") == (None, source | {"hook_name": "unembed"})
-    assert origin(None, "blocks.12.hook_resid_post") == (None, {"hook_name": "blocks.12.hook_resid_post"})
-    assert origin(["gpt2"], 3) == (None, {})
+    for (model, hook), hookpoint, said in [
+        (("gemma-2-2b", "blocks.12.hook_resid_post"), "model.layers.12", source),
+        (("gemma-2-2b", "unembed"), None, source | {"hook_name": "unembed"}),
+        ((None, "blocks.12.hook_resid_post"), None, {"hook_name": "blocks.12.hook_resid_post"}),
+        ((["gpt2"], 3), None, {}),
+    ]:
+        assert origin(model, hook) == (hookpoint, About.from_json(said))
 
 
 def test_modules_put_out_what_hookpoints_mean(family: str, model: Any) -> None:
@@ -161,4 +165,4 @@ def test_the_stream_before_an_mlp(family: str) -> None:
 
 @pytest.mark.parametrize("name", ["model.layers.3", "transformer.h.3.mlp", "gpt_neox.layers.11.attention.dense"])
 def test_names_of_modules_are_hookpoints_already(name: str) -> None:
-    assert origin("a/model", name) == (name, {"model": {"name_or_path": "a/model"}, "hook_name": name})
+    assert origin("a/model", name) == (name, About.from_json({"model": {"name_or_path": "a/model"}, "hook_name": name}))

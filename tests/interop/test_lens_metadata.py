@@ -14,6 +14,7 @@ from test_sae_lens import METADATA, settings_of, tensors_of, write
 from trained import trained
 
 import apportion as ap
+from apportion.about import About, Language, ModelRecord, TokenizerRecord
 from apportion.interop.contexts import bos_prepended, outlier_limit
 from apportion.rows import TokenFilter
 from apportion.rows.filter import trained_filter
@@ -61,17 +62,15 @@ class TestBOS:
         ],
     )
     def test_of_older_runs_by_the_tokenizer(self, name, adds, said):
-        tokenizer = {"name_or_path": name}
-        assert bos_prepended({"bos": "auto", "tokenizer": tokenizer}) is adds
-        assert bos_prepended({"model": tokenizer}) is adds
-        assert bos_prepended({"bos": "always", "tokenizer": tokenizer}) is True
-        assert bos_prepended({"bos": "never", "tokenizer": tokenizer}) is False
-        for policy in (True, False):  # as another program may have put it down
-            assert bos_prepended({"bos": policy, "tokenizer": tokenizer}) is policy
+        tokenizer = TokenizerRecord(name_or_path=name)
+        assert bos_prepended(Language(bos="auto", tokenizer=tokenizer)) is adds
+        assert bos_prepended(Language(model=ModelRecord(name_or_path=name))) is adds
+        assert bos_prepended(Language(bos="always", tokenizer=tokenizer)) is True
+        assert bos_prepended(Language(bos="never", tokenizer=tokenizer)) is False
         assert not said.records
 
     def test_a_tokenizer_that_is_not_known(self, said):
-        assert bos_prepended({"bos": "auto", "tokenizer": {"name_or_path": "/somewhere"}}) is False
+        assert bos_prepended(Language(bos="auto", tokenizer=TokenizerRecord(name_or_path="/somewhere"))) is False
         assert "'/somewhere'" in said.text and "not known" in said.text
 
     def test_nothing_is_said_of_rows_without_text(self, said, tmp_path):
@@ -100,7 +99,7 @@ class TestFilter:
     def test_what_the_format_has_words_for_travels(self, tmp_path):
         metadata = told(source(filter=FILTER.to_dict()), tmp_path / "a")
         assert (metadata["seqpos_slice"], metadata["exclude_special_tokens"]) == ([1, None], [0, 2])
-        assert trained_filter(ap.load(tmp_path / "a").info["source"]) == FILTER
+        assert trained_filter(ap.load(tmp_path / "a").source) == FILTER
 
     @pytest.mark.parametrize(
         ("changed", "slice_", "special"),
@@ -140,7 +139,7 @@ class TestFilter:
     def test_theirs_becomes_ours(self, said_there, first, special, ids, tmp_path):
         settings = settings_of("standard", metadata=METADATA | said_there)
         sae = ap.load(write(tmp_path / "a", settings, tensors_of("standard")))
-        found = trained_filter(sae.info["source"])
+        found = trained_filter(sae.source)
         assert (found.first_position, found.special_tokens, found.special_ids) == (first, special, ids)
         assert found.is_fitted and not found.norm_outlier
         metadata = told(sae, tmp_path / "b")
@@ -166,10 +165,10 @@ class TestFilter:
         assert not said.records
 
     def test_the_limit(self):
-        assert outlier_limit({"filter": FILTER.to_dict()}, None) == 75
+        assert outlier_limit(About(filter=FILTER.to_dict()), None) == 75
         for changed in ({"norm_outlier": None}, {"norm_outlier": 0.0}, {"median_norm": None}):
-            assert outlier_limit({"filter": replace(FILTER, **changed).to_dict()}, None) is None
-        assert outlier_limit({}, None) is None
+            assert outlier_limit(About(filter=replace(FILTER, **changed).to_dict()), None) is None
+        assert outlier_limit(About(), None) is None
 
 
 THEIRS = {

@@ -67,7 +67,7 @@ def test_kinds(more, name, tmp_path):
     stored = tensors_of(settings)
     folder = write(tmp_path / "layers.3.mlp", settings, stored)
     sae = assert_loads_as(folder, x, *forward(stored, settings, x), tmp_path)
-    assert sae.name == name and sae.info == {"source": {}, "original": settings, "format": "sparsify"}
+    assert sae.name == name and sae.info == {"original": settings, "format": "sparsify"}
 
 
 def test_width_by_expansion_and_older_configurations(tmp_path):
@@ -96,7 +96,7 @@ def test_the_hookpoint_is_the_name_of_the_folder(model, folder, hookpoint, tmp_p
     sae = ap.load(tmp_path / "run", subfolder=folder)
     assert sae.target_hookpoint == hookpoint
     assert sae.hookpoint == (hookpoint and f"{hookpoint}:in")
-    assert sae.info["source"] == ({"model": {"name_or_path": model}} if model else {})
+    assert sae.source.to_json() == ({"model": {"name_or_path": model}} if model else {})
     write(place, SETTINGS, tensors_of(SETTINGS))
     assert ap.load(place / "sae.safetensors").hookpoint == hookpoint
 

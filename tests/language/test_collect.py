@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from apportion.about import About
 from apportion.language import collect as collect_module
 from apportion.language.collect import collect
 from apportion.language.fingerprint import PROBE_TOKENS
@@ -57,10 +58,10 @@ def test_rows_are_the_models_activations_in_the_chosen_dtype(
         assert torch.equal(store.mask, store.filter.mask(expected, store.tokens, store.positions))
         assert store.filter.median_norm is not None
         about = store.describe()
-        assert sum(about["filtered"].values()) == int((~store.mask).sum()) == round(about["filtered_share"] * 160)
-        assert about["mean_norm"] == pytest.approx(float(row_norms(expected)[store.mask].mean()))
-        assert json.loads(json.dumps(about)) == about
-        assert about["model"]["num_layers"] == 3
+        assert sum(about.filtered.values()) == int((~store.mask).sum()) == round(about.filtered_share * 160)
+        assert about.mean_norm == pytest.approx(float(row_norms(expected)[store.mask].mean()))
+        assert About.from_json(json.loads(json.dumps(about.to_json()))) == about
+        assert about.lm.model.num_layers == 3
 
 
 def test_the_head_and_upper_layers_are_hardly_ever_computed(lm: tuple[Any, Any], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from apportion.about import About
 from apportion.language import ContextSource, LiveSource, load_model, read_contexts
 from apportion.language.model import run_contexts
 from apportion.rows import TokenFilter
@@ -45,9 +46,9 @@ def test_the_mask_is_that_of_the_filter(lm):
     assert torch.equal(batch.mask, live.filter.mask(batch.x, batch.tokens, batch.positions))
     assert not batch.mask.view(20, CONTEXT)[:, 0].any() and 0 < int(batch.mask.sum()) < 20 * (CONTEXT - 1)
     about = live.describe()
-    assert about["source"] == "contexts" and about["rows_seen"] == 20 * CONTEXT
-    assert about["filtered_share"] == pytest.approx(1 - batch.mask.double().mean().item())
-    assert json.loads(json.dumps(about)) == about
+    assert about.kind == "contexts" and about.rows_seen == 20 * CONTEXT
+    assert about.filtered_share == pytest.approx(1 - batch.mask.double().mean().item())
+    assert About.from_json(json.loads(json.dumps(about.to_json()))) == about
 
 
 def test_an_epoch_visits_every_training_context_once(lm):

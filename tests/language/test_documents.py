@@ -14,6 +14,7 @@ import pandas
 import pytest
 import torch
 
+from apportion.about import TextRecord
 from apportion.language.documents import FIRST_ROWS, Reading
 from apportion.language.model import load_model
 from apportion.language.text import TextSource
@@ -198,16 +199,14 @@ def test_saved_datasets(tmp_path: Path) -> None:
     source = TextSource(tmp_path / "several", split="validation")
     with pytest.raises(ValueError, match="no split 'validation': choose one of train, test"):
         source.check()
-    assert source.describe() == {
-        "where": str(tmp_path / "several"), "split": "validation", "field": "text", "config": None,
-    }  # fmt: skip
+    assert source.describe() == TextRecord(where=str(tmp_path / "several"), split="validation", field="text")
 
 
 def test_home_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("at home")
     assert read("~/a.txt")[0] == read(Path("~/a.txt"))[0] == ["at home"]
-    assert TextSource("~/a.txt").describe()["where"] == str(tmp_path / "a.txt")
+    assert TextSource("~/a.txt").describe().where == str(tmp_path / "a.txt")
     with pytest.raises(ValueError, match=r"~nobody-of-this-name/a\.txt.*Write the path in full"):
         TextSource("~nobody-of-this-name/a.txt").files()
 

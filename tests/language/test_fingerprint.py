@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,18 @@ import pytest
 import torch
 from tiny_models import make
 
+from apportion.about import ModelRecord, TokenizerRecord
 from apportion.language import load_model
 from apportion.language.fingerprint import model_fingerprint, tokenizer_fingerprint
-from apportion.rows.same_model import model_difference
+from apportion.same_model import model_difference
 
 EMBEDDED_DIGEST = "0e92027a42a49f7b"
 EMBEDDED_PROBE = [-0.453401, 0.054643, -0.247265]
 
 
-def record(model: Any) -> dict[str, Any]:
+def record(model: Any) -> ModelRecord:
     """As it comes back from a file."""
-    return json.loads(json.dumps(model_fingerprint(model)))
+    return ModelRecord.from_json(json.loads(json.dumps(model_fingerprint(model).to_json())))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def _reshaped(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", SAME)
-def test_the_same_model_is_recognised(model: Any, known: dict[str, Any], kind: str) -> None:
+def test_the_same_model_is_recognised(model: Any, known: ModelRecord, kind: str) -> None:
     found = record(SAME[kind](model))
     assert model_difference(known, found) is None and model_difference(found, known) is None
 
@@ -99,24 +101,26 @@ OTHER: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", OTHER)
-def test_another_model_is_told_apart_and_how(model: Any, known: dict[str, Any], kind: str) -> None:
+def test_another_model_is_told_apart_and_how(model: Any, known: ModelRecord, kind: str) -> None:
     made, reason = OTHER[kind]
     found = record(made(model))
     assert reason in (model_difference(known, found) or "") and reason in (model_difference(found, known) or "")
 
 
 def test_sizes_are_named() -> None:
-    assert model_difference({"hidden_size": 32}, {"hidden_size": 64}) == "another hidden_size (32 and 64)"
-    assert model_difference({"num_layers": 3}, {"num_layers": 2}) == "another num_layers (3 and 2)"
+    wide, narrow = ModelRecord(hidden_size=64), ModelRecord(hidden_size=32)
+    assert model_difference(narrow, wide) == "another hidden_size (32 and 64)"
+    assert model_difference(ModelRecord(num_layers=3), ModelRecord(num_layers=2)) == "another num_layers (3 and 2)"
 
 
 def test_records_that_do_not_tell() -> None:
     """Of other libraries, and of before there were digests of weights."""
-    now = {"name_or_path": "a", "hidden_size": 8, "num_layers": 2, "weights_sha256": "x", "probe": [1.0]}
-    for before in ({}, {"name_or_path": "b"}, {"config_sha256": "y", "hidden_size": 8, "num_layers": 2}):
+    now = ModelRecord(name_or_path="a", hidden_size=8, num_layers=2, weights_sha256="x", probe=(1.0,))
+    for said in ({}, {"name_or_path": "b"}, {"config_sha256": "y", "hidden_size": 8, "num_layers": 2}):
+        before = ModelRecord.from_json(said)
         assert model_difference(before, now) is None and model_difference(now, before) is None
-    assert model_difference(now, now | {"probe": None}) is None
-    assert model_difference(now, now | {"probe": None, "weights_sha256": "z"}) == "other weights"
+    assert model_difference(now, replace(now, probe=None)) is None
+    assert model_difference(now, replace(now, probe=None, weights_sha256="z")) == "other weights"
 
 
 def test_models_that_take_no_tokens_have_no_probe() -> None:
@@ -129,21 +133,21 @@ def test_models_that_take_no_tokens_have_no_probe() -> None:
             return self.layer(pixel_values)
 
     found = model_fingerprint(Seeing())
-    assert found["probe"] is None and found["name_or_path"] == "Seeing" and len(found["weights_sha256"]) == 64
+    assert found.probe is None and found.name_or_path == "Seeing" and len(found.weights_sha256 or "") == 64
 
 
 def test_what_has_no_parameters_or_no_name() -> None:
     found = model_fingerprint(torch.nn.Identity())
-    assert (found["name_or_path"], found["dtype"], found["probe"]) == ("Identity", None, None)
+    assert (found.name_or_path, found.dtype, found.probe) == ("Identity", None, None)
     for tokenizer in (None, object()):
-        assert tokenizer_fingerprint(tokenizer) == {"name_or_path": "", "vocab_size": None, "special_ids": []}
+        assert tokenizer_fingerprint(tokenizer) == TokenizerRecord(name_or_path="", special_ids=())
 
 
 def test_short_contexts(tmp_path: Path) -> None:
     small = rebuilt(make("gpt2"))
     small.config.n_positions = 4
     small.transformer.wpe = torch.nn.Embedding(4, 32)
-    assert model_fingerprint(small)["probe"] is not None
+    assert model_fingerprint(small).probe is not None
 
 
 def test_a_fingerprint_leaves_the_model_as_it_was(model: Any) -> None:
@@ -156,6 +160,6 @@ def test_a_fingerprint_leaves_the_model_as_it_was(model: Any) -> None:
 def test_the_embedded_model_is_the_same_everywhere() -> None:
     """Recorded once under transformers 4.57 and 5.24: equal to the sixth digit."""
     found = record(load_model("embedded")[0])
-    assert found["weights_sha256"].startswith(EMBEDDED_DIGEST)
-    assert found["probe"][:3] == pytest.approx(EMBEDDED_PROBE, abs=1e-3)
-    assert (found["hidden_size"], found["dtype"]) == (192, "float32")
+    assert (found.weights_sha256 or "").startswith(EMBEDDED_DIGEST)
+    assert (found.probe or ())[:3] == pytest.approx(EMBEDDED_PROBE, abs=1e-3)
+    assert (found.hidden_size, found.dtype) == (192, "float32")

@@ -78,7 +78,7 @@ def test_the_manifest_says_what_came_of_the_policy(
 ) -> None:
     manifest = tiny_collect(*lm, ["the cat sat on the mat " * 20], tmp_path / "acts", bos=bos)
     store = ActivationStore(tmp_path / "acts")
-    assert manifest["bos"] == bos and store.describe()["bos_prepended"] is prepended
+    assert manifest["bos"] == bos and store.describe().lm.bos_prepended is prepended
     assert bool((store.tokens[store.positions == 0] == BOS).all()) is prepended
 
 
@@ -87,9 +87,9 @@ def test_a_live_source_says_whether_its_contexts_begin_with_bos(lm: tuple[Any, A
     for bos, prepended in (("auto", True), ("never", False)):
         contexts = read_contexts(tokenizer, ["the cat sat " * 300], tokens=400, context_tokens=8, bos=bos)
         about = LiveSource(model, tokenizer, "model.layers.1", contexts).describe()
-        assert about["bos_prepended"] is prepended
+        assert about.lm.bos_prepended is prepended
     contexts[:-1, 0] = BOS  # all but one
-    assert LiveSource(model, tokenizer, "model.layers.1", contexts).describe()["bos_prepended"] is False
+    assert LiveSource(model, tokenizer, "model.layers.1", contexts).describe().lm.bos_prepended is False
     assert not begin_with_bos(None, contexts) and not begin_with_bos(tokenizer, contexts[:0])
 
 
@@ -173,13 +173,13 @@ def test_text_without_a_tokenizer_says_what_to_give(lm: tuple[Any, Any], tmp_pat
 
 def test_without_a_tokenizer_rows_come_live_too(lm: tuple[Any, Any], tmp_path: Path) -> None:
     manifest = tiny_collect(lm[0], None, IDS, tmp_path / "acts", tokens=320, dtype="float32")
-    assert manifest["tokenizer"] == {"name_or_path": "", "vocab_size": None, "special_ids": []}
+    assert manifest["tokenizer"] == {"name_or_path": "", "special_ids": []}
     source = LiveSource(lm[0], None, "model.layers.1", IDS, held_out_share=0.1)  # an array will do
     batch = next(source.batches(32))
     store = ActivationStore(tmp_path / "acts")
     same = (store.tokens == int(batch.tokens[0])) & (store.positions == int(batch.positions[0]))
     assert (store.gather(same.nonzero().squeeze(1)) - batch.x[0]).abs().sum(1).min() < 1e-4
-    assert source.describe()["tokenizer"] == tokenizer_fingerprint(None)
+    assert source.describe().lm.tokenizer == tokenizer_fingerprint(None)
 
 
 def test_activations_that_are_not_finite_name_the_id(lm: tuple[Any, Any], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from tiny_models import make
 from torch import Tensor, nn
 
 import apportion as ap
+from apportion.about import About
 from apportion.language.collect import collect
 from apportion.language.hookpoints import capture
 from apportion.language.intervene import ablate, latent_column, splice, steer
@@ -228,7 +229,7 @@ def test_one_column_equals_the_dense_one() -> None:
 def test_splice_leaves_the_rows_alone_that_the_sae_was_not_trained_on(model: Any) -> None:
     """The filter travels with the SAE: position 0 and special tokens pass through untouched by default."""
     sae = half_sae()
-    sae.info = {"source": {"filter": {"special_tokens": True, "norm_outlier": 0, "special_ids": [2]}}}
+    sae.source = About.from_json({"filter": {"special_tokens": True, "norm_outlier": 0, "special_ids": [2]}})
     ids = torch.tensor([[1, 5, 2, 7, 3]])
     place = "model.layers.1"
     clean = capture(model, [place], input_ids=ids)[place]
@@ -245,7 +246,7 @@ def test_splice_leaves_the_rows_alone_that_the_sae_was_not_trained_on(model: Any
 @torch.no_grad()
 def test_position_0_is_counted_from_the_beginning_of_a_cached_text(model: Any) -> None:
     sae = half_sae()
-    sae.info = {"source": {"filter": {"special_tokens": False, "norm_outlier": 0}}}
+    sae.source = About.from_json({"filter": {"special_tokens": False, "norm_outlier": 0}})
     place = "model.layers.1"
     cache = model(input_ids=torch.tensor([[1, 5, 4]]), use_cache=True).past_key_values
     clean = capture(model, [place], input_ids=torch.tensor([[7]]), past_key_values=copy.deepcopy(cache))[place]
@@ -407,7 +408,7 @@ def test_padding_is_never_touched_or_shown_and_may_hold_anything(model: Any, kin
 @torch.no_grad()
 def test_position_0_is_the_first_attended_token(model: Any, side: str) -> None:
     sae = half_sae()
-    sae.info = {"source": {"filter": TokenFilter(norm_outlier=0.0).to_dict()}}
+    sae.source = About.from_json({"filter": TokenFilter(norm_outlier=0.0).to_dict()})
     mask = ATTENDED if side == "left" else ATTENDED.flip(1)
     ids = LEFT if side == "left" else torch.where(mask, LEFT.flip(1), 0)
     clean = capture(model, [POINT], input_ids=ids, attention_mask=mask.long())[POINT]
@@ -591,7 +592,7 @@ def test_encoders_and_decoders_have_their_own_tokens_and_padding() -> None:
     torch.manual_seed(0)
     t5 = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes, **tokens)).eval()
     sae = half_sae()
-    sae.info = {"source": {"filter": TokenFilter(norm_outlier=0.0, special_ids=(7,)).to_dict()}}
+    sae.source = About.from_json({"filter": TokenFilter(norm_outlier=0.0, special_ids=(7,)).to_dict()})
     inputs = {"input_ids": LEFT, "attention_mask": ATTENDED.long(), "decoder_input_ids": torch.tensor([[0, 7, 3]] * 2)}
     encoder, decoder = "encoder.block.0", "decoder.block.0"
     clean = capture(t5, [encoder, decoder], **inputs)
@@ -604,7 +605,7 @@ def test_encoders_and_decoders_have_their_own_tokens_and_padding() -> None:
         seen = capture(t5, [decoder], **inputs)[decoder]
     assert (seen != clean[decoder]).any(-1).tolist() == [[False, False, True]] * 2
     rows: list[int] = []
-    sae.info["source"]["filter"]["special_ids"] = []
+    sae.source = About(filter=TokenFilter(norm_outlier=0.0).to_dict())
     sae.encode = lambda x, encode=sae.encode: rows.append(len(x)) or encode(x)
     with splice(t5, {decoder: sae}):
         t5.generate(LEFT, attention_mask=ATTENDED.long(), max_new_tokens=4, min_new_tokens=4, do_sample=False)
@@ -620,7 +621,7 @@ def test_a_layer_that_is_run_again_for_its_gradients_has_the_same_tokens() -> No
         if again:
             model.gradient_checkpointing_enable()
         sae = half_sae()
-        sae.info = {"source": {"filter": TokenFilter(norm_outlier=0.0).to_dict()}}
+        sae.source = About.from_json({"filter": TokenFilter(norm_outlier=0.0).to_dict()})
         with splice(model, {"model.layers.1.mlp": sae}):
             model(input_ids=IDS, use_cache=False).logits.logsumexp(-1).sum().backward()
         found.append(model.model.layers[0].mlp.up_proj.weight.grad)

@@ -124,7 +124,7 @@ def test_the_middle_of_a_multimodal_model_is_in_its_text_tower() -> None:
 
 def test_saved_again_and_loaded_it_is_the_same_model(tmp_path: Path) -> None:
     from apportion.language.fingerprint import model_fingerprint
-    from apportion.rows.same_model import model_difference
+    from apportion.same_model import model_difference
 
     for name in ("olmoe", "falcon", "mamba"):
         model = make(name)

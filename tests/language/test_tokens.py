@@ -123,7 +123,7 @@ def test_a_folder_is_read_in_sorted_order(tmp_path: Path) -> None:
     source = TextSource(tmp_path, field="body")
     assert [p.text for p in source.pieces()] == ["first", "second", "third", "fourth"]
     assert all(p.first for p in source.pieces())
-    assert source.describe()["files"] == 3
+    assert source.describe().files == 3
 
 
 def test_mistakes_about_text_are_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import apportion as ap
+from apportion.about import About, ModelRecord
 from apportion.evals import evaluate_rows, held_out_rows
 from apportion.language import load_model
 from apportion.language.collect import collect
@@ -107,10 +108,10 @@ def test_sources_follow_the_protocol(kind: str, folder: Path) -> None:
     assert isinstance(source, Source)
     assert source.sample(5).x.shape == (5, *((3, 32) if kind == "sites" else (32,)))
     about = source.describe()
-    assert json.loads(json.dumps(about)) == about
-    assert about["d_in"] == source.d_in == 32 and about["rows_calibrate"] > 0
+    assert About.from_json(json.loads(json.dumps(about.to_json()))) == about
+    assert about.d_in == source.d_in == 32 and about.rows_calibrate
     held_out = torch.cat([b.x for b in source.held_out(10**6, chunk=7)])
-    assert len(held_out) == about["rows_calibrate"]
+    assert len(held_out) == about.rows_calibrate
     rows = {tuple(row) for row in held_out.flatten(1).tolist()}
     trained = {tuple(row) for b in take(source, 1, source.num_rows) for row in b["x"].flatten(1).tolist()}
     assert not rows & trained
@@ -155,15 +156,15 @@ def test_descriptions_keep_the_filter_of_every_hookpoint(kind: str, folder: Path
     store = make(kind, folder)
     about = store.describe()
     names = PAIR if kind == "pair" else LAYERS
-    assert [site["hookpoint"] for site in about["sites"]] == names
-    assert about["hookpoint"] == (PAIR[0] if kind == "pair" else ",".join(LAYERS))
-    assert about.get("target_hookpoint") == (PAIR[1] if kind == "pair" else None)
+    assert [site.hookpoint for site in about.sites] == names
+    assert about.hookpoint == (PAIR[0] if kind == "pair" else ",".join(LAYERS))
+    assert about.target_hookpoint == (PAIR[1] if kind == "pair" else None)
     for name in names:
         assert trained_filter(about, name) == ActivationStore(folder, name).filter
     assert trained_filter(about, "elsewhere") is None
-    assert about["filtered_share"] == pytest.approx(1 - store.mask.double().mean().item())
-    assert about["rows"] == store.rows == len(store.mask) == len(store.contexts)
-    assert about["model"] == ActivationStore(folder, names[0]).describe()["model"]
+    assert about.filtered_share == pytest.approx(1 - store.mask.double().mean().item())
+    assert about.rows == store.rows == len(store.mask) == len(store.contexts)
+    assert about.lm.model == ActivationStore(folder, names[0]).describe().lm.model != ModelRecord()
 
 
 def test_hookpoints_of_a_cache_by_name_and_glob(folder: Path) -> None:
@@ -206,8 +207,9 @@ def test_two_models_are_joined_token_by_token(folder: Path, others: dict[str, Pa
     rows = torch.arange(40)
     assert torch.equal(store.batch(rows).x, torch.stack([base.gather(rows), tuned.gather(rows)], dim=1))
     about = store.describe()
-    assert about["folders"] == [str(folder.resolve()), str(others["tuned"].resolve())]
-    assert len(about["sites"]) == 2 and all("model" in site for site in about["sites"])
+    assert about.folders == (str(folder.resolve()), str(others["tuned"].resolve()))
+    assert len(about.sites) == 2 and about.sites[0].lm.model != about.sites[1].lm.model
+    assert about.lm.model == ModelRecord() and about.lm.tokens_sha256 and about.lm.context_tokens
 
 
 def test_other_tokens_cannot_be_joined(folder: Path, others: dict[str, Path]) -> None:

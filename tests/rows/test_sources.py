@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from apportion.about import About
 from apportion.evals import held_out_rows
 from apportion.language import LiveSource, load_model, read_contexts
 from apportion.language.collect import collect
@@ -76,7 +77,7 @@ def test_sources_follow_the_protocol(make: Make) -> None:
     assert batch.x.dtype == torch.float32
     assert batch.mask is None
     about = source.describe()
-    assert json.loads(json.dumps(about)) == about
+    assert About.from_json(json.loads(json.dumps(about.to_json()))) == about
 
 
 @pytest.mark.parametrize("stop", [1, 9, 40])
@@ -141,7 +142,7 @@ def epoch_of(source: CacheSource) -> tuple[list[int], list[int]]:
 def test_an_epoch_visits_each_training_row_once_and_no_other(folder: Path) -> None:
     store = ActivationStore(folder)
     source = CacheSource(store, seed=1)
-    assert store.describe()["filtered"]["norm_outlier"] > 0
+    assert store.describe().filtered["norm_outlier"] > 0
     training = (store.mask & (store.contexts % 10 != 9)).nonzero().squeeze(1)
     seen: list[tuple[float, ...]] = []
     labels: list[tuple[int, int]] = []
@@ -220,7 +221,7 @@ def test_a_live_source_has_the_rows_of_the_cache(lm: tuple[Any, Any], folder: Pa
     assert torch.allclose(got, expected, atol=1e-5)
     held_out = [torch.cat([b.x for b in source.held_out(10**6)]) for source in (live, cached)]
     assert held_out[0].shape == held_out[1].shape
-    assert cached.num_rows <= live.num_rows < cached.num_rows + store.describe()["filtered"]["norm_outlier"] + 1
+    assert cached.num_rows <= live.num_rows < cached.num_rows + store.describe().filtered["norm_outlier"] + 1
 
 
 def live(lm: tuple[Any, Any], contexts: Tensor, **settings: Any) -> LiveSource:

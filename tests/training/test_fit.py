@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import apportion as ap
+from apportion.about import About
 from apportion.interrupt import TOLD, GivenUp, Interrupts
 from apportion.metrics import FVU
 from apportion.rows import ArraySource
@@ -255,7 +256,7 @@ class Describing(Source):
         self.says = says
 
     def describe(self):
-        return super().describe() | self.says
+        return About.from_json(super().describe().to_json() | self.says)
 
 
 def test_a_run_of_an_older_version_goes_on(tmp_path):

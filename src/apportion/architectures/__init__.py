@@ -43,8 +43,6 @@ class NamedSAE:
     """Settings whose default differs from that of the architecture or the rule."""
     any_rule: bool = False
     """True if the rule is a setting, `allocation`, and `rule` only its default."""
-    all_hookpoints: bool = False
-    """True if it takes all hookpoints of a cache unless told otherwise; False if it takes one."""
 
     def rule_named(self, allocation: str | None = None, *, to_train: bool = True) -> type[Rule]:
         """The rule of that name, or the default one.
@@ -130,14 +128,12 @@ SAES: dict[str, NamedSAE] = {
         "one code for several layers or models; every token keeps the k latents that write most to all of them",
         {"affinity": "code_times_decoder_norm", "subtract_b_dec": False},
         any_rule=True,
-        all_hookpoints=True,
     ),
     "mlsae": NamedSAE(
         MLSAE,
         RULES["topk"],
         "one SAE for all layers: every (token, layer) is a row, standardised alone, and keeps its k strongest latents",
         any_rule=True,
-        all_hookpoints=True,
     ),
     "switch": NamedSAE(
         Switch,

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from apportion import losses
+from apportion.about import About
 from apportion.allocation import Rule, Screen, Selection, StepContext
 from apportion.architectures.calibrate import calibrate
 from apportion.architectures.inputs import (
@@ -39,6 +40,9 @@ from apportion.group import ALONE, Group
 from apportion.latents import Latents
 from apportion.settings import settle
 from apportion.torch_state import in_eval_mode, usual
+
+RowKind = Literal["one", "pair", "sites", "layers"]
+"""A row is an activation at one hookpoint; at a pair, of which the second is the target; or at several together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +89,8 @@ class SAE(nn.Module, ABC):
     Config: ClassVar[type[SAEConfig]]
     name: str
     """The name in the table of SAEs that it was created by."""
-    needs_target: ClassVar[bool] = False
-    """True if a training step needs `Batch.target`."""
+    row_kind: ClassVar[RowKind] = "one"
+    """What a row is made of. "layers" are rows of one hookpoint each, of all of them in turn."""
     constants: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """What a term of `own_terms` holds constant, on purpose: names of parameters, as far as `own_terms` itself uses
     them, and "made" for all that `forward_scaled` made. The conformance suite goes by it."""
@@ -124,9 +128,28 @@ class SAE(nn.Module, ABC):
         return self.allocation.k
 
     @property
+    def source(self) -> About:
+        """What is known of the rows that it was trained on. In `info`, which is what files hold, it is as JSON."""
+        return About.from_json(self.info.get("source", {}), "info.source")
+
+    @source.setter
+    def source(self, about: About) -> None:
+        self.info["source"] = about.to_json()
+
+    @property
+    def needs_target(self) -> bool:
+        """True if a training step needs `Batch.target`."""
+        return self.row_kind == "pair"
+
+    @property
     def hookpoint(self) -> str | None:
         """Where its activations come from: the setting, or what it was trained on."""
-        return self.config.hookpoint or self.info.get("source", {}).get("hookpoint")
+        return self.config.hookpoint or self.source.hookpoint
+
+    @property
+    def target_hookpoint(self) -> str | None:
+        """Where its targets come from, if it has any: the setting, or what it was trained on."""
+        return getattr(self.config, "target_hookpoint", None) or self.source.target_hookpoint
 
     @property
     def mean(self) -> Float[Tensor, "*sites d_in"]:

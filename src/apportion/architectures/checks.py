@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.about import About
 from apportion.architectures.base import SAE
 from apportion.architectures.inputs import SCALES
 from apportion.disk import all_finite
@@ -35,26 +36,13 @@ RANGES = {
 """Between what the entries of a tensor lie, by the last part of its name."""
 
 INFO: dict[str, Any] = {"source": dict, "calibration": dict, "training": dict, "format": str | None}
-SOURCE: dict[str, Any] = {
-    **dict.fromkeys(("hookpoint", "target_hookpoint", "folder", "model_dtype", "bos", "tokens_sha256"), str | None),
-    **dict.fromkeys(("model", "text", "filter"), dict | None),
-    **dict.fromkeys(("rows", "rows_train", "rows_calibrate", "context_tokens"), int | None),
-    **dict.fromkeys(("held_out_share", "filtered_share"), float | None),
-    "folders": list[str],
-    "sites": list[dict],
-}
-MODEL: dict[str, Any] = {"name_or_path": str | None, "class": str | None, "probe": list[float] | None}
 
 
 def check_info(info: Any) -> None:
     """ValueError, naming it, for what an SAE says of its origin and cannot be so."""
     check_fields({"info": info}, {"info": dict}, {})
     check_fields(info, {}, INFO, "info")
-    source = info.get("source", {})
-    check_fields(source, {}, SOURCE, "info.source")
-    check_fields(source.get("model") or {}, {}, MODEL, "info.source.model")
-    for number, site in enumerate(source.get("sites", ())):
-        check_fields(site, {"hookpoint": str}, {"filter": dict}, f"info.source.sites.{number}")
+    About.from_json(info.get("source", {}), "info.source")
     check_fields(info.get("calibration", {}), {}, {"tokens": int, "l0": float}, "info.calibration")
 
 

@@ -79,6 +79,7 @@ class CrosscoderConfig(AuxiliaryConfig):
 class Crosscoder(AffineWithAuxiliary):
     Config = CrosscoderConfig
     config: CrosscoderConfig  # type: ignore[assignment]
+    row_kind = "sites"
     site_scale: Tensor
 
     def __init__(self, config: CrosscoderConfig, allocation: Rule) -> None:

@@ -38,3 +38,4 @@ class MLSAEConfig(AuxiliaryConfig):
 class MLSAE(AffineWithAuxiliary):
     Config = MLSAEConfig
     form = "affine"
+    row_kind = "layers"

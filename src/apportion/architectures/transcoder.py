@@ -67,7 +67,7 @@ class Transcoder(AffineWithAuxiliary):
     Config = TranscoderConfig
     config: TranscoderConfig  # type: ignore[assignment]
     form = "affine"
-    needs_target = True
+    row_kind = "pair"
 
     def __init__(self, config: TranscoderConfig, allocation: Rule) -> None:
         super().__init__(config, allocation, (config.d_out or config.d_in,))
@@ -88,11 +88,6 @@ class Transcoder(AffineWithAuxiliary):
     @property
     def d_out(self) -> int:
         return self.out_shape[0]
-
-    @property
-    def target_hookpoint(self) -> str | None:
-        """Where its targets come from: the setting, or what it was trained on."""
-        return self.config.target_hookpoint or self.info.get("source", {}).get("target_hookpoint")
 
     @property
     def needs_fit(self) -> bool:

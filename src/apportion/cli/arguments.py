@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation, Overflow
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from apportion.about import ModelRecord, Site
 from apportion.trust import expanded, shown
 
 
@@ -184,18 +185,15 @@ def best_device(name: str) -> str:
     return name
 
 
-def check_same_model(
-    trained_on: Mapping[str, Any], found: Mapping[str, Any], where: str, allowed: bool = False
-) -> None:
+def check_same_model(ours: ModelRecord, theirs: ModelRecord, where: str, allowed: bool = False) -> None:
     """Refuse activations of another model than the SAE was trained on; if it is `allowed`, say what that means."""
-    from apportion.rows.same_model import model_difference
+    from apportion.same_model import model_difference
 
-    ours, theirs = trained_on.get("model") or {}, found.get("model") or {}
     difference = model_difference(ours, theirs)
     if difference is None:
         return
-    both = f"{where} belongs to another model ({theirs.get('name_or_path')}) than the SAE was trained on "
-    both += f"({ours.get('name_or_path')}): {difference}."
+    both = f"{where} belongs to another model ({theirs.name_or_path}) than the SAE was trained on "
+    both += f"({ours.name_or_path}): {difference}."
     if not allowed:
         raise ValueError(f"{both} Use the same model, or --other-model to see how well the SAE does on this one.")
     logging.getLogger("apportion").warning("%s The figures say how well the SAE does there.", both)
@@ -218,9 +216,9 @@ def model_to_follow(name: str, saes: Iterable[str]) -> str:
     return name
 
 
-def describe_filter(about: dict[str, Any]) -> str:
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in about.get("filtered", {}).items())
-    return f"left out {about.get('filtered_share', 0.0):.2%} ({left_out})"
+def describe_filter(site: Site) -> str:
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in (site.filtered or {}).items())
+    return f"left out {site.filtered_share or 0.0:.2%} ({left_out})"
 
 
 def say(text: str) -> None:

@@ -49,13 +49,13 @@ class Cache:
 
 
 def say_cache(path: Path) -> None:
-    from apportion.rows.manifest import read_manifest
+    from apportion.rows.manifest import about_cache
 
-    manifest = read_manifest(path)
-    say(f"{path}: activation cache, {manifest['rows']:,} tokens, {manifest['dtype']}")
-    say(f"  model {manifest['model'].get('name_or_path')}, text {manifest['text']}")
-    for name, about in manifest["hookpoints"].items():
-        say(f"  {name}: width {about['d_in']}, {describe_filter(about)}")
+    about = about_cache(path)
+    say(f"{path}: activation cache, {about.rows:,} tokens, {about.dtype}")
+    say(f"  model {about.lm.model.name_or_path}, text {about.lm.text.to_json()}")
+    for site in about.sites:
+        say(f"  {site.hookpoint}: width {site.d_in}, {describe_filter(site)}")
 
 
 def verify(path: Path) -> None:

@@ -44,11 +44,14 @@ class Collect:
             said = str(stopped) or f"stopped before anything was collected; nothing is left at {self.out}"
             say(f"\n{said[0].upper()}{said[1:]}.")
             raise
-        say(f"{self.out}: {manifest['rows']:,} tokens at {', '.join(manifest['hookpoints'])}")
-        for name, about in manifest["hookpoints"].items():
-            say(f"  {name}: {describe_filter(about)}")
-        for what in ("skipped", "repaired"):
-            if counts := manifest[f"text_{what}"]:
+        from apportion.rows.manifest import about_manifest
+
+        about = about_manifest(manifest)
+        say(f"{self.out}: {about.rows:,} tokens at {', '.join(manifest['hookpoints'])}")
+        for site in about.sites:
+            say(f"  {site.hookpoint}: {describe_filter(site)}")
+        for what, counts in (("skipped", about.lm.text_skipped), ("repaired", about.lm.text_repaired)):
+            if counts:
                 say(f"  of the text {what}: {', '.join(f'{n:,} {reason}' for reason, n in counts.items())}")
 
     def _collect(self) -> dict[str, Any]:

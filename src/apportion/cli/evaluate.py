@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, model_to_follow
-from apportion.cli.rows import kind_of, open_rows
 from apportion.extras import need
 from apportion.trust import expanded
 
@@ -86,14 +85,14 @@ class Eval:
         print_table(table)
 
     def _check_hookpoint(self, sae: Any) -> None:
-        several = kind_of(sae.name) == "layers"
+        several = sae.row_kind == "layers"
         if self.hookpoint is not None and not several:
             raise ValueError(
                 f"--hookpoint is for an SAE of several layers, and {sae.name} has its own: {sae.hookpoint}."
             )
         if self.corpus == Text():
             return
-        if kind_of(sae.name) == "sites":
+        if sae.row_kind == "sites":
             raise ValueError(
                 f"{sae.name} reads several hookpoints at once: evaluate it on a cache (--acts), not --text."
             )
@@ -107,16 +106,16 @@ class Eval:
         from apportion.evals import evaluate_layers, evaluate_rows
         from apportion.evals.rows import halves, recalibrate, unseen_rows
 
-        trained_on, folder = sae.info.get("source", {}), self._folder(sae)
+        folder = self._folder(sae)
         store = self._store(folder, sae)
         if self.acts is not None:
-            check_same_model(trained_on, store.describe(), str(self.acts), self.other_model)
+            check_same_model(sae.source.lm.model, store.describe().lm.model, str(self.acts), self.other_model)
         rows, what = unseen_rows(store, sae, str(folder))
         rows = rows[: self.tokens * (2 if self.recalibrate else 1)]
         if self.recalibrate:
             calibrate, rows = halves(store, rows)
             recalibrate(sae, store, calibrate)
-        if kind_of(sae.name) == "layers" and self.hookpoint is None:
+        if sae.row_kind == "layers" and self.hookpoint is None:
             found = evaluate_layers(sae, store, rows)
             layers = {hookpoint: one.result() for hookpoint, one in found.layers.items()}
             figures = found.pooled.result() | {"layers": layers, "layer_statistics": found.statistics.result()}
@@ -131,7 +130,7 @@ class Eval:
         """The cache to evaluate an SAE on; ValueError if it is not there."""
         if self.acts is not None and not self.acts.exists():
             raise ValueError(f"There is no cache at --acts {self.acts}.")
-        folder = self.acts or sae.info.get("source", {}).get("folder")
+        folder = self.acts or sae.source.folder
         if folder is None or not expanded(folder).exists():
             raise ValueError(
                 f"The cache that {sae.name} was trained on is not there ({folder}). "
@@ -142,15 +141,12 @@ class Eval:
     def _store(self, folder: str | Path, sae: Any) -> Any:
         """What to evaluate on; for an SAE of all layers its layers side by side, because that is how they are read."""
         from apportion.rows import ActivationStore
-        from apportion.rows.sites import SitesStore
+        from apportion.rows.opening import joined, rows_for
 
-        folders = sae.info.get("source", {}).get("folders")
-        if folders is not None and self.acts is None:
-            return SitesStore([ActivationStore(f, h) for f, h in zip(folders, sae.hookpoint.split(","), strict=True)])
         if self.hookpoint is not None:
             return ActivationStore(folder, self.hookpoint)
-        store = open_rows(folder, sae.name, sae.hookpoint, getattr(sae, "target_hookpoint", None))
-        return SitesStore(store.stores) if kind_of(sae.name) == "layers" else store
+        store: Any = rows_for(sae, self.acts)
+        return joined("sites", store.stores) if sae.row_kind == "layers" else store
 
     # Inside the language model
 
@@ -158,7 +154,7 @@ class Eval:
         """The model that all SAEs belong to, its tokenizer and name."""
         from apportion.language.fingerprint import model_fingerprint
 
-        names = {sae.info.get("source", {}).get("model", {}).get("name_or_path") for sae in saes.values()}
+        names = {sae.source.lm.model.name_or_path for sae in saes.values()}
         if self.model is None and (len(names) > 1 or None in names):
             raise ValueError(
                 "This SAE does not say which model and hookpoint it belongs to. Give --model."
@@ -169,11 +165,11 @@ class Eval:
             raise ValueError("This SAE does not say which model and hookpoint it belongs to. Give --model.")
         self.corpus.source()  # mistakes show before the model is loaded
         name = self.model or model_to_follow(names.pop(), saes)
-        dtypes = {sae.info.get("source", {}).get("model_dtype") for sae in saes.values()}
+        dtypes = {sae.source.lm.model_dtype for sae in saes.values()}
         model, tokenizer = self.loading.load(name, dtypes.pop() if len(dtypes) == 1 else None)
-        found = {"model": model_fingerprint(model)}
+        found = model_fingerprint(model)
         for sae in saes.values():
-            check_same_model(sae.info.get("source", {}), found, name, self.other_model)
+            check_same_model(sae.source.lm.model, found, name, self.other_model)
         return model, tokenizer, name
 
     def _in_model(self, sae: Any, model: Any, tokenizer: Any, name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -185,16 +181,15 @@ class Eval:
         from apportion.rows import TokenFilter
         from apportion.rows.filter import trained_filter
 
-        trained_on = sae.info.get("source", {})
-        hookpoint, target = self.hookpoint or sae.hookpoint, getattr(sae, "target_hookpoint", None)
+        trained_on, hookpoint, target = sae.source, self.hookpoint or sae.hookpoint, sae.target_hookpoint
         if (width := width_at(model, hookpoint)) != sae.d_in:
             raise ValueError(
                 f"{name} has width {width} at {hookpoint}, and the SAE takes {sae.d_in}. Use its own model."
             )
         filters = [trained_filter(trained_on, h) or TokenFilter(norm_outlier=0.0) for h in (hookpoint, target)]
-        context_tokens = self.context_tokens or trained_on.get("context_tokens", 256)
+        context_tokens = self.context_tokens or trained_on.lm.context_tokens or 256
         check_context_tokens(model, context_tokens)
-        bos, text = trained_on.get("bos", "auto"), self.corpus.source()
+        bos, text = trained_on.lm.bos or "auto", self.corpus.source()
         wanted = self.tokens * (2 if self.recalibrate else 1)
         contexts = read_contexts(tokenizer, text, tokens=wanted, context_tokens=context_tokens, bos=bos)
         pair = None if target is None else (target, filters[1])
@@ -207,6 +202,6 @@ class Eval:
             {sae.name: sae}, model, contexts, filters[0], hookpoint=hookpoint, target=pair
         )
         measurement = found[sae.name]
-        seen = ", which the SAE was trained on" if same_text(trained_on.get("text") or {}, text.describe()) else ""
+        seen = ", which the SAE was trained on" if same_text(trained_on.lm.text, text.describe()) else ""
         what = {"rows": f"text {text.where}{seen}", "model": name}
         return measurement, measurement.result() | entropies.of(sae.name) | what, {}

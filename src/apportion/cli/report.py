@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from apportion.about import About
+from apportion.architectures import SAE
 from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, model_to_follow, say
-from apportion.cli.rows import kind_of, open_rows
 from apportion.extras import need
 from apportion.trust import expanded
 
@@ -48,7 +49,7 @@ class Report:
         saes = self._named([load(folder).to(device) for folder in self.run_folders])
         check_may_write((out := self._claimed()) / "report.json")
         trained_on = self._trained_on(list(saes.values()))
-        name = self.model or trained_on.get("model", {}).get("name_or_path")
+        name = self.model or trained_on.lm.model.name_or_path
         packages = [] if name is None else ["transformers", *self.corpus.packages]
         need("This report", *packages, "matplotlib", "jinja2")
         if name is not None and self.model is None:
@@ -57,8 +58,8 @@ class Report:
         cache = self._cache(trained_on, text)
         model = tokenizer = None
         if name is not None:
-            model, tokenizer = self.loading.load(name, trained_on.get("model_dtype"))
-            check_same_model(trained_on, {"model": model_fingerprint(model)}, name, self.other_model)
+            model, tokenizer = self.loading.load(name, trained_on.lm.model_dtype)
+            check_same_model(trained_on.lm.model, model_fingerprint(model), name, self.other_model)
         elif cache is None:
             raise ValueError("The SAE does not say which model it belongs to. Give --model.")
         with TemporaryDirectory() as temporary:
@@ -92,54 +93,54 @@ class Report:
             raise ValueError("The same run is named twice. Name each once.")
         return dict(zip(names, saes, strict=True))
 
-    def _trained_on(self, saes: list[Any]) -> dict[str, Any]:
-        """What the SAEs were trained on; one model and one hookpoint."""
+    def _trained_on(self, saes: list[SAE]) -> About:
+        """What the SAEs were trained on; one model and one hookpoint, which is that of the SAEs."""
         first, *others = saes
         for sae in saes:
-            if kind_of(sae.name) != kind_of(first.name):
+            if sae.row_kind != first.row_kind:
                 raise ValueError(f"{first.name} and {sae.name} take different rows. Make a report for each.")
-        trained_on = first.info.get("source", {})
+        trained_on = first.source
         for other in others:
-            if (other.hookpoint, _target(other)) != (first.hookpoint, _target(first)):
+            if (other.hookpoint, other.target_hookpoint) != (first.hookpoint, first.target_hookpoint):
                 raise ValueError(
                     f"The SAEs belong to different hookpoints ({first.hookpoint}, {other.hookpoint}). "
                     "Make a report for each."
                 )
-            check_same_model(trained_on, other.info.get("source", {}), "One of the SAEs")
-        return {"hookpoint": first.hookpoint, "target_hookpoint": _target(first)} | trained_on
+            check_same_model(trained_on.lm.model, other.source.lm.model, "One of the SAEs")
+        return replace(trained_on, hookpoint=first.hookpoint, target_hookpoint=first.target_hookpoint)
 
-    def _cache(self, trained_on: dict[str, Any], text: Any) -> Path | None:
+    def _cache(self, trained_on: About, text: Any) -> Path | None:
         """The cache to evaluate on; None if one is to be collected from the text."""
         if text is not None:
             if self.acts is not None:
                 raise ValueError("Give either --acts (a cache) or --text / --dataset, not both.")
-            if trained_on["hookpoint"] is None:
+            if trained_on.hookpoint is None:
                 raise ValueError("The SAE does not say which hookpoint it belongs to. Give --acts CACHE.")
             return None
         if self.acts is not None and not self.acts.exists():
             raise ValueError(f"There is no cache at --acts {self.acts}.")
-        folder = self.acts or trained_on.get("folder")
+        folder = self.acts or trained_on.folder
         if folder is None or not Path(folder).exists():
             raise ValueError(
                 f"The cache that the SAE was trained on is not there ({folder}). Give --acts CACHE or --text FILE."
             )
         return Path(folder)
 
-    def _collect(self, trained_on: dict[str, Any], text: Any, model: Any, tokenizer: Any, out: Path) -> Path:
+    def _collect(self, trained_on: About, text: Any, model: Any, tokenizer: Any, out: Path) -> Path:
         """Activations on the text, in a cache that lives as long as this command."""
         from apportion.language.collect import collect
-        from apportion.rows import TokenFilter
+        from apportion.rows.filter import trained_filter
 
         collect(
             model,
             tokenizer,
-            [*trained_on["hookpoint"].split(","), *filter(None, [trained_on["target_hookpoint"]])],
+            [*(trained_on.hookpoint or "").split(","), *filter(None, [trained_on.target_hookpoint])],
             text,
             tokens=self.tokens,
             out=out,
-            context_tokens=trained_on.get("context_tokens", 256),
-            bos=trained_on.get("bos", "auto"),
-            token_filter=TokenFilter.from_dict(trained_on["filter"]) if "filter" in trained_on else None,
+            context_tokens=trained_on.lm.context_tokens or 256,
+            bos=trained_on.lm.bos or "auto",
+            token_filter=trained_filter(trained_on),
         )
         return out
 
@@ -148,10 +149,11 @@ class Report:
         import torch
 
         from apportion.evals.rows import unseen_rows
+        from apportion.rows.opening import rows_for
 
         first = next(iter(saes.values()))
-        store = open_rows(cache, first.name, first.hookpoint, _target(first))
-        check_same_model(first.info.get("source", {}), store.describe(), str(cache), self.other_model)
+        store: Any = rows_for(first, cache)
+        check_same_model(first.source.lm.model, store.describe().lm.model, str(cache), self.other_model)
         unseen = torch.ones(store.rows, dtype=torch.bool)
         for sae in saes.values():
             mine = torch.zeros_like(unseen)
@@ -160,11 +162,7 @@ class Report:
         rows = unseen.nonzero().squeeze(1)
         if not len(rows):
             raise ValueError(f"Every row of {cache} was used to train one of the SAEs. Give --text or --acts.")
-        length = store.describe().get("context_tokens", 1)
-        if kind_of(first.name) == "layers":  # a token is a row at each of them
+        length = store.describe().lm.context_tokens or 1
+        if first.row_kind == "layers":  # a token is a row at each of them
             length *= len(store.stores)
         return store, rows[: max(1, self.tokens // length) * length]
-
-
-def _target(sae: Any) -> str | None:
-    return getattr(sae, "target_hookpoint", None)

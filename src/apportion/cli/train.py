@@ -15,7 +15,6 @@ from tyro.conf import Fixed, Positional, Suppress, arg
 from apportion.answers import DIVERGED
 from apportion.architectures import SAES, named, rule_choices
 from apportion.cli.arguments import Count, Filter, Model, Text, best_device, say
-from apportion.cli.rows import kind_of, open_rows, settings_of
 from apportion.extras import need
 from apportion.objectives import OBJECTIVES, named_objective
 from apportion.training import TrainConfig
@@ -64,6 +63,7 @@ class TrainBase:
 
     def run(self) -> int | None:
         from apportion.architectures import create
+        from apportion.rows.opening import settings_of
         from apportion.training import Trainer
 
         self._check_out()
@@ -147,7 +147,9 @@ class TrainBase:
         from apportion.language import ContextSource, LiveSource, read_contexts
         from apportion.language.hookpoints import expand
         from apportion.rows import CacheSource
+        from apportion.rows.opening import open_rows
 
+        kind = SAES[self.sae].architecture.row_kind
         self.source = str(expanded(self.source)) if self.source.startswith("~") else self.source
         if not Path(self.source).exists() and self.source != "embedded":
             refuse_mistyped(self.source, "a model's id on the Hub")
@@ -158,11 +160,12 @@ class TrainBase:
                 raise ValueError(f"{self.training_objective} runs the language model: give a model, not a cache.")
             if self.corpus != Text() or self.filter != Filter():
                 raise ValueError(f"{self.source} is a cache: its text and filter were chosen when it was collected.")
-            store = open_rows(self.source, self.sae, self.hookpoint, getattr(self, "target_hookpoint", None))
+            target = getattr(self, "target_hookpoint", None)
+            store = open_rows(self.source, kind, self.hookpoint, target, self.sae)
             return CacheSource(store, self.held_out_share, self.seed)
         if Path(self.source).is_dir() and not (Path(self.source) / "config.json").exists():
             raise ValueError(f"{self.source} is neither a cache (no manifest.json) nor a model (no config.json).")
-        if kind_of(self.sae) != "one":
+        if kind != "one":
             raise ValueError(f"{self.sae} takes several hookpoints: make a cache of them first (apportion collect).")
         if self.hookpoint is None or self.tokens is None:
             raise ValueError("To train on a model give --hookpoint and --tokens (and --text or --dataset).")

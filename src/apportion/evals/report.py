@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from apportion.about import About
 from apportion.architectures import SAE, SAES
 from apportion.architectures.inputs import is_array
 from apportion.disk import replacing, write_json, write_text
@@ -118,16 +119,16 @@ def make_report(
     ks, about = {figures["k"] for figures in methods.values()}, store.describe()
     figures = {
         "k": ks.pop() if len(ks) == 1 else None,
-        "model": about.get("model"),
+        "model": about.lm.model.to_json() or None,
         "hookpoint": store.hookpoint,
-        "text": about.get("text"),
+        "text": about.lm.text.to_json() or None,
         "tokens": next(iter(methods.values()))["tokens"],
         "methods": methods,
         "baselines": baselines,
         "sweeps": _sweeps(saes, store, rows, progress),
         "latents": {name: [_latent_json(tokenizer, one) for one in found] for name, found in latents.items()},
     }
-    page = render(figures, measurements, in_model, pca, shown, latents, tokenizer)
+    page = render(figures, about, measurements, in_model, pca, shown, latents, tokenizer)
     return Report(figures, page)
 
 
@@ -148,15 +149,6 @@ def _in_model(
     return evaluate_model(
         saes, model, contexts, store.filter, hookpoint=store.hookpoint, target=target, progress=progress
     )
-
-
-def text_in_words(text: Mapping[str, Any] | None) -> str:
-    """Which text it was, as far as is known."""
-    if not text:
-        return "none"
-    if "where" in text:
-        return str(text["where"])
-    return f"{text['documents']:,} documents in memory" if "documents" in text else "in memory"
 
 
 def contexts_of(store: ActivationStore, rows: Int[Tensor, " n"]) -> Int[Tensor, "num_contexts context_tokens"]:
@@ -264,6 +256,7 @@ def _lines_of_baselines(baselines: Mapping[str, Any]) -> list[Line]:
 
 def render(
     figures: dict[str, Any],
+    about: About,
     measurements: Mapping[str, Measurement],
     in_model: Mapping[str, Measurement] | None,
     pca: list[float],
@@ -292,8 +285,8 @@ def render(
         figures=figures,
         columns=[figure for figure in columns_of(methods.values()) if figure.key != "k"],
         lines=[*_lines_of(methods), *_lines_of_baselines(baselines)],
-        model=(figures["model"] or {}).get("name_or_path", "rows of numbers"),
-        text=text_in_words(figures["text"]),
+        model=about.lm.model.name_or_path or "rows of numbers",
+        text=about.lm.text.in_words(),
         methods=methods,
         pca=baselines["pca"],
         mean_ce=baselines.get(MEAN, {}).get("delta_ce"),

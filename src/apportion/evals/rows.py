@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apportion.about import TextRecord
 from apportion.architectures import SAE
 from apportion.architectures.inputs import is_array
 from apportion.evals.measure import Measurement
@@ -39,30 +40,31 @@ def unseen_rows(store: Rows, sae: SAE, where: str) -> tuple[Int[Tensor, " n"], s
 
     ValueError if what it has seen of the cache is not known: it was trained on the same text, cut in another way.
     """
-    source, found = sae.info.get("source", {}), store.describe()
-    text = source.get("text") or {}
-    if "tokens_sha256" in source:
-        same = source["tokens_sha256"] == found["tokens_sha256"]
+    source, found = sae.source, store.describe()
+    ours, theirs = source.lm, found.lm
+    if ours.tokens_sha256 is not None:
+        same = ours.tokens_sha256 == theirs.tokens_sha256
     else:  # of an older run
-        same = all(source.get(name, store) == found.get(name) for name in ("text", "rows", "contexts"))
-    if same and "held_out_share" in source:
-        rows = held_out_rows(store, source["held_out_share"])
+        known = source.rows is not None and ours.contexts is not None
+        same = known and (ours.text, source.rows, ours.contexts) == (theirs.text, found.rows, theirs.contexts)
+    if same and source.held_out_share is not None:
+        rows = held_out_rows(store, source.held_out_share)
         return rows, f"held-out rows of its training cache {where}"
-    if same or same_text(text, found.get("text") or {}):
+    if same or same_text(ours.text, theirs.text):
         raise ValueError(
-            f"{where} holds activations of the text that the SAE was trained on ({text.get('where')}), but not those "
+            f"{where} holds activations of the text that the SAE was trained on ({ours.text.where}), but not those "
             "of its training cache, so what it has seen of them is not known. Evaluate on text it was not trained on."
         )
     return torch.arange(store.rows), f"rows of {where}"
 
 
-def same_text(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+def same_text(ours: TextRecord, theirs: TextRecord) -> bool:
     """Do two descriptions of texts mean the same one? Files are known by name and size, in whatever folder."""
-    if ours.get("bytes") and theirs.get("bytes"):
-        same_size = all(ours.get(name) == theirs.get(name) for name in ("files", "bytes"))
-        return same_size and Path(ours["where"]).name == Path(theirs["where"]).name
-    named = {name: ours.get(name) for name in ("where", "split", "config", "field")}
-    return bool(named["where"]) and all(theirs.get(name) == value for name, value in named.items())
+    if ours.bytes and theirs.bytes:
+        same_size = (ours.files, ours.bytes) == (theirs.files, theirs.bytes)
+        return same_size and Path(ours.where or "").name == Path(theirs.where or "").name
+    one, other = ((text.where, text.split, text.config, text.field) for text in (ours, theirs))
+    return bool(ours.where) and one == other
 
 
 def halves(store: Rows, rows: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:

@@ -208,7 +208,7 @@ def to_sae_bench(
 
 
 def _limit(sae: SAE, pass_outliers: bool) -> float | None:
-    return outlier_limit(sae.info.get("source", {}), sae.hookpoint) if pass_outliers else None
+    return outlier_limit(sae.source, sae.hookpoint) if pass_outliers else None
 
 
 def to_sae_lens(

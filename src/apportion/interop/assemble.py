@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apportion.about import About
 from apportion.allocation import LearnedThreshold, Rule
 from apportion.architectures import SAE, rebuild
 from apportion.architectures.affine import Affine, blank_weights
@@ -67,6 +68,8 @@ def assemble(parts: Parts, dtype: torch.dtype | None = None) -> SAE:
     sae.to(dtype)
     _set_threshold(sae.allocation, parts)
     sae.info = deepcopy(parts.info)
+    if parts.source != About():
+        sae.source = parts.source
     return sae.eval()
 
 
@@ -176,7 +179,7 @@ def take_apart(sae: SAE) -> Parts:
             )
         folded.fold_in(folded.mean, folded.scale)  # 0 and 1: only the output's description is folded
     parts = _parts(folded)
-    parts.hookpoint, parts.info = sae.hookpoint, deepcopy(sae.info)
+    parts.hookpoint, parts.source, parts.info = sae.hookpoint, sae.source, deepcopy(sae.info)
     if isinstance(sae, Transcoder):
         parts.target_hookpoint = sae.target_hookpoint
     return parts

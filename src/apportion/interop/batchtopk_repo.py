@@ -73,7 +73,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     if "threshold" not in tensors.names:  # the successor loads models without processing
         warn_of_processing(parts, model, hook, file)
     parts.hookpoint, source = origin(model, hook)
-    parts.info = {"source": source, "original": settings}
+    parts.source, parts.info = source, {"original": settings}
     return parts
 
 

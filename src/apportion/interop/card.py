@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apportion.about import About
 from apportion.architectures import SAE, SAES
 from apportion.evals.figures import FIGURES, is_number
 from apportion.trust import shown
@@ -29,7 +30,7 @@ def model_card(
     notes: str | None,
 ) -> str:
     """Markdown, with the header that the Hub reads."""
-    source = sae.info.get("source", {})
+    source = sae.source
     title = subfolder or repo.split("/")[-1]
     parts = [
         _header(source, license),
@@ -47,9 +48,9 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _header(source: Mapping[str, Any], license: str | None) -> str:
+def _header(source: About, license: str | None) -> str:
     fields: dict[str, Any] = {"library_name": "apportion"}
-    model = _name(source)
+    model = source.lm.model.name_or_path
     if model is not None and model.count("/") == 1:
         fields["base_model"] = model
     if license:
@@ -61,9 +62,9 @@ def _header(source: Mapping[str, Any], license: str | None) -> str:
 def _about(sae: SAE) -> dict[str, Any]:
     calibration = sae.info.get("calibration")
     return {
-        "model": _code(_name(sae.info.get("source", {}))),
+        "model": _code(sae.source.lm.model.name_or_path),
         "hookpoint": _code(sae.hookpoint),
-        "target hookpoint": _code(getattr(sae, "target_hookpoint", None)),
+        "target hookpoint": _code(sae.target_hookpoint),
         "width of activations (d_in)": sae.d_in,
         "latents (d_sae)": sae.d_sae,
         "active latents per token (k)": sae.k,
@@ -89,19 +90,16 @@ def _how_to_load(sae: SAE, repo: str, subfolder: str) -> str:
     )
 
 
-def _data(source: Mapping[str, Any]) -> dict[str, Any]:
-    text, filter_ = source.get("text"), source.get("filter")
+def _data(source: About) -> dict[str, Any]:
     return {
-        "text": text.get("where") if isinstance(text, Mapping) else text,
-        "tokens in the cache": _count(source.get("rows")),
-        "rows to train on": _count(source.get("rows_train")),
-        "rows to calibrate": _count(source.get("rows_calibrate")),
-        "tokens per context": source.get("context_tokens"),
-        "tokens filtered out": _share(source.get("filtered_share")),
-        "filter": ", ".join(f"{k} = {v}" for k, v in filter_.items() if not isinstance(v, list))
-        if isinstance(filter_, Mapping)
-        else None,
-        "dtype of the activations": source.get("dtype"),
+        "text": source.lm.text.where,
+        "tokens in the cache": _count(source.rows),
+        "rows to train on": _count(source.rows_train),
+        "rows to calibrate": _count(source.rows_calibrate),
+        "tokens per context": source.lm.context_tokens,
+        "tokens filtered out": _share(source.filtered_share),
+        "filter": ", ".join(f"{k} = {v}" for k, v in (source.filter or {}).items() if not isinstance(v, list)),
+        "dtype of the activations": source.dtype,
     }
 
 
@@ -150,12 +148,6 @@ def _table(values: Mapping[str, Any]) -> str:
 
 def _cell(value: object) -> str:
     return shown(str(value).replace("\n", " ")).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _name(source: Mapping[str, Any]) -> str | None:
-    model = source.get("model")
-    name = model.get("name_or_path") if isinstance(model, Mapping) else model
-    return name if isinstance(name, str) else None
 
 
 def _code(value: object) -> str | None:

@@ -100,9 +100,8 @@ def _describe(parts: Parts, file: Path, settings: dict[str, str]) -> None:
     """The layer is in the name of the file, everything else in config.yaml."""
     layer, model = FILE.fullmatch(file.name), settings.get("model_name")
     places = {}
-    source: dict[str, Any] = {}
     for side in ("output", "input"):
         within = settings.get(f"feature_{side}_hook")
-        places[side], source = origin(model, f"blocks.{layer[1]}.{within}" if layer and within else None)
+        places[side], parts.source = origin(model, f"blocks.{layer[1]}.{within}" if layer and within else None)
     parts.hookpoint, parts.target_hookpoint = places["input"], places["output"]
-    parts.info = {"source": source, "original": dict(settings)}
+    parts.info = {"original": dict(settings)}

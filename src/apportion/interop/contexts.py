@@ -1,9 +1,9 @@
 """How the text behind an SAE was cut into contexts, and which of its tokens counted: SAELens's words, and ours.
 
-    SAELens                        info["source"]
-    prepend_bos                    bos_prepended, what was done; bos, "always" or "never", which evaluation goes by
-    context_size                   context_tokens
-    dataset_path                   text["where"]
+    SAELens                        sae.source
+    prepend_bos                    language.bos_prepended, what was done; language.bos, which evaluation goes by
+    context_size                   language.context_tokens
+    dataset_path                   language.text.where
     seqpos_slice [1, None]         filter: first_position
     exclude_special_tokens         filter: special_tokens, special_ids
     token_filter (our own word)    filter, norms included
@@ -17,8 +17,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from apportion.about import About, Language, ModelRecord, TextRecord, TokenizerRecord
 from apportion.rows.filter import TokenFilter, trained_filter
 
 logger = logging.getLogger(__name__)
@@ -33,18 +35,16 @@ BOS_BY_DEFAULT = {
 FIRST_LEFT_OUT = [1, None]
 
 
-def said_of_contexts(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """For `info["source"]`, what metadata in SAELens's words say."""
-    source: dict[str, Any] = {}
+def with_contexts(source: About, settings: Mapping[str, Any]) -> About:
+    """`source`, and what metadata in SAELens's words say besides."""
+    language, left_out = source.lm, _filter(settings)
     if isinstance(settings.get("context_size"), int):
-        source["context_tokens"] = settings["context_size"]
+        language = replace(language, context_tokens=settings["context_size"])
     if isinstance(done := settings.get("prepend_bos"), bool):
-        source |= {"bos": "always" if done else "never", "bos_prepended": done}
+        language = replace(language, bos="always" if done else "never", bos_prepended=done)
     if isinstance(where := settings.get("dataset_path"), str) and where:
-        source["text"] = {"where": where}
-    if (left_out := _filter(settings)) is not None:
-        source["filter"] = left_out.to_dict()
-    return source
+        language = replace(language, text=TextRecord(where=where))
+    return replace(source, language=language, filter=None if left_out is None else left_out.to_dict())
 
 
 def _filter(settings: Mapping[str, Any]) -> TokenFilter | None:
@@ -59,13 +59,12 @@ def _filter(settings: Mapping[str, Any]) -> TokenFilter | None:
     return TokenFilter(special_tokens=bool(special), first_position=first, norm_outlier=None, special_ids=ids)
 
 
-def metadata_of_contexts(source: Mapping[str, Any], hookpoint: str | None) -> dict[str, Any]:
-    """In SAELens's words, what `info["source"]` says; without what it does not say."""
-    text = source.get("text")
+def metadata_of_contexts(source: About, hookpoint: str | None) -> dict[str, Any]:
+    """In SAELens's words, what is known of a source; without what is not."""
     found = {
-        "context_size": source.get("context_tokens"),
-        "prepend_bos": bos_prepended(source),
-        "dataset_path": text.get("where") if isinstance(text, Mapping) else None,
+        "context_size": source.lm.context_tokens,
+        "prepend_bos": bos_prepended(source.lm),
+        "dataset_path": source.lm.text.where,
     }
     left_out = trained_filter(source, hookpoint)
     if left_out is not None:
@@ -78,30 +77,24 @@ def metadata_of_contexts(source: Mapping[str, Any], hookpoint: str | None) -> di
     return {name: value for name, value in found.items() if value is not None}
 
 
-def bos_prepended(source: Mapping[str, Any]) -> bool:
+def bos_prepended(language: Language) -> bool:
     """Did contexts begin with BOS? What was done, or else what the policy and the tokenizer let expect."""
-    if isinstance(done := source.get("bos_prepended"), bool):
-        return done
-    policy = source.get("bos", "auto")
-    if policy != "auto":
-        return policy not in ("never", False)
-    name = _name(source.get("tokenizer")) or _name(source.get("model"))
+    if language.bos_prepended is not None:
+        return language.bos_prepended
+    if language.bos not in ("auto", None):
+        return language.bos != "never"
+    name = language.tokenizer.name_or_path or language.model.name_or_path or ""
     for words, adds in BOS_BY_DEFAULT.items():
         if re.search(words, name.lower()):
             return adds
-    if source.keys() & {"bos", "tokenizer", "model"}:
+    if language.bos or language.tokenizer != TokenizerRecord() or language.model != ModelRecord():
         logger.warning(
             "Whether contexts began with BOS is not known (tokenizer %r): prepend_bos is written as false.", name
         )
     return False
 
 
-def _name(described: object) -> str:
-    name = described.get("name_or_path") if isinstance(described, Mapping) else None
-    return name if isinstance(name, str) else ""
-
-
-def outlier_limit(source: Mapping[str, Any], hookpoint: str | None) -> float | None:
+def outlier_limit(source: About, hookpoint: str | None) -> float | None:
     """The norm above which rows were left out in training; None if there is no such limit."""
     left_out = trained_filter(source, hookpoint)
     if left_out is None or not left_out.norm_outlier or left_out.median_norm is None:

@@ -52,17 +52,17 @@ def write_delphi_cache(
     target = empty_folder(within(expanded(folder), hookpoint))
     blocks = _of_store(store) if store else _of_pairs(source)  # type: ignore[arg-type]
     tokens, locations, activations = _matches(sae, blocks)
-    about = sae.info.get("source", {}) | (store.describe() if store else {})
+    language = (store.describe() if store else sae.source).lm
     config = {
-        "dataset_repo": str(about.get("text", {}).get("where", "")),
-        "dataset_split": str(about.get("text", {}).get("split", "train")),
+        "dataset_repo": language.text.where or "",
+        "dataset_split": language.text.split or "train",
         "dataset_name": "",
-        "dataset_column": str(about.get("text", {}).get("field", "text")),
+        "dataset_column": language.text.field or "text",
         "batch_size": 32,
         "cache_ctx_len": tokens.shape[1],
         "n_tokens": tokens.numel(),
         "n_splits": n_splits,
-        "model_name": about.get("model", {}).get("name_or_path"),
+        "model_name": language.model.name_or_path,
     }
     edges = torch.linspace(0, sae.d_sae, n_splits + 1).long().tolist()
     with whole_folder(target) as partial:

@@ -27,7 +27,7 @@ import torch
 
 from apportion.disk import replacing, write_json
 from apportion.interop.folding import fold_b_dec
-from apportion.interop.hook_names import LAYERS, family_of, hub_name
+from apportion.interop.hook_names import LAYERS, about_model, family_of, hub_name
 from apportion.interop.parts import Parts
 from apportion.interop.peek import first_file, names_in, settings_in
 from apportion.interop.reading import Tensors, read_pt, tensor_dict
@@ -158,13 +158,14 @@ def _scale_biases(parts: Parts, factor: float) -> None:
 def _describe(parts: Parts, trainer: dict[str, Any]) -> None:
     """The hookpoint can be told from the name of a residual stream; other places in a model have no fixed names."""
     model, place = trainer.get("lm_name"), trainer.get("submodule_name")
-    source = {"model": {"name_or_path": hub_name(model)}} if isinstance(model, str) else {}
+    if isinstance(model, str):
+        parts.source = about_model(hub_name(model))
     layer = re.fullmatch(r"resid_post_layer_(\d+)", str(place))
     family = family_of(str(model))
     if layer and family:
         parts.hookpoint = f"{LAYERS[family]}.{layer[1]}"
     plain = {name: value for name, value in trainer.items() if isinstance(value, str | int | float | bool | None)}
-    parts.info = {"source": source, "original": plain}
+    parts.info = {"original": plain}
 
 
 def write(parts: Parts, folder: Path) -> None:

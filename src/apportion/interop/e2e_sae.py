@@ -46,7 +46,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     model = yaml_in(beside(file, "final_config.yaml")).get("tlens_model_name")
     parts.hookpoint, source = origin(model, position)
     warn_of_processing(parts, model, position, file)
-    parts.info = {"source": source, "original": {"position": position}}
+    parts.source, parts.info = source, {"original": {"position": position}}
     return parts
 
 

@@ -97,8 +97,8 @@ def check_model_class(name: str | None, format: str) -> None:
 
 def _warn_of_filter(parts: Parts, format: str) -> None:
     """Whoever evaluates the file shows it rows that it was not trained on: say which."""
-    source = parts.info.get("source", {})
-    left_out, limit = trained_filter(source, parts.hookpoint), outlier_limit(source, parts.hookpoint)
+    left_out = trained_filter(parts.source, parts.hookpoint)
+    limit = outlier_limit(parts.source, parts.hookpoint)
     if left_out is None:
         return
     rows = [] if limit is None else [f"rows with a norm above {limit:.4g}"]

@@ -20,7 +20,7 @@ import numpy as np
 
 from apportion.disk import write_json, write_tensors
 from apportion.interop.folding import fold_b_dec
-from apportion.interop.hook_names import origin
+from apportion.interop.hook_names import about_model, origin
 from apportion.interop.parts import Parts
 from apportion.interop.peek import beside, first_file, names_in
 from apportion.interop.reading import Tensors, read_npz, read_safetensors, read_settings
@@ -106,19 +106,19 @@ def _describe(parts: Parts, file: Path, settings: dict[str, Any]) -> None:
     named = re.search(r"average_l0_(\d+)", place)
     l0 = float(named[1]) if named else settings.get("l0")
     parts.k = l0 if isinstance(l0, int | float) and l0 > 0 else None
-    parts.info = {"source": {}, "original": settings}
+    parts.info = {"original": settings}
     if settings:
         parts.hookpoint = _module(settings.get("hf_hook_point_in"))
         parts.target_hookpoint = _module(settings.get("hf_hook_point_out")) if parts.transcoder else None
         if isinstance(model := settings.get("model_name"), str):
             model = model.removeprefix("google/").replace("gemma-v3-", "gemma-3-")
-            parts.info["source"] = {"model": {"name_or_path": f"google/{model}"}}
+            parts.source = about_model(f"google/{model}")
         return
     of, layer = re.search(r"gemma-scope-(\d+b)-(pt|it)-(\w+)", place), re.search(r"/layer_(\d+)/", place)
     if of and layer and of[3] in PLACES:
         model = f"gemma-2-{of[1]}{'-it' if of[2] == 'it' else ''}"
         into, out = (name and f"blocks.{layer[1]}.{name}" for name in PLACES[of[3]])
-        parts.hookpoint, parts.info["source"] = origin(model, into)
+        parts.hookpoint, parts.source = origin(model, into)
         parts.target_hookpoint = origin(model, out)[0]
 
 

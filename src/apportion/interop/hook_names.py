@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
+
+from apportion.about import About, Language, ModelRecord
 
 LAYERS = {
     "gpt2": "transformer.h",
@@ -131,9 +134,9 @@ def family_of(model_name: str) -> str | None:
     return next((family for part, family in FAMILIES.items() if re.search(part, model_name.lower())), None)
 
 
-def family_of_model(model: dict[str, Any]) -> str | None:
-    """The family of a model that `info["source"]["model"]` describes: by its class, or else by its name."""
-    return CLASSES.get(str(model.get("class"))) or family_of(str(model.get("name_or_path")))
+def family_of_model(model: ModelRecord) -> str | None:
+    """The family of a model that a cache or a file describes: by its class, or else by its name."""
+    return CLASSES.get(model.class_name or "") or family_of(model.name_or_path or "")
 
 
 def hub_name(model_name: str) -> str:
@@ -142,16 +145,20 @@ def hub_name(model_name: str) -> str:
     return model_name if owner is None else f"{owner}/{model_name.removesuffix('-small')}"
 
 
-def origin(model_name: object, hook_name: object) -> tuple[str | None, dict[str, Any]]:
-    """From what a file says of its model and TransformerLens hook: the hookpoint, if known, and `info["source"]`."""
-    source: dict[str, Any] = {}
-    hookpoint = family = None
+def about_model(name: str) -> About:
+    """Of rows of which only the model's name is known."""
+    return About(language=Language(model=ModelRecord(name_or_path=name)))
+
+
+def origin(model_name: object, hook_name: object) -> tuple[str | None, About]:
+    """From what a file says of its model and TransformerLens hook: the hookpoint, if known, and what is so known."""
+    source, hookpoint, family = About(), None, ""
     if isinstance(model_name, str) and model_name:
-        source["model"], family = {"name_or_path": hub_name(model_name)}, family_of(model_name)
+        source, family = about_model(hub_name(model_name)), family_of(model_name) or ""
     if isinstance(hook_name, str) and hook_name:
-        source["hook_name"] = hook_name
+        source = replace(source, language=replace(source.lm, hook_name=hook_name))
         with suppress(ValueError):
-            hookpoint = hook_name if _is_module(hook_name) else to_hookpoint(hook_name, family or "")
+            hookpoint = hook_name if _is_module(hook_name) else to_hookpoint(hook_name, family)
     return hookpoint, source
 
 

@@ -44,7 +44,7 @@ def lens_name(parts: Parts, hookpoint: str | None) -> str | None:
         with suppress(ValueError):
             return from_hookpoint(hookpoint, family)
     if hookpoint is None:  # of another library's file, whose name no module here stands for
-        return dict_of(parts.info.get("source")).get("hook_name")
+        return parts.source.lm.hook_name
     return hookpoint
 
 
@@ -53,7 +53,6 @@ def lens_metadata(parts: Parts, model_class_name: str | None = None) -> dict[str
 
     What a file of SAELens said and nothing here knows better is carried through.
     """
-    source = dict_of(parts.info.get("source"))
     exported = dict_of(parts.info.get("exported"))
     metadata = {
         **_where(parts, model_class_name),
@@ -69,7 +68,7 @@ def lens_metadata(parts: Parts, model_class_name: str | None = None) -> dict[str
         "neuronpedia_id": None,
     }
     metadata |= _carried_metadata(parts, model_class_name)
-    metadata |= metadata_of_contexts(source, parts.hookpoint)
+    metadata |= metadata_of_contexts(parts.source, parts.hookpoint)
     if (tokens := dict_of(parts.info.get("training")).get("tokens")) is not None:
         metadata["training_tokens"] = tokens
     return metadata | {
@@ -119,7 +118,7 @@ def _carried_metadata(parts: Parts, model_class_name: str | None) -> dict[str, A
     said = {RENAMED.get(name, name): v for name, v in {**original, **dict_of(original.get("metadata"))}.items()}
     said = {name: value for name, value in said.items() if name not in STRUCTURE}
     place, source = origin(said.get("model_name"), said.get("hook_name"))
-    unchanged = place == parts.hookpoint and source.get("model") == dict_of(parts.info.get("source")).get("model")
+    unchanged = place == parts.hookpoint and source.lm.model == parts.source.lm.model
     if model_class_name is not None or not unchanged:
         said = {name: value for name, value in said.items() if name not in PLACE}
     return said

@@ -149,4 +149,4 @@ def describe(parts: Parts, settings: dict[str, Any], model: object = None) -> No
     parts.hookpoint, source = origin(model, settings.get("hook_point_in"))
     if parts.transcoder:
         parts.target_hookpoint, _ = origin(model, settings.get("hook_point_out"))
-    parts.info = {"source": source, "original": settings}
+    parts.source, parts.info = source, {"original": settings}

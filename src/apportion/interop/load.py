@@ -62,8 +62,8 @@ def load(
         if parts.k is None and config and "k" in config:
             parts.k = _count(config["k"])
             given.pop("k", None)
-        check_info(parts.info)
         sae = assemble(parts, dtype)
+        check_info(sae.info)
     except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, struct.error) as error:
         raise ValueError(f"{path} does not fit the format {name}: {type(error).__name__}: {error}") from error
     except ValueError as error:

@@ -50,7 +50,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
         k=config.pop("k", settings.get("k")),
         input_norm="token_standardise" if settings.get("standardize", True) else "none",
         every_layer=True,
-        info={"source": {}, "original": settings},
+        info={"original": settings},
     )
     parts.dtype = tensors.finish()
     return parts

@@ -60,7 +60,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     _set_activation(parts, content, config, file)
     hook = _hook(file)
     parts.hookpoint, source = origin("gpt2-small" if hook else None, hook)
-    parts.info = {"source": source, "original": {"activation": content.get("activation", "ReLU")}}
+    parts.source, parts.info = source, {"original": {"activation": content.get("activation", "ReLU")}}
     return parts
 
 

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apportion.about import About
 from apportion.architectures.inputs import InputNorm
 
 Kind = Literal["relu", "topk", "batch_topk", "jumprelu", "gated", "switch"]
@@ -64,5 +65,7 @@ class Parts:
     """Where y comes from, if it is something else than x."""
     dtype: torch.dtype | None = None
     """What the weights were stored in, where that is coarser than they are here; None: as they are."""
+    source: About = field(default_factory=About)
+    """What the file says of the rows that it was trained on: the model, hook names, the text."""
     info: dict[str, Any] = field(default_factory=dict)
-    """What else the file says: model, hook names, data, how it was trained (JSON-able)."""
+    """What else it says (JSON-able)."""

@@ -28,7 +28,7 @@ from typing import Any
 from apportion.architectures.inputs import InputNorm
 from apportion.disk import write_json, write_tensors
 from apportion.interop.centring import centre
-from apportion.interop.contexts import said_of_contexts
+from apportion.interop.contexts import with_contexts
 from apportion.interop.folding import fold_norms, fold_scale, fold_whitening
 from apportion.interop.hook_names import is_processed, origin
 from apportion.interop.lens_metadata import RENAMED, lens_metadata
@@ -208,14 +208,15 @@ def _describe(parts: Parts, settings: dict[str, Any], original: dict[str, Any]) 
     if parts.k is None and isinstance(details, dict) and isinstance(details.get("k"), int | float):
         parts.k = details["k"]
     model, processing = settings.get("model_name"), dict_of(settings.get("model_from_pretrained_kwargs"))
-    places, source = {}, {}
+    places = {}
     for ours, theirs in (("target_hookpoint", "hook_name_out"), ("hookpoint", "hook_name")):
-        found, source = origin(model, settings.get(theirs))
+        found, parts.source = origin(model, settings.get(theirs))
         said = settings.get(ours)  # in files that we wrote
         known = said if isinstance(said, str) else found
         places[ours] = None if is_processed(settings.get(theirs), processing) else known
     parts.hookpoint, parts.target_hookpoint = places["hookpoint"], places["target_hookpoint"]
-    parts.info = {"source": source | said_of_contexts(settings), "original": _complete(original, settings)}
+    parts.source = with_contexts(parts.source, settings)
+    parts.info = {"original": _complete(original, settings)}
 
 
 def _complete(original: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

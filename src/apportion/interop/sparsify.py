@@ -17,7 +17,7 @@ from typing import Any
 
 from apportion.disk import write_json, write_tensors
 from apportion.interop.folding import fold_b_dec
-from apportion.interop.hook_names import LAYERS, family_of
+from apportion.interop.hook_names import LAYERS, about_model, family_of
 from apportion.interop.parts import Parts
 from apportion.interop.peek import beside, first_file, settings_in
 from apportion.interop.reading import Tensors, file_in, read_safetensors, read_settings
@@ -52,7 +52,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
         k=config.pop("k", settings.get("k")),
         W_skip=tensors.take("W_skip", "d_in", "d_in") if skip else None,
         transcoder=transcode or skip,
-        info={"source": {}, "original": settings},
+        info={"original": settings},
     )
     parts.dtype = tensors.finish()
     if skip and parts.subtract_b_dec:
@@ -67,7 +67,7 @@ def _describe(parts: Parts, folder: Path, transcode: bool) -> None:
     model = settings_in(place.parent / "config.json").get("model")
     if not isinstance(model, str):
         return
-    parts.info["source"] = {"model": {"name_or_path": model}}
+    parts.source = about_model(model)
     family = family_of(model)
     if family is None or not re.fullmatch(r"(layers|h)\.\d+[\w.]*", place.name):
         return

@@ -17,7 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from apportion.interop.hook_names import hub_name
+from apportion.interop.hook_names import about_model, hub_name
 from apportion.interop.parts import Parts
 from apportion.interop.peek import beside, first_file, names_in, settings_in
 from apportion.interop.reading import Tensors, only_file, read_pt, tensor_dict
@@ -58,11 +58,11 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
             "W_router": router * COLD if settings.get("heaviside") else router,
             "b_router": tensors.take("b_router", "d_in"),
         },
-        info={"source": {}, "original": settings},
+        info={"original": settings},
     )
     parts.dtype = tensors.finish()
     if isinstance(parts.k, int):
         parts.k = min(parts.k, len(W_enc) // len(router))  # an expert has no more latents to choose among
     if isinstance(model := settings.get("lm_name"), str):
-        parts.info["source"] = {"model": {"name_or_path": hub_name(model)}}
+        parts.source = about_model(hub_name(model))
     return parts

@@ -47,8 +47,8 @@ def dtype_name(parts: Parts) -> str:
 
 def model_of(parts: Parts) -> tuple[str | None, str | None]:
     """Name and family of the model that x comes from, as far as they are known."""
-    model = dict_of(dict_of(parts.info.get("source")).get("model"))
-    return model.get("name_or_path"), family_of_model(model)
+    model = parts.source.lm.model
+    return model.name_or_path, family_of_model(model)
 
 
 def layer_of(parts: Parts) -> int | None:

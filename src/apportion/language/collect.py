@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from apportion.about import Language
 from apportion.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.language.documents import Reading
 from apportion.language.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -106,22 +107,22 @@ def collect(
             raise Interrupted(f"stopped after {num_contexts} contexts; nothing is left at {out}")
         seconds = perf_counter() - started
         manifest = writer.finish(
-            {
-                "model": model_fingerprint(model),
-                "model_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-                "tokenizer": tokenizer_fingerprint(tokenizer),
-                "text": text.describe(),
-                "text_skipped": dict(contexts.reading.skipped),
-                "text_repaired": dict(contexts.reading.repaired),
-                "bos": bos,
-                "bos_prepended": contexts.bos_prepended,
-                "context_tokens": context_tokens,
-                "contexts": num_contexts,
-                "tokens_asked": tokens,
-                "seconds": round(seconds, 1),
-                "tokens_per_s": round(num_contexts * context_tokens / seconds, 1),
+            Language(
+                model=model_fingerprint(model),
+                model_dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+                tokenizer=tokenizer_fingerprint(tokenizer),
+                text=text.describe(),
+                text_skipped=dict(contexts.reading.skipped),
+                text_repaired=dict(contexts.reading.repaired),
+                bos=bos,
+                bos_prepended=contexts.bos_prepended,
+                context_tokens=context_tokens,
+                contexts=num_contexts,
+                tokens_asked=tokens,
+                seconds=round(seconds, 1),
+                tokens_per_s=round(num_contexts * context_tokens / seconds, 1),
                 **_ended(num_contexts < limit, interrupts.arrived, contexts.reading.stopped),
-            }
+            ).to_json()
         )
     _warn(contexts.reading, manifest)
     if interrupts.arrived:

@@ -25,6 +25,8 @@ from apportion.rows.order import EpochOrder, check_same_source
 class ContextSource(LiveSource):
     """A `LiveSource`, made from the same arguments, whose batches are whole contexts."""
 
+    kind = "contexts"
+
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._order = EpochOrder(self._train, self.seed)
@@ -63,6 +65,3 @@ class ContextSource(LiveSource):
         self._order.load_state_dict(state)
         if state["median_norm"] is not None:
             self._filter = replace(self._settings, median_norm=state["median_norm"], special_ids=self._special_ids)
-
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"source": "contexts"}

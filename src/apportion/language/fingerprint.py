@@ -6,7 +6,7 @@
 Names of settings and of parameters change with the version of transformers, and many settings change nothing that is
 computed. So what counts is what is computed: two models are the same if they have the same weights and the same probe,
 up to rounding; or another set of parameters (some versions store several in one) and nearly the same probe. Records
-from before there were probes tell the class and the sizes apart. rows/same_model.py compares.
+from before there were probes tell the class and the sizes apart. same_model.py compares.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.about import ModelRecord, TokenizerRecord
 from apportion.language.passes import parameters_of
 from apportion.language.tokens import special_ids
 from apportion.torch_state import in_eval_mode
@@ -30,21 +31,21 @@ PROBE_TOKENS = 48
 PROBE_OUTPUTS = 24
 
 
-def model_fingerprint(model: Any) -> dict[str, Any]:
+def model_fingerprint(model: Any) -> ModelRecord:
     """Name, class, sizes, digest of the weights and probe (None for a model that does not run on token ids alone)."""
     from apportion.language.model import text_config
 
     config, text = getattr(model, "config", None), text_config(model)
     weights = next(model.parameters(), None)
-    return {
-        "name_or_path": str(getattr(config, "_name_or_path", "") or type(model).__name__),
-        "class": type(model).__name__,
-        "hidden_size": getattr(text, "hidden_size", None),
-        "num_layers": getattr(text, "num_hidden_layers", None),
-        "dtype": None if weights is None else str(weights.dtype).removeprefix("torch."),
-        "weights_sha256": _weights_digest(model),
-        "probe": _probe(model),
-    }
+    return ModelRecord(
+        name_or_path=str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        class_name=type(model).__name__,
+        hidden_size=getattr(text, "hidden_size", None),
+        num_layers=getattr(text, "num_hidden_layers", None),
+        dtype=None if weights is None else str(weights.dtype).removeprefix("torch."),
+        weights_sha256=_weights_digest(model),
+        probe=_probe(model),
+    )
 
 
 def _weights_digest(model: Any) -> str:
@@ -60,7 +61,7 @@ def _weights_digest(model: Any) -> str:
 
 
 @torch.no_grad()
-def _probe(model: Any) -> list[float] | None:
+def _probe(model: Any) -> tuple[float, ...] | None:
     from apportion.language.model import check_context_tokens, text_config
 
     size, named = getattr(text_config(model), "vocab_size", None), parameters_of(model)
@@ -86,13 +87,13 @@ def _probe(model: Any) -> list[float] | None:
     last = out.reshape(-1, out.shape[-1])[-1].double().cpu()
     some = last[torch.linspace(0, len(last) - 1, PROBE_OUTPUTS).long()]
     some = some - some.mean()
-    return [round(value, 6) for value in (some / some.norm().clamp_min(1e-12)).tolist()]
+    return tuple(round(value, 6) for value in (some / some.norm().clamp_min(1e-12)).tolist())
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
+def tokenizer_fingerprint(tokenizer: Any) -> TokenizerRecord:
     """Which tokenizer this was; without a name and a size where there was none."""
-    return {
-        "name_or_path": str(getattr(tokenizer, "name_or_path", "")),
-        "vocab_size": len(tokenizer) if hasattr(tokenizer, "__len__") else None,
-        "special_ids": list(special_ids(tokenizer)),
-    }
+    return TokenizerRecord(
+        name_or_path=str(getattr(tokenizer, "name_or_path", "")),
+        vocab_size=len(tokenizer) if hasattr(tokenizer, "__len__") else None,
+        special_ids=special_ids(tokenizer),
+    )

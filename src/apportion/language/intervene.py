@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from apportion.about import About
 from apportion.language.effect import check_read
 from apportion.language.hookpoints import hooked
 from apportion.language.passes import Watch, watched
@@ -167,7 +168,7 @@ def rows_at(
     place = str(Hookpoint.parse(hookpoint))
     token_filter = None
     if isinstance(mask, str):
-        token_filter = trained_filter(getattr(sae, "info", {}).get("source", {}), place)
+        token_filter = trained_filter(getattr(sae, "source", About()), place)
     with watched(model, place) as watch:
         if token_filter is not None:
             yield partial(_filtered, token_filter=token_filter, watch=watch)

@@ -10,7 +10,7 @@ runs the model again on the current block only and continues where it stopped, b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.about import About, Language, TextRecord
 from apportion.language.fingerprint import model_fingerprint, tokenizer_fingerprint
 from apportion.language.hookpoints import expand
 from apportion.language.model import (
@@ -66,6 +67,7 @@ class LiveSource:
 
     makes_rows = True
     """And looks at them itself."""
+    kind = "live"
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class LiveSource:
         token_filter: TokenFilter | None = None,
         held_out_share: float = 0.1,
         seed: int = 0,
-        text: dict[str, Any] | None = None,
+        text: TextRecord | Mapping[str, Any] | None = None,
     ) -> None:
         """`text` describes where the contexts come from (source, BOS policy); it is kept in the run's record."""
         contexts = torch.as_tensor(contexts)
@@ -104,7 +106,7 @@ class LiveSource:
         self._filter: TokenFilter | None = None
         self._filtered = dict.fromkeys(REASONS, 0)
         self._rows_seen = 0
-        self._text = text or {}
+        self._text = text if isinstance(text, TextRecord) else TextRecord.from_json(text or {}, "text")
         self._d_in = run_contexts(model, names, contexts[:1, :2], whole=True)[self.hookpoint].shape[1]
         self._position = LivePosition()
 
@@ -237,24 +239,26 @@ class LiveSource:
         if state["median_norm"] is not None:
             self._filter = replace(self._settings, median_norm=state["median_norm"], special_ids=self._special_ids)
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "source": "live",
-            "model": model_fingerprint(self.model),
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "text": {"contexts": len(self.contexts), **self._text},
-            "bos_prepended": begin_with_bos(self.tokenizer, self.contexts),
-            "context_tokens": self.contexts.shape[1],
-            "hookpoint": self.hookpoint,
-            "d_in": self.d_in,
-            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
-            "filter": self.filter.to_dict(),
-            "median_norm": self.filter.median_norm,
-            "filtered": dict(self._filtered),
-            "filtered_share": sum(self._filtered.values()) / max(1, self._rows_seen),
-            "rows_seen": self._rows_seen,
-            "rows_train": self.num_rows,
-            "rows_calibrate": len(self._held_out) * self.contexts.shape[1],
-            "held_out_share": self.held_out_share,
-            "seed": self.seed,
-        }
+    def describe(self) -> About:
+        return About(
+            kind=self.kind,
+            hookpoint=self.hookpoint,
+            d_in=self.d_in,
+            dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            filter=self.filter.to_dict(),
+            median_norm=self.filter.median_norm,
+            filtered=dict(self._filtered),
+            filtered_share=sum(self._filtered.values()) / max(1, self._rows_seen),
+            rows_seen=self._rows_seen,
+            rows_train=self.num_rows,
+            rows_calibrate=len(self._held_out) * self.contexts.shape[1],
+            held_out_share=self.held_out_share,
+            seed=self.seed,
+            language=Language(
+                model=model_fingerprint(self.model),
+                tokenizer=tokenizer_fingerprint(self.tokenizer),
+                text=replace(self._text, contexts=len(self.contexts)),
+                bos_prepended=begin_with_bos(self.tokenizer, self.contexts),
+                context_tokens=self.contexts.shape[1],
+            ),
+        )

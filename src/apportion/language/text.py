@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from apportion.about import TextRecord
 from apportion.extras import need
 from apportion.language.documents import FIRST_ROWS, TEXT_FIELD, Broken, Reading, chosen_field, is_id
 from apportion.language.text_files import (
@@ -187,13 +188,13 @@ class TextSource:
             lambda: first.pop() if first else _column(opened(), self.field), f"dataset {name!r}", reading
         )
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> TextRecord:
         if self.path is None:
-            return {"documents": None if isinstance(self.where, Iterator) else _number_of_documents(self.where)}
-        described: dict[str, Any] = {"where": str(self.path if self.path.exists() else self.where)}
+            return TextRecord(documents=None if isinstance(self.where, Iterator) else _number_of_documents(self.where))
+        where = str(self.path if self.path.exists() else self.where)
         if files := self.files():
-            return described | {"files": len(files), "bytes": self.num_bytes()}
-        return described | {"split": self.split, "field": self.field, "config": self.config}
+            return TextRecord(where=where, files=len(files), bytes=self.num_bytes())
+        return TextRecord(where=where, split=self.split, field=self.field, config=self.config)
 
 
 def split_pieces(document: str, place: str = "") -> Iterator[Piece]:

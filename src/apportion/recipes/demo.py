@@ -29,6 +29,7 @@ from apportion.language import TextSource, load_model
 from apportion.language.collect import collect
 from apportion.language.hookpoints import expand, middle_layer
 from apportion.language.model import width_at
+from apportion.recipes.runs import as_now
 from apportion.rows import ActivationStore, CacheSource
 from apportion.training import TrainConfig, Trainer
 
@@ -125,10 +126,11 @@ class Demo:
             for k, v in vars(self).items()
             if k not in ("out", "device", "load", "eval_tokens", "ce_tokens", "text")
         }
-        mine = json.loads(json.dumps(mine | found | {"text": None if self.text is None else self.text.describe()}))
+        text = None if self.text is None else self.text.describe().to_json()
+        mine = json.loads(json.dumps(mine | found | {"text": text}))
         record = self.out / RECORD
         if record.exists():
-            theirs = read_json(record)
+            theirs = as_now(read_json(record))
             for key in mine:
                 if theirs.get(key) != mine[key]:
                     raise ValueError(

@@ -32,7 +32,7 @@ from tyro.conf import arg
 from apportion.architectures import SAE, SAES, create, load
 from apportion.disk import read_json, write_json, write_text
 from apportion.recipes.command import listed, main
-from apportion.recipes.family_parts import CachePart, Part, TruthPart, layout_of
+from apportion.recipes.family_parts import CachePart, Part, TruthPart
 from apportion.recipes.runs import best_rate, between, fitted, markdown, same_run
 
 logger = logging.getLogger("apportion.family")
@@ -205,7 +205,7 @@ def notes(part: Part, name: str) -> Iterator[str]:
     sae = new_sae(part, name, seed=0)
     if note := part.note(sae):
         yield f"`{name}` {note}."
-    if SAES[name].all_hookpoints and layout_of(sae) == "row":
+    if sae.row_kind == "layers":
         yield f"`{name}`, made for all layers together, sees one here."
     if num_latents := SAES[name].architecture.d_sae_for(part.d_in):
         yield f"`{name}` has {num_latents} latents."

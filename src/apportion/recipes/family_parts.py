@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from apportion.architectures import SAE
+from apportion.architectures.base import RowKind
 from apportion.evals import Measurement, evaluate_rows, held_out_rows
 from apportion.evals.recovery import recovery
 from apportion.latents import Latents
@@ -26,9 +27,10 @@ from apportion.recipes.runs import at_equal_l0, check_same_place, in_language_mo
 from apportion.rows import ActivationStore, CacheSource, Source
 from apportion.rows.batch import Batch
 from apportion.rows.manifest import read_manifest
-from apportion.rows.sites import PairStore, Rows, SitesStore
+from apportion.rows.opening import joined
+from apportion.rows.sites import Rows
 from apportion.synthetic import GroundTruthConfig, GroundTruthSource
-from apportion.synthetic.world import World
+from apportion.synthetic.world import Layout, World
 from apportion.training import TrainConfig
 
 VALIDATION_SEED = 1 << 20
@@ -47,14 +49,13 @@ class Column(NamedTuple):
 
 Columns = dict[str, Column]
 
-Layout = Literal["row", "sites", "target"]
+LAYOUTS: dict[RowKind, Layout] = {"one": "row", "layers": "row", "pair": "target", "sites": "sites"}
+"""In which layout ground truth has rows of a kind."""
 
 
-def layout_of(sae: SAE) -> Layout:
-    """Which rows it takes: plain ones, several sites, or a row with another row as target."""
-    if len(sae.row_shape) > 1:
-        return "sites"
-    return "target" if sae.needs_target else "row"
+def kind_here(sae: SAE) -> RowKind:
+    """Which rows it takes here, where one for all layers sees one of them."""
+    return "one" if sae.row_kind == "layers" else sae.row_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,16 +154,16 @@ class TruthPart(Part):
         )
 
     def source(self, sae: SAE, seed: int) -> GroundTruthSource:
-        return GroundTruthSource(replace(self.world, layout=layout_of(sae)), seed)
+        return GroundTruthSource(replace(self.world, layout=LAYOUTS[sae.row_kind]), seed)
 
     def held_out(self, sae: SAE) -> dict[str, Any]:
-        batch, _, _ = known_rows(replace(self.world, layout=layout_of(sae)), VALIDATION_SEED, self.eval_tokens)
+        batch, _, _ = known_rows(replace(self.world, layout=LAYOUTS[sae.row_kind]), VALIDATION_SEED, self.eval_tokens)
         measurement = Measurement(sae)
         measurement.add(batch.x, torch.ones(len(batch.x), dtype=torch.bool), target=batch.target)
         return measurement.result()
 
     def evaluate(self, sae: SAE) -> dict[str, Any]:
-        return recovery(sae, *known_rows(replace(self.world, layout=layout_of(sae)), 0, self.eval_tokens))
+        return recovery(sae, *known_rows(replace(self.world, layout=LAYOUTS[sae.row_kind]), 0, self.eval_tokens))
 
 
 @lru_cache(maxsize=6)
@@ -173,14 +174,11 @@ def known_rows(world: GroundTruthConfig, seed: int, n: int) -> tuple[Batch, Late
 
 
 @lru_cache(maxsize=6)
-def opened(folders: tuple[Path, ...], layout: Layout, hookpoints: tuple[str | None, ...]) -> Rows:
-    """The rows for SAEs of this layout, from the first cache that has all these hookpoints."""
+def opened(folders: tuple[Path, ...], kind: RowKind, hookpoints: tuple[str | None, ...]) -> Rows:
+    """The rows for SAEs of this kind, from the first cache that has all these hookpoints."""
     has = {folder: read_manifest(folder)["hookpoints"] for folder in folders}
     folder = next((f for f in folders if all(h is None or h in has[f] for h in hookpoints)), folders[0])
-    stores = [ActivationStore(folder, hookpoint) for hookpoint in hookpoints]
-    if layout == "row":
-        return stores[0]
-    return SitesStore(stores) if layout == "sites" else PairStore(*stores)
+    return joined(kind, [ActivationStore(folder, hookpoint) for hookpoint in hookpoints])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,15 +212,15 @@ class CachePart(Part):
     """Tokens over which delta-CE is measured."""
 
     @property
-    def hookpoints(self) -> dict[Layout, tuple[str | None, ...]]:
-        """What rows of each layout are made of; nothing if there are none."""
-        return {"row": (self.hookpoint,), "target": self.pair, "sites": self.sites}
+    def hookpoints(self) -> dict[RowKind, tuple[str | None, ...]]:
+        """What rows of each kind are made of; nothing if there are none."""
+        return {"one": (self.hookpoint,), "pair": self.pair, "sites": self.sites}
 
-    def train_rows(self, layout: Layout = "row") -> Rows:
-        return opened(self.acts, layout, self.hookpoints[layout])
+    def train_rows(self, kind: RowKind = "one") -> Rows:
+        return opened(self.acts, kind, self.hookpoints[kind])
 
-    def eval_rows(self, layout: Layout) -> Rows:
-        return opened(self.eval_acts, layout, self.hookpoints[layout])
+    def eval_rows(self, kind: RowKind) -> Rows:
+        return opened(self.eval_acts, kind, self.hookpoints[kind])
 
     @property
     def d_in(self) -> int:
@@ -236,55 +234,55 @@ class CachePart(Part):
         for name, two in (("pair", self.pair), ("sites", self.sites)):
             if two and len(set(two)) != 2:
                 raise ValueError(f"--{name} takes two different hookpoints, separated by a comma; got {','.join(two)}.")
-        for layout, hookpoints in self.hookpoints.items():
+        for kind, hookpoints in self.hookpoints.items():
             if hookpoints:
-                train, evaluation = self.train_rows(layout), self.eval_rows(layout)
+                train, evaluation = self.train_rows(kind), self.eval_rows(kind)
                 check_same_place(train, evaluation)
                 if train.d_in != self.d_in or evaluation.d_in != self.d_in:
                     raise ValueError(f"{train.hookpoint} has width {train.d_in}, and the comparison {self.d_in}.")
 
     def describe(self) -> str:
         about = self.train_rows().describe()
-        return f"{Path(about['model']['name_or_path']).name}, output of {about['hookpoint']}, width {self.d_in}"
+        return f"{Path(about.lm.model.name_or_path or '').name}, output of {about.hookpoint}, width {self.d_in}"
 
     def why_not(self, sae: SAE) -> str | None:
-        layout = layout_of(sae)
-        missing = {"sites": "takes two hookpoints at once (--sites)", "target": "predicts another hookpoint (--pair)"}
-        return None if self.hookpoints[layout] else missing[layout]
+        kind = kind_here(sae)
+        missing = {"sites": "takes two hookpoints at once (--sites)", "pair": "predicts another hookpoint (--pair)"}
+        return None if self.hookpoints[kind] else missing[kind]
 
     def note(self, sae: SAE) -> str | None:
-        layout = layout_of(sae)
-        if layout == "row":
+        kind = kind_here(sae)
+        if kind == "one":
             return None
-        first, second = self.hookpoints[layout]
-        if layout == "target":
+        first, second = self.hookpoints[kind]
+        if kind == "pair":
             return f"reads {first} and predicts {second}, which FVU and ΔCE are about"
         return f"takes {first} and {second}; FVU is over both, ΔCE is of one place and not measured"
 
     def source(self, sae: SAE, seed: int) -> CacheSource:
-        return CacheSource(self.train_rows(layout_of(sae)), seed=seed)
+        return CacheSource(self.train_rows(kind_here(sae)), seed=seed)
 
     def config(self, lr: float, seed: int) -> TrainConfig:
         config, rows = super().config(lr, seed), CacheSource(self.train_rows()).num_rows
         return replace(config, total_tokens=min(self.total_tokens, rows))
 
     def held_out(self, sae: SAE) -> dict[str, Any]:
-        store = self.train_rows(layout_of(sae))
+        store = self.train_rows(kind_here(sae))
         rows = held_out_rows(store, CacheSource(store).held_out_share)
         return evaluate_rows({"sae": sae}, store, rows, progress=False)["sae"].result()
 
     def evaluate(self, sae: SAE) -> dict[str, Any]:
-        return at_equal_l0(sae, self.eval_rows(layout_of(sae)))
+        return at_equal_l0(sae, self.eval_rows(kind_here(sae)))
 
     def unfinished(self, sae: SAE, result: dict[str, Any]) -> bool:
-        return self.model is not None and layout_of(sae) != "sites" and "delta_ce" not in result
+        return self.model is not None and kind_here(sae) != "sites" and "delta_ce" not in result
 
     def finish(self, saes: Mapping[str, SAE]) -> dict[str, dict[str, Any]]:
         assert self.model and self.text, "checked"
-        groups: dict[Layout, dict[str, SAE]] = {}
+        groups: dict[RowKind, dict[str, SAE]] = {}
         for name, sae in saes.items():
-            groups.setdefault(layout_of(sae), {})[name] = sae
+            groups.setdefault(kind_here(sae), {})[name] = sae
         found: dict[str, dict[str, Any]] = {}
-        for layout, alike in groups.items():
-            found |= in_language_model(alike, self.eval_rows(layout), self.model, self.text, self.ce_tokens)
+        for kind, alike in groups.items():
+            found |= in_language_model(alike, self.eval_rows(kind), self.model, self.text, self.ce_tokens)
         return found

@@ -40,7 +40,7 @@ from apportion.language.model import width_at
 from apportion.objectives import EndToEnd, MutualConfig, MutualFeatureRegularisation
 from apportion.objectives.end_to_end import PRESETS
 from apportion.recipes.command import main
-from apportion.recipes.runs import markdown, seconds_of
+from apportion.recipes.runs import as_now, markdown, seconds_of
 from apportion.rows import CacheSource
 from apportion.rows.order import held_out_groups, split_held_out
 from apportion.rows.sites import LayersStore, SitesStore, open_stores
@@ -98,7 +98,7 @@ class Objectives:
         """What the figures of a run depend on besides what its name says."""
         left_out = ("out", "text", "further_lrs", "mutual_weights")
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
-        return json.loads(json.dumps(mine | {"text": None if self.text is None else self.text.describe()}))
+        return json.loads(json.dumps(mine | {"text": None if self.text is None else self.text.describe().to_json()}))
 
     # The model, its text and its activations
 
@@ -149,7 +149,7 @@ class Objectives:
         record = self.out / "runs" / f"{name}.json"
         if record.exists():
             found = read_json(record)
-            if found["settings"] != self.settings():
+            if as_now(found["settings"]) != self.settings():
                 raise ValueError(f"{record} was made with other settings. Choose another --out, or remove it.")
             return found
         figures = make(folder) | {"settings": self.settings()}

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.about import TextRecord
 from apportion.architectures import SAE
 from apportion.evals import evaluate_model, evaluate_rows
 from apportion.language import load_model, read_contexts
 from apportion.rows import Source
-from apportion.rows.filter import TokenFilter
-from apportion.rows.sites import Rows
+from apportion.rows.sites import Aligned, Rows
 from apportion.training import TrainConfig, Trainer
 from apportion.training.run import read_log, read_run
 from apportion.training.same import check_same
@@ -39,6 +39,12 @@ def same_run(folder: Path, sae: SAE, config: TrainConfig, source: Source) -> Non
     check_same(folder, read_run(folder), trainer.describe(source), trainer.defaults())
 
 
+def as_now(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings, in which the text is described as this version does it."""
+    text = recorded.get("text")
+    return {**recorded, "text": text and TextRecord.from_json(text, "text").to_json()}
+
+
 def seconds_of(folder: Path) -> float:
     """Training time of a finished run; 0 if there was nothing to train."""
     return [{"seconds": 0.0}, *read_log(folder)][-1]["seconds"]
@@ -55,8 +61,8 @@ def best_rate(name: str, fvu: Mapping[float, float]) -> float:
 def check_same_place(train: Rows, evaluation: Rows) -> None:
     """ValueError if two caches are not of the same model and hookpoint."""
     a, b = train.describe(), evaluation.describe()
-    for key in ("model", "hookpoint"):
-        if a[key] != b[key]:
+    for key, same in (("model", a.lm.model == b.lm.model), ("hookpoint", a.hookpoint == b.hookpoint)):
+        if not same:
             raise ValueError(f"{train.folder} and {evaluation.folder} differ in {key}. Use caches of one hookpoint.")
 
 
@@ -91,21 +97,21 @@ def in_language_model(
 
     The SAEs, all of one hookpoint or transcoders between the same two, are calibrated on the other half.
     """
-    about, calibrate = store.describe(), halves(store)[0]
+    language, calibrate = store.describe().lm, halves(store)[0]
     model, tokenizer = load_model(model_name)
-    contexts = read_contexts(
-        tokenizer, text, tokens=2 * ce_tokens, context_tokens=about["context_tokens"], bos=about["bos"]
-    )[1::2]
+    assert language.context_tokens and language.bos, "the cache of a language model says so"
+    cut = {"context_tokens": language.context_tokens, "bos": language.bos}
+    contexts = read_contexts(tokenizer, text, tokens=2 * ce_tokens, **cut)[1::2]
     for sae in saes.values():
         recalibrate(sae, store, calibrate)
-    x, *target = about.get("sites", [about])
+    x, *target = store.stores if isinstance(store, Aligned) else [store]
     measurements, entropies = evaluate_model(
         saes,
         model,
         contexts,
-        TokenFilter.from_dict(x["filter"]),
-        hookpoint=x["hookpoint"],
-        target=(target[0]["hookpoint"], TokenFilter.from_dict(target[0]["filter"])) if target else None,
+        x.filter,
+        hookpoint=x.hookpoint,
+        target=(target[0].hookpoint, target[0].filter) if target else None,
     )
     correlation = "l0_difficulty_correlation"
     return {name: entropies.of(name) | {correlation: measurements[name].result()[correlation]} for name in saes}

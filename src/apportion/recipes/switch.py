@@ -206,7 +206,7 @@ class SwitchComparison:
         """The setting and the table."""
         about, d_in = self.store.describe(), self.store.d_in
         head = (
-            f"{Path(about['model']['name_or_path']).name}, output of {about['hookpoint']}, width {d_in}. k {self.k}, "
+            f"{Path(about.lm.model.name_or_path or '').name}, output of {about.hookpoint}, width {d_in}. k {self.k}, "
             f"{self.config(self.lrs[0], 0).total_tokens:,} training tokens in batches of {self.batch_tokens}, learning "
             f"rate {'chosen from ' * (len(self.lrs) > 1)}{', '.join(f'{lr:g}' for lr in self.lrs)}, "
             f"seeds {', '.join(map(str, self.seeds))}; threads {torch.get_num_threads()}."

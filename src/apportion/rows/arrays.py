@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.about import About
 from apportion.architectures.inputs import as_tensor
 from apportion.rows.batch import Batch
 
@@ -44,5 +45,5 @@ class ArrayStore:
         target = None if self.target is None else self.target[indices.to(self.target.device)].float()
         return Batch(self.gather(indices), target)
 
-    def describe(self) -> dict[str, Any]:
-        return {"source": "array", "rows": self.rows, "d_in": self.d_in, "tokens_sha256": None}
+    def describe(self) -> About:
+        return About(kind="array", rows=self.rows, d_in=self.d_in)

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.about import About
 from apportion.rows.order import EpochOrder, held_out_groups, permutation
 
 
@@ -81,8 +82,8 @@ class Source(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
-    def describe(self) -> dict[str, Any]:
-        """What the rows are: model, hookpoint, tokenizer, text, dtype, filter, counts (JSON-able)."""
+    def describe(self) -> About:
+        """What the rows are: hookpoint, dtype, filter, split, counts, and of a language model what else matters."""
         ...
 
 
@@ -147,13 +148,13 @@ class ArraySource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._order.load_state_dict(state)
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "source": "array",
-            "d_in": self.d_in,
-            "dtype": str(self.x.dtype).removeprefix("torch."),
-            "rows": len(self.x),
-            "rows_train": self.num_rows,
-            "rows_calibrate": len(self._held_out),
-            "seed": self.seed,
-        }
+    def describe(self) -> About:
+        return About(
+            kind="array",
+            d_in=self.d_in,
+            dtype=str(self.x.dtype).removeprefix("torch."),
+            rows=len(self.x),
+            rows_train=self.num_rows,
+            rows_calibrate=len(self._held_out),
+            seed=self.seed,
+        )

@@ -15,7 +15,7 @@ for the same row for ever, so it travels with the cache and with the SAE trained
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_type_hints
 
@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.about import About
 from apportion.fields import check_fields
 from apportion.settings import check_names
 
@@ -110,10 +111,10 @@ class TokenFilter:
         return TokenFilter(**{**values, "special_ids": tuple(values.get("special_ids", ()))})
 
 
-def trained_filter(source: Mapping[str, Any], hookpoint: str | None = None) -> TokenFilter | None:
-    """The filter in the description of a source, at one hookpoint if it has several; None if it does not say."""
-    about = next((site for site in source.get("sites", ()) if site["hookpoint"] == hookpoint), source)
-    return TokenFilter.from_dict(about["filter"]) if "filter" in about else None
+def trained_filter(about: About, hookpoint: str | None = None) -> TokenFilter | None:
+    """The filter in the description of rows, at one hookpoint if there are several; None if it does not say."""
+    found = about.at(hookpoint).filter
+    return None if found is None else TokenFilter.from_dict(found)
 
 
 def row_norms(x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows"]:

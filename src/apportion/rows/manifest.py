@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from apportion.about import About, Site
 from apportion.disk import plain, read_json
 from apportion.fields import check_fields
 from apportion.rows.filter import TokenFilter
@@ -36,25 +37,10 @@ FIELDS: dict[str, Any] = {
     "hookpoints": dict[str, dict],
     "shards": list[dict],
 }
-LATER: dict[str, Any] = {
-    "contexts": int,
-    "tokens_asked": int,
-    "model_dtype": str,
-    "tokenizer": dict | None,
-    "bos": str,
-    "bos_prepended": bool,
-    "ended": str,
-    "text_ended_early": bool,
-    "text_skipped": dict[str, int],
-    "text_repaired": dict[str, int],
-    "seconds": float,
-    "tokens_per_s": float,
-    DIGEST: str,
-}
-"""Fields that a cache may lack."""
-OF_MODEL: dict[str, Any] = {"name_or_path": str | None, "class": str | None, "probe": list[float] | None}
+"""What every cache says; of what kind the rest is follows from `About`."""
 OF_HOOKPOINT: dict[str, Any] = {"folder": str, "d_in": int, "filter": dict}
-COUNTED: dict[str, Any] = {"filtered": dict[str, int], "filtered_share": float}
+OF_FILES = ("shards", "hookpoints", "shard_rows")
+"""What a manifest says of its files."""
 OF_SHARD: dict[str, Any] = {"rows": int, "sha256": dict[str, str]}
 SAMPLED: dict[str, Any] = {"sample_sha256": dict[str, str]}
 MOST = 1 << 40
@@ -111,17 +97,33 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def about_cache(folder: str | Path) -> About:
+    """What is known of a cache; `sites` are all that it has."""
+    return about_manifest(read_manifest(folder))
+
+
+def about_manifest(manifest: Mapping[str, Any]) -> About:
+    """Everything in a manifest but the list of shards."""
+    shared = {name: value for name, value in manifest.items() if name not in (*OF_FILES, DIGEST)}
+    sites = [
+        {"hookpoint": name} | {key: value for key, value in said.items() if key != "folder"}
+        for name, said in manifest["hookpoints"].items()
+    ]
+    return About.from_json(shared | {"sites": sites})
+
+
 def _check(manifest: dict[str, Any], folder: Path) -> None:
-    check_fields(manifest, FIELDS, LATER)
-    for name in ("rows", "shard_rows", "context_tokens", "contexts"):
-        _check_size(name, manifest.get(name, 1))
+    check_fields(manifest, FIELDS, {DIGEST: str})
+    about = About.from_json(manifest)
+    sizes = {"rows": about.rows, "shard_rows": manifest["shard_rows"], "context_tokens": about.lm.context_tokens}
+    for name, size in (sizes | {"contexts": about.lm.contexts}).items():
+        _check_size(name, 1 if size is None else size)
     if manifest["dtype"] not in DTYPES:
         raise ValueError(f"dtype is {manifest['dtype']!r}, and not one of {', '.join(DTYPES)}.")
     if not manifest["hookpoints"]:
         raise ValueError("hookpoints is empty.")
     for name, hookpoint in manifest["hookpoints"].items():
         _check_hookpoint(name, hookpoint, folder)
-    check_fields(manifest["model"], {}, OF_MODEL, "model")
     _check_shards(manifest)
     has_samples = any("sample_sha256" in shard for shard in manifest["shards"])
     if (DIGEST in manifest or has_samples) and manifest.get(DIGEST) != _digest(manifest):
@@ -135,7 +137,8 @@ def _check_size(name: str, size: int) -> None:
 
 def _check_hookpoint(name: str, about: dict[str, Any], folder: Path) -> None:
     where = f"hookpoints.{name}"
-    check_fields(about, OF_HOOKPOINT, COUNTED, where)
+    check_fields(about, OF_HOOKPOINT, {}, where)
+    Site.from_json({"hookpoint": name, **about}, where)
     _check_size(f"{where}.d_in", about["d_in"])
     if about["folder"] != folder_name(name):
         raise ValueError(f"{where}.folder is {about['folder']!r}, not {folder_name(name)!r}.")

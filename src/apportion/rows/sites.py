@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.about import About, Language, ModelRecord, Site
 from apportion.rows.batch import Batch
 from apportion.rows.hookpoint import choose_from
 from apportion.rows.manifest import read_manifest
@@ -68,23 +70,23 @@ class Aligned(ABC):
     def batch(self, indices: Int[Tensor, " n"]) -> Batch:
         """The rows at `indices` with their labels."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> About:
         """What the hookpoints share, and under `sites` what each has of its own; `filtered_share` is of tokens."""
         each = [store.describe() for store in self.stores]
-        own = {"hookpoint", "content_sha256", *self.stores[0].manifest["hookpoints"][self.stores[0].hookpoint]}
+        sites, language = [store.site for store in self.stores], each[0].lm
         folders = [str(store.folder.resolve()) for store in self.stores]
-        if len(set(folders)) > 1:
-            own |= {"model", "model_dtype"}
-        shared = {key: value for key, value in each[0].items() if key not in own}
-        return {
-            **shared,
-            **({"folders": folders} if len(set(folders)) > 1 else {}),
-            "hookpoint": self.hookpoint,
-            "d_in": self.d_in,
-            "content_sha256": hashlib.sha256("".join(one["content_sha256"] for one in each).encode()).hexdigest(),
-            "filtered_share": 1 - self.mask.double().mean().item(),
-            "sites": [{key: about[key] for key in about if key in own - {"content_sha256"}} for about in each],
-        }
+        if apart := len(set(folders)) > 1:
+            models = [Language(model=about.lm.model, model_dtype=about.lm.model_dtype) for about in each]
+            sites = [replace(site, language=model) for site, model in zip(sites, models, strict=True)]
+            language = replace(language, model=ModelRecord(), model_dtype=None)
+        together = Site(hookpoint=self.hookpoint, d_in=self.d_in, filtered_share=1 - self.mask.double().mean().item())
+        return each[0].of_site(
+            together,
+            language=language,
+            folders=tuple(folders) if apart else (),
+            content_sha256=hashlib.sha256("".join(about.content_sha256 or "" for about in each).encode()).hexdigest(),
+            sites=tuple(sites),
+        )
 
 
 Rows = ActivationStore | Aligned
@@ -112,8 +114,8 @@ class PairStore(Aligned):
         tokens, positions = x.gather_labels(indices)
         return Batch(x.gather(indices), target.gather(indices), tokens, positions)
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"target_hookpoint": self.target_hookpoint}
+    def describe(self) -> About:
+        return replace(super().describe(), target_hookpoint=self.target_hookpoint)
 
 
 class SitesStore(Aligned):
@@ -159,8 +161,8 @@ class LayersStore(Aligned):
         tokens, positions = self.stores[0].gather_labels(token)
         return Batch(x, tokens=tokens, positions=positions, site=site)
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"rows": self.rows}
+    def describe(self) -> About:
+        return replace(super().describe(), rows=self.rows)
 
 
 def _check_same_width(stores: Sequence[ActivationStore]) -> None:

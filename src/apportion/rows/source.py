@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from apportion.about import About
 from apportion.rows.batch import Batch, read_held_out
 from apportion.rows.order import EpochOrder, Position, held_out_groups, split_held_out
 from apportion.rows.sites import Rows
@@ -75,16 +76,10 @@ class CacheSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._order.load_state_dict(state)
 
-    def describe(self) -> dict[str, Any]:
-        counts = {"rows_train": self.num_rows, "rows_calibrate": len(self._held_out)}
+    def describe(self) -> About:
         split = {"held_out_share": self.held_out_share, "seed": self.seed}
-        return {
-            "source": "cache",
-            "folder": str(self.store.folder.resolve()),
-            **self.store.describe(),
-            **counts,
-            **split,
-        }
+        counts = {"rows_train": self.num_rows, "rows_calibrate": len(self._held_out)}
+        return replace(self.store.describe(), kind="cache", folder=str(self.store.folder.resolve()), **split, **counts)
 
 
 def _read_ahead(read: Any, upcoming: Iterable[tuple[Tensor, Position]]) -> Iterator[tuple[Batch, Position]]:

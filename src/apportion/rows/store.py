@@ -18,6 +18,7 @@ manifest.py has the fields of the manifest, shards.py what is looked at when a c
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.about import About, Site
 from apportion.answers import of_the_system
 from apportion.disk import check_may_open
 from apportion.progress import progress_bar
 from apportion.rows.batch import Batch
 from apportion.rows.filter import TokenFilter
 from apportion.rows.hookpoint import Hookpoint
-from apportion.rows.manifest import DIGEST, acts_file, read_manifest, token_file, torch_dtype
+from apportion.rows.manifest import about_manifest, acts_file, read_manifest, token_file, torch_dtype
 from apportion.rows.shards import Column, Shard, ShardedRows, open_shards, sha256_of
 from apportion.trust import expanded
 
@@ -106,7 +108,7 @@ class ActivationStore:
     @cached_property
     def contexts(self) -> Int[Tensor, " rows"]:
         """For each row the number of the context it comes from."""
-        return self._below("contexts", self.manifest.get("contexts", self.rows))
+        return self._below("contexts", self.manifest.get("contexts") or self.rows)
 
     def _below(self, name: str, limit: int) -> Int[Tensor, " rows"]:
         """A column of numbers from 0 to below `limit`; others lead to tables of any size, so ValueError for them."""
@@ -161,13 +163,16 @@ class ActivationStore:
         each = [shard["sha256"][file] for file, shard in zip(files, self.manifest["shards"], strict=True)]
         return hashlib.sha256(repr(each).encode()).hexdigest()
 
-    def describe(self) -> dict[str, Any]:
+    @property
+    def site(self) -> Site:
+        """What this hookpoint has of its own."""
+        return about_manifest(self.manifest).at(self.hookpoint)
+
+    def describe(self) -> About:
         """What one must know about these rows: everything in the manifest but the shard list."""
-        about = self.manifest["hookpoints"][self.hookpoint]
-        left_out = ("shards", "hookpoints", "shard_rows", DIGEST)
-        shared = {k: v for k, v in self.manifest.items() if k not in left_out}
-        shared |= {"tokens_sha256": self.tokens_sha256, "content_sha256": self.content_sha256}
-        return shared | {"hookpoint": self.hookpoint} | {k: v for k, v in about.items() if k != "folder"}
+        about = about_manifest(self.manifest)
+        language = replace(about.lm, tokens_sha256=self.tokens_sha256)
+        return about.of_site(self.site, sites=(), content_sha256=self.content_sha256, language=language)
 
 
 def _digest(file: Path) -> str | None:

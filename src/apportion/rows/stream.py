@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.about import About
 from apportion.architectures.inputs import as_tensor, first_tensor
 from apportion.rows.batch import Batch
 from apportion.rows.order import held_out_groups
@@ -151,8 +152,8 @@ class StreamSource:
             raise ValueError("A run on a generator cannot be resumed: its rows come only once.")
         self._rows_out = self._skip = state["rows_out"]
 
-    def describe(self) -> dict[str, Any]:
-        return {"source": "stream", "d_in": self.d_in, "held_out_share": self.held_out_share}
+    def describe(self) -> About:
+        return About(kind="stream", d_in=self.d_in, held_out_share=self.held_out_share)
 
 
 def _chosen(rows: Batch, which: Tensor | slice) -> Batch:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from apportion.about import Site
 from apportion.disk import occupied, whole_folder, write_json, write_tensors
 from apportion.durable import place_in
 from apportion.locks import Lock, lock_of
@@ -61,16 +62,17 @@ class _HookpointStats:
         return mask
 
     def to_dict(self, hookpoint: str, rows: int) -> dict[str, Any]:
-        return {
-            "folder": folder_name(hookpoint),
-            "d_in": self.d_in,
-            "filter": self.filter.to_dict(),
-            "median_norm": self.filter.median_norm,
-            "median_norm_rows": self.fit_rows,
-            "mean_norm": self.norm_sum / max(1, self.kept_rows),
-            "filtered": self.filtered,
-            "filtered_share": 1 - self.kept_rows / max(1, rows),
-        }
+        site = Site(
+            hookpoint=hookpoint,
+            d_in=self.d_in,
+            filter=self.filter.to_dict(),
+            median_norm=self.filter.median_norm,
+            median_norm_rows=self.fit_rows,
+            mean_norm=self.norm_sum / max(1, self.kept_rows),
+            filtered=self.filtered,
+            filtered_share=1 - self.kept_rows / max(1, rows),
+        )
+        return {"folder": folder_name(hookpoint), **site.to_json()}
 
 
 class StoreWriter:
@@ -154,6 +156,8 @@ class StoreWriter:
         manifest = sealed({
             "format": "apportion-activations",
             "format_version": FORMAT_VERSION,
+            "model": {},
+            "text": {},
             **about,
             "dtype": self.dtype_name,
             "rows": self.rows,

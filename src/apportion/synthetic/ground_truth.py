@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apportion.about import About
 from apportion.kernels import decode_matches
 from apportion.latents import Latents, concatenated, from_matches
 from apportion.rows.batch import Batch
@@ -95,14 +96,9 @@ class GroundTruthSource:
         check_same_source(state, self._identity())
         self._position = (state["block"], state["row"])
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "source": "ground truth",
-            "d_in": self.d_in,
-            "dtype": "float32",
-            "rows_calibrate": self.held_out_rows,
-            **self._identity(),
-        }
+    def describe(self) -> About:
+        counts = {"d_in": self.d_in, "rows_calibrate": self.held_out_rows}
+        return About(kind="ground truth", dtype="float32", **counts, **self._identity())
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a position to mean the same rows."""

@@ -18,7 +18,7 @@ Magnitudes fall linearly with the rank of the probability. Directions are random
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from apportion.rows.order import seeded
 
+Layout = Literal["row", "sites", "target"]
 MAX_SHARED = 0.9
 """At most this share of the variance of a feature's normal is shared with others."""
 REPULSION_ENTRIES = 2**21
@@ -72,7 +73,7 @@ class GroundTruthConfig:
     """Standard deviation of Gaussian noise on every coordinate."""
     repulsion_steps: int = 0
     """Steps that push the random directions apart; each costs two products num_features x num_features x d_in."""
-    layout: Literal["row", "sites", "target"] = "row"
+    layout: Layout = "row"
     """row: rows [d_in]. The others have two directions per feature: rows [2, d_in], or a row with another as target."""
     seed: int = 0
     """Seed of the world: directions, loadings. Rows have a seed of their own."""
@@ -102,7 +103,7 @@ class GroundTruthConfig:
                 f"{self.num_roots} trees of {self.tree_size} features do not fit into num_features = "
                 f"{self.num_features}. Lower num_roots, branching or depth."
             )
-        if self.layout not in ("row", "sites", "target"):
+        if self.layout not in get_args(Layout):
             raise ValueError(f'layout must be "row", "sites" or "target", got {self.layout!r}.')
 
     @property

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from apportion import about
+from apportion.about import About, ModelRecord
 from apportion.disk import json_text
-from apportion.rows.same_model import model_difference
+from apportion.same_model import model_difference
 
 MAY_DIFFER = {
-    "log_every_steps", "checkpoint_every_tokens", "checkpoint_every_minutes", "folder", "folders", "filtered",
-    "filtered_share", "rows_seen", "seconds", "tokens_per_s",
-}  # fmt: skip
-"""What may change when a run is resumed: how it is watched, where the cache lies and how long it took to collect,
-counts of a source that runs live."""
+    *("log_every_steps", "checkpoint_every_tokens", "checkpoint_every_minutes"),
+    *about.MAY_DIFFER,
+}
+"""What may change when a run is resumed: how it is watched, and what says nothing of which rows it is trained on."""
 
 
 def check_same(
@@ -30,7 +31,9 @@ def check_same(
     for part, where in (("sae", ("sae", "settings")), ("objective", ("objective",)), ("train", ("train",)),
                         ("source", ("source",))):  # fmt: skip
         old, new = _at(before, where, folder, optional=part == "objective"), _at(now, where, folder, optional=True)
-        if part != "source":
+        if part == "source":
+            old = _source(old, folder)
+        else:
             old = {name: defaults.get(part, {}).get(name) for name in new.keys() & defaults.get(part, {}).keys()} | old
         _compare(folder, part, old, new, old.keys() if part == "source" else old.keys() | new.keys())
     for part, name, default in (("sae", "name", None), ("run", "num_saes", 1)):
@@ -49,6 +52,14 @@ def _at(record: Mapping[str, Any], where: tuple[str, ...], folder: Path, optiona
     return found
 
 
+def _source(recorded: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a record says of its source, as this version writes it."""
+    try:
+        return json.loads(json_text(About.from_json(recorded, "source").to_json()))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'run.json'} is damaged: {error} Begin anew elsewhere.") from None
+
+
 def _compare(folder: Path, part: str, old: Mapping[str, Any], new: Mapping[str, Any], names: Any) -> None:
     for name in sorted(names):
         if name not in MAY_DIFFER and not _same(name, old.get(name), new.get(name)):
@@ -62,4 +73,4 @@ def _same(name: str, old: Any, new: Any) -> bool:
     """Models are compared by what they compute: their records differ between versions of transformers."""
     if name != "model" or not (isinstance(old, dict) and isinstance(new, dict)):
         return old == new
-    return model_difference(old, new) is None
+    return model_difference(ModelRecord.from_json(old), ModelRecord.from_json(new)) is None

@@ -227,7 +227,7 @@ class Trainer:
     ) -> None:
         """All that is left of a run."""
         for sae in self.saes:
-            sae.info["source"] = source.describe()
+            sae.source = source.describe()
         if run is not None and not run.begin(self, source):
             for sae in self.saes:
                 sae.eval()
@@ -253,7 +253,7 @@ class Trainer:
         """Set thresholds on held-out rows, and note what the SAEs were trained on, and how."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in MAY_DIFFER}
         for sae in self.saes:
-            sae.info["source"] = source.describe()  # with the counts of a source that filters as it goes
+            sae.source = source.describe()  # with the counts of a source that filters as it goes
             sae.info["training"] = settings | {"tokens": self.tokens, **self._objective()}
             sae.calibrate(HeldOut(source))
             sae.eval()
@@ -327,7 +327,7 @@ class Trainer:
                 f"The source has {source.num_rows} training rows, fewer than batch_tokens = "
                 f"{self.config.batch_tokens}. Collect more tokens or lower batch_tokens."
             )
-        if source.describe().get("rows_calibrate") == 0:
+        if source.describe().rows_calibrate == 0:
             raise ValueError("The source keeps no rows held out, and calibration at the end needs some.")
         return total
 
@@ -338,7 +338,7 @@ class Trainer:
             **({"num_saes": len(self.saes)} if len(self.saes) > 1 else {}),
             **self._objective(),
             "train": asdict(self.config),
-            "source": source.describe(),
+            "source": source.describe().to_json(),
         }
 
     def defaults(self) -> dict[str, dict[str, Any]]:

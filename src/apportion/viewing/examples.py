@@ -108,7 +108,7 @@ def examples_of(
         if not 0 <= latent < sae.d_sae:
             raise ValueError(f"latent={latent} does not exist: this SAE has latents 0 to {sae.d_sae - 1}")
     if tokenizer is None:
-        name = (store.manifest.get("model") or {}).get("name_or_path")
+        name = store.describe().lm.model.name_or_path
         tokenizer = None if name is None else load_tokenizer(name)
     if tokenizer is None:
         raise ValueError("examples as text need a tokenizer, and the cache does not say which: give tokenizer=")

@@ -1,0 +1,69 @@
+"""The rows of a cache that an SAE takes: of one hookpoint, of a pair, of several together, of every layer.
+
+`SAE.row_kind` is the word for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from apportion.architectures import SAE
+from apportion.architectures.base import RowKind
+from apportion.rows.manifest import read_manifest
+from apportion.rows.sites import LayersStore, PairStore, Rows, SitesStore, open_stores
+from apportion.rows.store import ActivationStore
+
+
+def joined(kind: RowKind, stores: Sequence[ActivationStore]) -> Rows:
+    """Rows of this kind, made of the same tokens at one hookpoint or several; of a pair x is the first."""
+    if kind == "one":
+        return stores[0]
+    return PairStore(*stores) if kind == "pair" else {"sites": SitesStore, "layers": LayersStore}[kind](stores)
+
+
+def open_rows(
+    folder: str | Path,
+    kind: RowKind,
+    hookpoint: str | None = None,
+    target_hookpoint: str | None = None,
+    name: str = "this SAE",
+) -> Rows:
+    """The rows of a cache for an SAE of that kind; `hookpoint` may be a list with commas and globs where it takes
+    several. ValueError, in which `name` stands for the SAE, if the cache has no such rows."""
+    if kind == "one":
+        return ActivationStore(folder, hookpoint)
+    here = f"{folder} has {', '.join(read_manifest(folder)['hookpoints'])}."
+    if kind == "pair":
+        if hookpoint is None or target_hookpoint is None:
+            raise ValueError(
+                f"{name} needs --hookpoint (what it reads) and --target-hookpoint (what it predicts). {here}"
+            )
+        stores = [ActivationStore(folder, hookpoint), ActivationStore(folder, target_hookpoint)]
+        if stores[0].hookpoint == stores[1].hookpoint:
+            raise ValueError(f"{name} cannot read and predict the same: {stores[0].hookpoint}. {here}")
+        return joined(kind, stores)
+    stores = open_stores(folder, hookpoint)
+    if len(stores) < 2:
+        raise ValueError(
+            f"{name} takes two hookpoints or more, as in --hookpoint model.layers.1,model.layers.2. {here}"
+        )
+    return joined(kind, stores)
+
+
+def rows_for(sae: SAE, folder: str | Path | None = None) -> Rows:
+    """The rows of a cache for this SAE, at its own hookpoints; None: of the cache, or caches, it was trained on."""
+    if folder is None and sae.source.folders:
+        names = [site.hookpoint for site in sae.source.sites]
+        return joined(sae.row_kind, [ActivationStore(*one) for one in zip(sae.source.folders, names, strict=True)])
+    if (place := folder or sae.source.folder) is None:
+        raise ValueError(f"{sae.name} does not say which cache it was trained on: name one.")
+    return open_rows(place, sae.row_kind, sae.hookpoint, sae.target_hookpoint, sae.name)
+
+
+def settings_of(source: Any) -> dict[str, Any]:
+    """Settings of an SAE that follow from the rows it will be trained on."""
+    store = getattr(source, "store", None)
+    more = {name: getattr(store, name) for name in ("d_out", "target_hookpoint", "num_sites") if hasattr(store, name)}
+    return {"d_in": source.d_in, "hookpoint": source.hookpoint, **more}
