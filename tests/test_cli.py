@@ -397,7 +397,7 @@ def test_too_little_disk(
 MORE_MISTAKES = {
     "infinite tokens": (["--tokens", "inf"], "inf"),
     "unknown device": (["--device", "nowhere"], "nowhere"),
-    "text for a cache": (["--text", "x.txt"], "is a cache"),
+    "text for a cache": (["--text", "x.txt"], "holds rows: their text and filter were chosen"),
     "nothing held out": (["--held-out-share", "0"], "held-out-share"),
     "batch larger than the cache": (["--batch-tokens", "100000"], "100000"),
 }

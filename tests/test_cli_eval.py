@@ -290,7 +290,7 @@ def test_a_report_of_every_kind_of_sae(home: Path, tmp_path: Path, sae: str, mor
     method = found["methods"][sae]
     assert method["l0"] > 0 and len(found["sweeps"][sae]) >= 1
     assert ("delta_ce" in method) == (sae in ("transcoder", "gated"))
-    assert bool(found["latents"]) == (sae == "gated")
+    assert bool(found["latents"]) == (sae != "mlsae")
 
 
 def test_a_report_leaves_other_peoples_folders_alone(
@@ -311,7 +311,8 @@ def test_arrays_and_documents_in_memory(home: Path, tmp_path: Path, tiny_model_d
     sae = ap.load(home / "topk")
     x = ActivationStore(home / "new", POINT).gather(torch.arange(500))
     found = make_report({"topk": sae}, x.numpy(), progress=False)
-    assert found.figures["methods"]["topk"]["tokens"] == 500 and not found.figures["latents"]
+    assert found.figures["methods"]["topk"]["tokens"] == 500
+    assert found.figures["latents"]["topk"][0]["strongest"][0].startswith("<<row ")
     assert "rows of numbers" in found.page and found.figures["baselines"]["pca"]["fvu_by_components"][0] == 1
     model, tokenizer = load_model(tiny_model_dir)
     documents = ["the cat sat on the mat and looked at the dog"] * 60

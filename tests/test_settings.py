@@ -66,8 +66,8 @@ def test_settings_of_saes_get_hints_too() -> None:
 def test_dir_shows_the_public_names_and_no_others() -> None:
     shown = [name for name in dir(ap) if not name.startswith("__")]
     assert shown == [
-        "Batch", "Latents", "SAE", "SAES", "TrainConfig", "Trainer", "ablate", "create", "examples_of", "export",
-        "load", "push_to_hub", "splice", "steer", "testing", "to_jumprelu", "to_sae_bench", "to_sae_lens",
+        "Batch", "Latents", "SAE", "SAES", "TrainConfig", "Trainer", "ablate", "create", "evaluate", "examples_of",
+        "export", "load", "push_to_hub", "splice", "steer", "testing", "to_jumprelu", "to_sae_bench", "to_sae_lens",
         "write_delphi_cache",
     ]  # fmt: skip
     assert all(getattr(ap, name) is not None for name in shown)

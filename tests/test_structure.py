@@ -19,7 +19,7 @@ PACKAGE = Path(apportion.__file__).parent
 
 ORDER = [
     {"latents", "metrics", "losses", "disk", "durable", "interrupt", "locks", "processes", "settings", "torch_state"}
-    | {"about", "answers", "blocks", "extras", "fields", "matching", "progress", "same_model", "trust"},
+    | {"about", "answers", "blocks", "extras", "fields", "group", "matching", "progress", "same_model", "trust"},
     {"allocation"},
     {"kernels"},
     {"architectures", "embedded"},

@@ -20,6 +20,7 @@ from apportion.training import Trainer as Trainer
 
 if TYPE_CHECKING:
     from apportion import testing as testing
+    from apportion.evals.evaluate import evaluate as evaluate
     from apportion.interop.adapters import to_sae_bench as to_sae_bench
     from apportion.interop.adapters import to_sae_lens as to_sae_lens
     from apportion.interop.delphi import write_delphi_cache as write_delphi_cache
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from apportion.viewing.examples import examples_of as examples_of
 
 LATER = {
-    "activations": "apportion.activations",
+    "evaluate": "apportion.evals.evaluate",
     "examples_of": "apportion.viewing.examples",
     "testing": "apportion.testing",
     "load": "apportion.interop.load",
@@ -52,6 +53,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "activations":  # as it was called before there were rooms for its parts
+        return import_module("apportion.activations")
     if name not in LATER:
         raise AttributeError(f"module 'apportion' has no attribute {name!r}")
     module = import_module(LATER[name])

@@ -29,7 +29,8 @@ from apportion.evals.sweep import sweep
 from apportion.language import load_model
 from apportion.language.collect import collect
 from apportion.rows import ActivationStore, CacheSource
-from apportion.viewing.examples import AFTER, BEFORE, Example, activations_on, example_pieces, find_examples, pieces
+from apportion.viewing.examples import activations_on, find_examples
+from apportion.viewing.units import TokenUnits
 
 SENTENCES = ["the cat sat on the old mat", "a dog ran over the hill by the sea", "she read a book about the sun"]
 CONTEXT = 32
@@ -123,27 +124,29 @@ def test_examples_are_the_strongest_one_per_context(
     latents = counts.argsort(descending=True)[[3, 20]]
     dense = sae.encode(store.gather(rows)).dense() * store.mask[rows][:, None]
     assert torch.equal(activations_on(sae, store, rows, latents), dense[:, latents])
-    for found in find_examples(sae, store, rows, latents, strongest=4, random=3):
+    units, tokenizer = TokenUnits(store, load_tokenizer(store)), load_tokenizer(store)
+    words = {name: index for index, name in enumerate(tokenizer.decode([i]) for i in range(len(tokenizer)))}
+    for found in find_examples(sae, store, rows, latents, units, strongest=4, random=3):
         column = dense[:, found.latent]
         assert found.density == pytest.approx((column > 0).sum().item() / store.mask[rows].sum().item())
         best_of_contexts = torch.stack(
             [column[store.contexts[rows] == context].max() for context in store.contexts[rows].unique()]
         )
         wanted = best_of_contexts.sort(descending=True).values[:4].tolist()
-        assert [e.activations[e.focus] for e in found.strongest] == pytest.approx(wanted, abs=1e-4)
-        assert found.largest == pytest.approx(wanted[0])
+        strengths = [piece.activation for example in found.strongest for piece in example if piece.is_focus]
+        assert strengths == pytest.approx(wanted, abs=1e-4) and found.largest == pytest.approx(wanted[0])
+        whole = tokenizer.decode(store.tokens[rows].tolist())
         for example in found.strongest + found.random:
-            assert example.activations[example.focus] > 0
-            assert example.focus <= BEFORE and len(example.tokens) <= BEFORE + 1 + AFTER
-            assert len(example.tokens) == len(example.activations)
-            text, inside = example.tokens, store.tokens[rows].tolist()
-            assert any(text == inside[i : i + len(text)] for i in range(len(inside))), "stands so in the text"
-        mass = {t: column[store.tokens[rows] == t].sum().item() for t, _ in found.tokens}
-        assert found.tokens[0][1] == pytest.approx(max(mass.values()) / column.sum().item())
+            (focus,) = [place for place, piece in enumerate(example) if piece.is_focus]
+            assert example[focus].activation > 0
+            assert focus <= units.before and len(example) <= units.before + 1 + units.after
+            assert "".join(piece.text for piece in example).strip() in whole, "stands so in the text"
+        mass = {t: column[store.tokens[rows] == words[t]].sum().item() for t, _ in found.preferred}
+        assert found.preferred[0][1] == pytest.approx(max(mass.values()) / column.sum().item())
     silent = torch.tensor([int((counts == counts.min()).nonzero()[0])])
     if counts[silent] == 0:
         with pytest.raises(ValueError, match="does not fire"):
-            find_examples(sae, store, rows, silent)
+            find_examples(sae, store, rows, silent, units)
 
 
 def test_latents_shown_are_spread_over_the_ranks() -> None:
@@ -166,35 +169,8 @@ def test_contexts_are_taken_whole(store: ActivationStore, rows: torch.Tensor) ->
     assert torch.equal(contexts.flatten(), store.tokens[rows[CONTEXT:]])
 
 
-class ByteTokenizer:
-    """One token per byte: characters beyond ASCII need several."""
-
-    def decode(self, tokens: list[int], **_: Any) -> str:
-        return bytes(tokens).decode("utf-8", errors="replace")
-
-
-def test_pieces_add_up_to_the_text() -> None:
-    text = "naïve – “quoted” 🙂 a"
-    found = pieces(ByteTokenizer(), list(text.encode()))
-    assert "".join(found) == text and len(found) == len(text.encode())
-    assert not any("\ufffd" in piece for piece in found)
-    cut = pieces(ByteTokenizer(), list("é".encode())[:1])
-    assert cut == ["\ufffd"], "what cannot be completed is shown as such"
-
-
-def test_an_example_about_part_of_a_character_marks_the_character() -> None:
-    tokens = list("a🙂b".encode())
-    example = Example(tokens, [0.0, 0.5, 3.0, 1.0, 0.0, 2.0], focus=2)
-    shown = example_pieces(ByteTokenizer(), example)
-    assert [(p.text, p.activation, p.is_focus) for p in shown] == [
-        ("a", 0.0, False),
-        ("🙂", 3.0, True),
-        ("b", 2.0, False),
-    ]
-
-
 def test_the_passage_says_what_each_token_took(saes: dict[str, ap.SAE], store: ActivationStore, rows: Any) -> None:
-    found = passage(saes, store, rows, load_tokenizer(store))
+    found = passage(saes, store, rows, TokenUnits(store, load_tokenizer(store)))
     first = rows[:CONTEXT]
     assert len(found) == CONTEXT and [t.takes_part for t in found] == store.mask[first].tolist()
     for column, sae in enumerate(saes.values()):

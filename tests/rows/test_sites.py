@@ -163,7 +163,7 @@ def test_descriptions_keep_the_filter_of_every_hookpoint(kind: str, folder: Path
         assert trained_filter(about, name) == ActivationStore(folder, name).filter
     assert trained_filter(about, "elsewhere") is None
     assert about.filtered_share == pytest.approx(1 - store.mask.double().mean().item())
-    assert about.rows == store.rows == len(store.mask) == len(store.contexts)
+    assert about.rows == store.rows == len(store.mask) == len(store.groups)
     assert about.lm.model == ActivationStore(folder, names[0]).describe().lm.model != ModelRecord()
 
 

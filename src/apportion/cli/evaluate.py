@@ -26,8 +26,8 @@ class Eval:
     say how well the SAE does there."""
     corpus: Annotated[Text, arg(name="")] = field(default_factory=Text)
     acts: Path | None = None
-    """A cache to evaluate on, instead of text; of the one that an SAE was trained on its held-out part. Default without
-    text: that one."""
+    """A cache, or a .npy file of rows, to evaluate on; of the one that an SAE was trained on its held-out
+    part. Default without text: that one."""
     hookpoint: str | None = None
     """For an SAE of several layers: evaluate it at this one only. Inside the model that is the only way."""
     tokens: Count = 100_000
@@ -122,7 +122,7 @@ class Eval:
             return found.pooled, figures | {"rows": what}, layers
         measurement = evaluate_rows({sae.name: sae}, store, rows)[sae.name]
         figures = measurement.result() | {"rows": what}
-        each = enumerate(zip(store.hookpoint.split(","), figures.get("fvu_sites", []), strict=False))
+        each = enumerate(zip((store.hookpoint or "").split(","), figures.get("fvu_sites", []), strict=False))
         sites = {f"site {i}, {name}": {**figures, "fvu": fvu, "fvu_unfiltered": None} for i, (name, fvu) in each}
         return measurement, figures, sites
 

@@ -30,7 +30,8 @@ class TrainBase:
     """Train a sparse autoencoder on a cache, or directly on a model."""
 
     source: Positional[str]
-    """A cache made by collect, or a transformers model (then also --hookpoint and --text or --dataset)."""
+    """A cache made by collect, a .npy file of rows, or a transformers model (then also --hookpoint and --text or
+    --dataset)."""
     out: Path
     """The run folder to create."""
     sae: str = "mutual_choice"
@@ -96,7 +97,7 @@ class TrainBase:
             say(f"\n{said[:1].upper()}{said[1:]}.")
             raise
         calibration = sae.info["calibration"]
-        say(f"{self.out}: {sae.name} on {trainer.tokens:,} tokens of {sae.hookpoint}")
+        say(f"{self.out}: {sae.name} on {trainer.tokens:,} tokens of {sae.hookpoint or self.source}")
         say(f"  calibrated on {calibration['tokens']:,} held-out tokens: L0 {calibration['l0']:.2f}")
         if trainer.verdict is not None:
             say(f"  but {'the result is of no use: ' * trainer.verdict.diverged}{trainer.verdict.text}")
@@ -147,19 +148,19 @@ class TrainBase:
         from apportion.language import ContextSource, LiveSource, read_contexts
         from apportion.language.hookpoints import expand
         from apportion.rows import CacheSource
-        from apportion.rows.opening import open_rows
+        from apportion.rows.opening import holds_array, holds_rows, open_rows
 
         kind = SAES[self.sae].architecture.row_kind
         self.source = str(expanded(self.source)) if self.source.startswith("~") else self.source
         if not Path(self.source).exists() and self.source != "embedded":
             refuse_mistyped(self.source, "a model's id on the Hub")
-            if self.source.count("/") != 1:
-                raise ValueError(f"There is no cache or model at {self.source!r}.")
-        if (Path(self.source) / "manifest.json").exists():
+            if self.source.count("/") != 1 or holds_array(self.source):
+                raise ValueError(f"There is no cache, file of rows or model at {self.source!r}.")
+        if holds_rows(self.source):
             if self._whole_contexts:
                 raise ValueError(f"{self.training_objective} runs the language model: give a model, not a cache.")
             if self.corpus != Text() or self.filter != Filter():
-                raise ValueError(f"{self.source} is a cache: its text and filter were chosen when it was collected.")
+                raise ValueError(f"{self.source} holds rows: their text and filter were chosen before.")
             target = getattr(self, "target_hookpoint", None)
             store = open_rows(self.source, kind, self.hookpoint, target, self.sae)
             return CacheSource(store, self.held_out_share, self.seed)

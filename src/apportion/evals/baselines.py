@@ -6,13 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apportion.rows.arrays import ArrayStore
-from apportion.rows.sites import Rows
+from apportion.rows.batch import RowStore
 
 CHUNK = 16384
 
 
-def pca_curve(store: Rows | ArrayStore, rows: Int[Tensor, " n"]) -> Float[Tensor, " d_in_plus_1"]:
+def pca_curve(store: RowStore, rows: Int[Tensor, " n"]) -> Float[Tensor, " d_in_plus_1"]:
     """FVU of a PCA with 0, 1, .., d_in components, fitted on the very rows it is measured on (those that take part).
 
     Fitting on the evaluation rows favours the PCA: no linear subspace of that many dimensions does better on them.

@@ -117,7 +117,5 @@ def figures_of(evaluator: Evaluator, subject: Subject) -> dict[str, Any]:
     found = list(evaluator.run(subject))
     for one in found:
         if one.key not in FIGURES:
-            raise ValueError(
-                f"The evaluator {evaluator.name} yields {one.key!r}, which is no figure. Add it to `figures`."
-            )
+            raise ValueError(f"The evaluator {evaluator.name} yields {one.key!r}, which nobody has defined.")
     return {one.key: one.value for one in found}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -19,22 +19,22 @@ from torch import Tensor
 
 from apportion.about import About
 from apportion.architectures import SAE, SAES
-from apportion.architectures.inputs import is_array
 from apportion.disk import replacing, write_json, write_text
 from apportion.evals.baselines import pca_curve
 from apportion.evals.figures import columns_of
 from apportion.evals.language_model import CrossEntropies, evaluate_model
 from apportion.evals.measure import Measurement
 from apportion.evals.plots import chart_svg, check_plots, density_chart, difficulty_chart, fvu_chart, l0_chart
-from apportion.evals.rows import evaluate_rows
+from apportion.evals.rows import as_store, evaluate_rows
 from apportion.evals.sweep import sweep
 from apportion.extras import need
 from apportion.progress import progress_bar
-from apportion.rows.arrays import ArrayStore
-from apportion.rows.sites import PairStore, Rows
+from apportion.rows.batch import RowStore
+from apportion.rows.sites import PairStore
 from apportion.rows.store import ActivationStore
 from apportion.torch_state import usual
-from apportion.viewing.examples import LatentExamples, as_texts, example_pieces, find_examples, pieces
+from apportion.viewing.examples import LatentExamples, find_examples
+from apportion.viewing.units import TokenUnits, Units, units_of
 
 NUM_LATENTS = 12
 """Latents shown of each SAE."""
@@ -70,7 +70,7 @@ def check_report() -> None:
 @usual()
 def make_report(
     saes: Mapping[str, SAE],
-    store: Rows | ArrayStore | Tensor,
+    store: RowStore | Tensor,
     rows: Int[Tensor, " n"] | None = None,
     model: Any = None,
     tokenizer: Any = None,
@@ -80,23 +80,23 @@ def make_report(
 ) -> Report:
     """Measure SAEs of one kind on `rows` (whole contexts, in order; all by default) and draw up the report.
 
-    `store` is whatever `evaluate_rows` accepts: a cache, stores of rows/sites.py, an array. `model` is the one
+    `store` is whatever `evaluate_rows` accepts: a cache, an array, any RowStore. `model` is the one
     the cache was made with; over the first `ce_tokens` of the rows it is run with each SAE spliced in, for the loss
     that this adds. Without it, with `ce_tokens = 0`, and for SAEs of several sites that is left out. Without tokens or
-    a tokenizer there are no texts.
+    a tokenizer examples are the numbers of rows.
     """
     check_report()
     if len(saes) > MOST_SAES:
         raise ValueError(f"A report shows at most {MOST_SAES} SAEs, got {len(saes)}. Make several reports.")
-    store = ArrayStore(store) if is_array(store) else cast(Rows, store)
+    store = as_store(store)
     rows = torch.arange(store.rows) if rows is None else rows
-    plain = isinstance(store, ActivationStore)
+    kind = next(iter(saes.values())).row_kind
     measurements = evaluate_rows(saes, store, rows, progress=progress)
     methods = {name: m.result() for name, m in measurements.items()}
-    pca = pca_curve(store, rows).tolist() if plain or (isinstance(store, ArrayStore) and _is_plain(store)) else []
+    pca = pca_curve(store, rows).tolist() if kind == "one" else []
     baselines: dict[str, Any] = {"pca": _pca(pca, {m["k"] for m in methods.values()})}
     in_model = None
-    if ce_tokens and model is not None and (plain or isinstance(store, PairStore)):
+    if ce_tokens and model is not None and isinstance(store, ActivationStore | PairStore):
         in_model, entropies = _in_model(saes, store, rows, model, ce_tokens, progress)
         for name, figures in methods.items():
             figures |= entropies.of(name)
@@ -108,14 +108,13 @@ def make_report(
             in_model = None
     for name, sae in saes.items():
         methods[name] |= {"settings": sae.settings(), "training": sae.info.get("training", {})}
-    latents: dict[str, list[LatentExamples]] = {}
-    shown: list[PassageToken] = []
-    if tokenizer is not None and isinstance(store, ActivationStore):
+    units, latents = units_of(store, tokenizer), dict[str, list[LatentExamples]]()
+    if kind != "layers":  # rows of several layers are no text
         with progress_bar("finding examples", len(rows) * len(saes), show=progress) as show:
             for number, (name, sae) in enumerate(saes.items(), 1):
-                latents[name] = find_examples(sae, store, rows, spread_latents(measurements[name]))
+                latents[name] = find_examples(sae, store, rows, spread_latents(measurements[name]), units)
                 show(number * len(rows))
-        shown = passage(saes, store, rows, tokenizer)
+    shown = passage(saes, store, rows, units) if latents and isinstance(units, TokenUnits) else []
     ks, about = {figures["k"] for figures in methods.values()}, store.describe()
     figures = {
         "k": ks.pop() if len(ks) == 1 else None,
@@ -126,25 +125,25 @@ def make_report(
         "methods": methods,
         "baselines": baselines,
         "sweeps": _sweeps(saes, store, rows, progress),
-        "latents": {name: [_latent_json(tokenizer, one) for one in found] for name, found in latents.items()},
+        "latents": {name: [_latent_json(one) for one in found] for name, found in latents.items()},
     }
-    page = render(figures, about, measurements, in_model, pca, shown, latents, tokenizer)
+    page = render(figures, about, measurements, in_model, pca, shown, latents)
     return Report(figures, page)
 
 
-def _is_plain(store: ArrayStore) -> bool:
-    return store.x.ndim == 2 and store.target is None
-
-
 def _in_model(
-    saes: Mapping[str, SAE], store: Rows, rows: Tensor, model: Any, ce_tokens: int, progress: bool
+    saes: Mapping[str, SAE],
+    store: ActivationStore | PairStore,
+    rows: Tensor,
+    model: Any,
+    ce_tokens: int,
+    progress: bool,
 ) -> tuple[dict[str, Measurement], CrossEntropies]:
     """What `evaluate_model` says over the first of the rows."""
     target = None
     if isinstance(store, PairStore):
-        store, other = cast(list[ActivationStore], store.stores)
+        store, other = store.stores
         target = (other.hookpoint, other.filter)
-    assert isinstance(store, ActivationStore)
     contexts = contexts_of(store, rows)[: max(1, ce_tokens // store.manifest["context_tokens"])]
     return evaluate_model(
         saes, model, contexts, store.filter, hookpoint=store.hookpoint, target=target, progress=progress
@@ -167,7 +166,7 @@ def spread_latents(measurement: Measurement) -> Int[Tensor, " n"]:
 
 
 def _sweeps(
-    saes: Mapping[str, SAE], store: Rows | ArrayStore, rows: Tensor, progress: bool
+    saes: Mapping[str, SAE], store: RowStore, rows: Tensor, progress: bool
 ) -> dict[str, list[tuple[float, float]]]:
     kept = rows[store.mask[rows]]
     chosen = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))[:SWEEP_ROWS].sort().values]
@@ -199,13 +198,13 @@ class PassageToken:
 
 
 @torch.inference_mode()
-def passage(saes: Mapping[str, SAE], store: ActivationStore, rows: Tensor, tokenizer: Any) -> list[PassageToken]:
+def passage(saes: Mapping[str, SAE], store: RowStore, rows: Tensor, units: Units) -> list[PassageToken]:
     """The beginning of the first context of `rows`, with what each token took of the budget."""
-    first = rows[store.contexts[rows] == store.contexts[rows[0]]][:PASSAGE_TOKENS]
-    x = store.gather(first)
+    first = rows[store.groups[rows] == store.groups[rows[0]]][:PASSAGE_TOKENS]
+    x = store.batch(first).x
     l0 = torch.stack([_l0(sae, x) for sae in saes.values()], dim=1).tolist()
-    texts = pieces(tokenizer, store.tokens[first].tolist())
-    return [PassageToken(*t) for t in zip(texts, map(tuple, l0), store.mask[first].tolist(), strict=True)]
+    shown = zip(units.pieces(first), map(tuple, l0), store.mask[first].tolist(), strict=True)
+    return [PassageToken(*token) for token in shown]
 
 
 def _l0(sae: SAE, x: Tensor) -> Tensor:
@@ -213,8 +212,8 @@ def _l0(sae: SAE, x: Tensor) -> Tensor:
         return sae.encode(x.to(sae.device)).l0().cpu()
 
 
-def _latent_json(tokenizer: Any, found: LatentExamples) -> dict[str, Any]:
-    shown = as_texts(found, tokenizer)
+def _latent_json(found: LatentExamples) -> dict[str, Any]:
+    shown = found.as_texts()
     return {
         "latent": shown.latent,
         "density": shown.density,
@@ -262,7 +261,6 @@ def render(
     pca: list[float],
     tokens: list[PassageToken],
     latents: Mapping[str, list[LatentExamples]],
-    tokenizer: Any,
 ) -> str:
     """The page."""
     from jinja2 import Environment, StrictUndefined
@@ -277,15 +275,13 @@ def render(
     if in_model is not None:
         charts.append(chart_svg(difficulty_chart(in_model), "Active latents against difficulty"))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["pieces"] = lambda example: example_pieces(tokenizer, example)
-    environment.filters["token"] = lambda token: tokenizer.decode([token])
     template = environment.from_string(files("apportion.evals").joinpath("report.html").read_text(encoding="utf-8"))
     baselines = figures["baselines"]
     return template.render(
         figures=figures,
         columns=[figure for figure in columns_of(methods.values()) if figure.key != "k"],
         lines=[*_lines_of(methods), *_lines_of_baselines(baselines)],
-        model=about.lm.model.name_or_path or "rows of numbers",
+        place=" at ".join(filter(None, [about.lm.model.name_or_path or "rows of numbers", about.hookpoint])),
         text=about.lm.text.in_words(),
         methods=methods,
         pca=baselines["pca"],

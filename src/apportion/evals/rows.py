@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,17 +16,17 @@ from apportion.architectures.inputs import is_array
 from apportion.evals.measure import Measurement
 from apportion.progress import progress_bar
 from apportion.rows.arrays import ArrayStore
+from apportion.rows.batch import RowStore
 from apportion.rows.order import held_out_groups, split_held_out
-from apportion.rows.sites import Rows
 from apportion.torch_state import usual
 
 CHUNK = 4096
 
 
-def held_out_rows(store: Rows, held_out_share: float) -> Int[Tensor, " n"]:
+def held_out_rows(store: RowStore, held_out_share: float) -> Int[Tensor, " n"]:
     """Rows of contexts that a `CacheSource` with this share neither trains nor calibrates on, filtered or not."""
-    groups = held_out_groups(int(store.contexts.max()) + 1, held_out_share)
-    rows = split_held_out(groups)[1][store.contexts].nonzero().squeeze(1)
+    groups = held_out_groups(int(store.groups.max()) + 1, held_out_share)
+    rows = split_held_out(groups)[1][store.groups].nonzero().squeeze(1)
     if not len(rows):
         raise ValueError(
             f"With held_out_share = {held_out_share} the cache {store.folder} keeps no context for evaluation. "
@@ -35,8 +35,8 @@ def held_out_rows(store: Rows, held_out_share: float) -> Int[Tensor, " n"]:
     return rows
 
 
-def unseen_rows(store: Rows, sae: SAE, where: str) -> tuple[Int[Tensor, " n"], str]:
-    """Rows of a cache that an SAE was neither trained nor calibrated on, whole contexts in order; and what they are.
+def unseen_rows(store: RowStore, sae: SAE, where: str) -> tuple[Int[Tensor, " n"], str]:
+    """Rows of a store that an SAE was neither trained nor calibrated on, whole contexts in order; and what they are.
 
     ValueError if what it has seen of the cache is not known: it was trained on the same text, cut in another way.
     """
@@ -44,12 +44,14 @@ def unseen_rows(store: Rows, sae: SAE, where: str) -> tuple[Int[Tensor, " n"], s
     ours, theirs = source.lm, found.lm
     if ours.tokens_sha256 is not None:
         same = ours.tokens_sha256 == theirs.tokens_sha256
+    elif source.language is None:
+        same = source.content_sha256 is not None and source.content_sha256 == found.content_sha256
     else:  # of an older run
         known = source.rows is not None and ours.contexts is not None
         same = known and (ours.text, source.rows, ours.contexts) == (theirs.text, found.rows, theirs.contexts)
     if same and source.held_out_share is not None:
         rows = held_out_rows(store, source.held_out_share)
-        return rows, f"held-out rows of its training cache {where}"
+        return rows, f"held-out rows of its training {'cache' if source.language else 'rows'} {where}"
     if same or same_text(ours.text, theirs.text):
         raise ValueError(
             f"{where} holds activations of the text that the SAE was trained on ({ours.text.where}), but not those "
@@ -67,17 +69,17 @@ def same_text(ours: TextRecord, theirs: TextRecord) -> bool:
     return bool(ours.where) and one == other
 
 
-def halves(store: Rows, rows: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
+def halves(store: RowStore, rows: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
     """Every other context of `rows` each: to calibrate on, and to evaluate on. ValueError for a single context."""
-    contexts = store.contexts[rows]
-    number = (contexts.diff(prepend=contexts[:1]) != 0).cumsum(0)
+    groups = store.groups[rows]
+    number = (groups.diff(prepend=groups[:1]) != 0).cumsum(0)
     first, second = rows[number % 2 == 0], rows[number % 2 == 1]
     if not len(second):
         raise ValueError("One context cannot be split into two halves: give more tokens to evaluate on.")
     return first, second
 
 
-def recalibrate(sae: SAE, store: Rows, rows: Int[Tensor, " n"]) -> float:
+def recalibrate(sae: SAE, store: RowStore, rows: Int[Tensor, " n"]) -> float:
     """Set the thresholds of an SAE anew, on the rows of a cache that pass its filter; returns the L0 there."""
     kept = rows[store.mask[rows]]
     return sae.calibrate(Anew(lambda: map(store.batch, kept.split(CHUNK))))
@@ -93,10 +95,22 @@ class Anew:
         return self.read()
 
 
+def as_store(on: RowStore | Float[Tensor, " n *row"] | Any) -> RowStore:
+    """What to evaluate on: a store as it is, an array as one; ValueError for anything else."""
+    if isinstance(on, RowStore):
+        return on
+    if not is_array(on):
+        raise ValueError(
+            "Rows to evaluate on are an array, or a store such as ActivationStore(folder) or ArrayStore(x); got "
+            f"{type(on).__name__}."
+        )
+    return ArrayStore(on)
+
+
 @usual()
 def evaluate_rows(
     saes: Mapping[str, SAE],
-    store: Rows | ArrayStore | Float[Tensor, " n *row"],
+    store: RowStore | Float[Tensor, " n *row"],
     rows: Int[Tensor, " n"] | None = None,
     *,
     max_tokens: int | None = None,
@@ -106,9 +120,8 @@ def evaluate_rows(
 
     Transcoders are measured on a `PairStore`, crosscoders on a `SitesStore` (rows/sites.py).
     """
-    store = ArrayStore(store) if is_array(store) else cast(Rows, store)
-    rows = torch.arange(store.rows) if rows is None else rows
-    rows = rows[:max_tokens]
+    store = as_store(store)
+    rows = (torch.arange(store.rows) if rows is None else rows)[:max_tokens]
     measurements = {name: Measurement(sae) for name, sae in saes.items()}
     with progress_bar("evaluating", len(rows), show=progress) as show:
         done = 0

@@ -25,10 +25,9 @@ from apportion.latents import Latents
 from apportion.recipes.command import listed
 from apportion.recipes.runs import at_equal_l0, check_same_place, in_language_model, least, spread
 from apportion.rows import ActivationStore, CacheSource, Source
-from apportion.rows.batch import Batch
+from apportion.rows.batch import Batch, RowStore
 from apportion.rows.manifest import read_manifest
 from apportion.rows.opening import joined
-from apportion.rows.sites import Rows
 from apportion.synthetic import GroundTruthConfig, GroundTruthSource
 from apportion.synthetic.world import Layout, World
 from apportion.training import TrainConfig
@@ -174,7 +173,7 @@ def known_rows(world: GroundTruthConfig, seed: int, n: int) -> tuple[Batch, Late
 
 
 @lru_cache(maxsize=6)
-def opened(folders: tuple[Path, ...], kind: RowKind, hookpoints: tuple[str | None, ...]) -> Rows:
+def opened(folders: tuple[Path, ...], kind: RowKind, hookpoints: tuple[str | None, ...]) -> RowStore:
     """The rows for SAEs of this kind, from the first cache that has all these hookpoints."""
     has = {folder: read_manifest(folder)["hookpoints"] for folder in folders}
     folder = next((f for f in folders if all(h is None or h in has[f] for h in hookpoints)), folders[0])
@@ -216,10 +215,10 @@ class CachePart(Part):
         """What rows of each kind are made of; nothing if there are none."""
         return {"one": (self.hookpoint,), "pair": self.pair, "sites": self.sites}
 
-    def train_rows(self, kind: RowKind = "one") -> Rows:
+    def train_rows(self, kind: RowKind = "one") -> RowStore:
         return opened(self.acts, kind, self.hookpoints[kind])
 
-    def eval_rows(self, kind: RowKind) -> Rows:
+    def eval_rows(self, kind: RowKind) -> RowStore:
         return opened(self.eval_acts, kind, self.hookpoints[kind])
 
     @property

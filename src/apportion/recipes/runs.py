@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from apportion.about import TextRecord
 from apportion.architectures import SAE
 from apportion.evals import evaluate_model, evaluate_rows
 from apportion.language import load_model, read_contexts
-from apportion.rows import Source
-from apportion.rows.sites import Aligned, Rows
+from apportion.rows import ActivationStore, Source
+from apportion.rows.batch import RowStore
+from apportion.rows.sites import Aligned
 from apportion.training import TrainConfig, Trainer
 from apportion.training.run import read_log, read_run
 from apportion.training.same import check_same
@@ -58,7 +59,7 @@ def best_rate(name: str, fvu: Mapping[float, float]) -> float:
     return best
 
 
-def check_same_place(train: Rows, evaluation: Rows) -> None:
+def check_same_place(train: RowStore, evaluation: RowStore) -> None:
     """ValueError if two caches are not of the same model and hookpoint."""
     a, b = train.describe(), evaluation.describe()
     for key, same in (("model", a.lm.model == b.lm.model), ("hookpoint", a.hookpoint == b.hookpoint)):
@@ -66,20 +67,20 @@ def check_same_place(train: Rows, evaluation: Rows) -> None:
             raise ValueError(f"{train.folder} and {evaluation.folder} differ in {key}. Use caches of one hookpoint.")
 
 
-def halves(store: Rows) -> tuple[Tensor, Tensor]:
+def halves(store: RowStore) -> tuple[Tensor, Tensor]:
     """The rows of every other context, to calibrate, and those of the contexts in between, to evaluate."""
-    odd = store.contexts % 2 == 1
+    odd = store.groups % 2 == 1
     return (~odd).nonzero().squeeze(1), odd.nonzero().squeeze(1)
 
 
-def recalibrate(sae: SAE, store: Rows, rows: Tensor) -> None:
+def recalibrate(sae: SAE, store: RowStore, rows: Tensor) -> None:
     """Calibrate on these rows of a cache, as far as they take part."""
     kept = rows[store.mask[rows]]
     order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))
     sae.calibrate(store.batch(kept[part]).x for part in order.split(4096))
 
 
-def at_equal_l0(sae: SAE, store: Rows) -> dict[str, Any]:
+def at_equal_l0(sae: SAE, store: RowStore) -> dict[str, Any]:
     """Figures on the evaluation half: calibrated on the other half (which remains), and under "as_fitted" before that.
 
     Other text has another difficulty, and methods are to be compared at equal L0.
@@ -91,7 +92,7 @@ def at_equal_l0(sae: SAE, store: Rows) -> dict[str, Any]:
 
 
 def in_language_model(
-    saes: Mapping[str, SAE], store: Rows, model_name: str, text: Path, ce_tokens: int
+    saes: Mapping[str, SAE], store: RowStore, model_name: str, text: Path, ce_tokens: int
 ) -> dict[str, dict[str, Any]]:
     """delta-CE and what belongs to it, on contexts of the evaluation half; clean and ablated passes are shared.
 
@@ -104,7 +105,7 @@ def in_language_model(
     contexts = read_contexts(tokenizer, text, tokens=2 * ce_tokens, **cut)[1::2]
     for sae in saes.values():
         recalibrate(sae, store, calibrate)
-    x, *target = store.stores if isinstance(store, Aligned) else [store]
+    x, *target = store.stores if isinstance(store, Aligned) else [cast(ActivationStore, store)]
     measurements, entropies = evaluate_model(
         saes,
         model,

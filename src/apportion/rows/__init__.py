@@ -11,8 +11,10 @@ filter.py   TokenFilter                           which rows take part; order.py
 Nothing here knows a language model.
 """
 
+from apportion.rows.arrays import ArrayStore as ArrayStore
 from apportion.rows.batch import ArraySource as ArraySource
 from apportion.rows.batch import Batch as Batch
+from apportion.rows.batch import RowStore as RowStore
 from apportion.rows.batch import Source as Source
 from apportion.rows.filter import TokenFilter as TokenFilter
 from apportion.rows.sites import LayersStore as LayersStore

@@ -8,8 +8,9 @@ where it stands. `ArraySource` is the simplest one: a tensor in memory. `CacheSo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
@@ -85,6 +86,51 @@ class Source(Protocol):
     def describe(self) -> About:
         """What the rows are: hookpoint, dtype, filter, split, counts, and of a language model what else matters."""
         ...
+
+
+@runtime_checkable
+class RowStore(Protocol):
+    """Rows that lie still, so that each can be asked for: what evaluations, reports and `CacheSource` stand on.
+
+    A cache of a language model is one, and so is an array; the tokens of the one are labels like others of the other.
+    """
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def d_in(self) -> int: ...
+
+    @property
+    def hookpoint(self) -> str | None:
+        """Where in a model they come from, if they come from one."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """Where they lie, for messages."""
+        ...
+
+    @property
+    def mask(self) -> Any:
+        """bool [rows]: which take part."""
+        ...
+
+    @property
+    def groups(self) -> Int[Tensor, " rows"]:
+        """Rows of equal number belong together (a context, a recording): they are held out and split as a whole."""
+        ...
+
+    @property
+    def labels(self) -> Mapping[str, Any]:
+        """Columns of what is known about each row besides."""
+        ...
+
+    def batch(self, indices: Int[Tensor, " n"]) -> Batch:
+        """The rows at `indices`, in that order."""
+        ...
+
+    def describe(self) -> About: ...
 
 
 def read_held_out(

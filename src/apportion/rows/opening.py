@@ -1,4 +1,4 @@
-"""The rows of a cache that an SAE takes: of one hookpoint, of a pair, of several together, of every layer.
+"""The rows that an SAE takes, from a cache or a file: of one hookpoint, of a pair, of several together, of every layer.
 
 `SAE.row_kind` is the word for it.
 """
@@ -11,12 +11,14 @@ from typing import Any
 
 from apportion.architectures import SAE
 from apportion.architectures.base import RowKind
-from apportion.rows.manifest import read_manifest
-from apportion.rows.sites import LayersStore, PairStore, Rows, SitesStore, open_stores
+from apportion.rows.arrays import ArrayStore, open_array
+from apportion.rows.batch import RowStore
+from apportion.rows.manifest import MANIFEST, read_manifest
+from apportion.rows.sites import LayersStore, PairStore, SitesStore, open_stores
 from apportion.rows.store import ActivationStore
 
 
-def joined(kind: RowKind, stores: Sequence[ActivationStore]) -> Rows:
+def joined(kind: RowKind, stores: Sequence[ActivationStore]) -> RowStore:
     """Rows of this kind, made of the same tokens at one hookpoint or several; of a pair x is the first."""
     if kind == "one":
         return stores[0]
@@ -29,9 +31,11 @@ def open_rows(
     hookpoint: str | None = None,
     target_hookpoint: str | None = None,
     name: str = "this SAE",
-) -> Rows:
+) -> RowStore:
     """The rows of a cache for an SAE of that kind; `hookpoint` may be a list with commas and globs where it takes
     several. ValueError, in which `name` stands for the SAE, if the cache has no such rows."""
+    if holds_array(folder):
+        return _array_for(kind, open_array(folder), name)
     if kind == "one":
         return ActivationStore(folder, hookpoint)
     here = f"{folder} has {', '.join(read_manifest(folder)['hookpoints'])}."
@@ -52,7 +56,29 @@ def open_rows(
     return joined(kind, stores)
 
 
-def rows_for(sae: SAE, folder: str | Path | None = None) -> Rows:
+def holds_rows(path: str | Path) -> bool:
+    """Is it a cache, or a file of rows?"""
+    return holds_array(path) or (Path(path) / MANIFEST).exists()
+
+
+def holds_array(path: str | Path) -> bool:
+    return Path(path).suffix == ".npy"
+
+
+def _array_for(kind: RowKind, store: ArrayStore, name: str) -> ArrayStore:
+    """ValueError if the rows of a file are not those that an SAE of this kind takes."""
+    if kind == "pair":
+        raise ValueError(
+            f"{name} predicts a target, and a file holds only what it reads: train it in Python, on ArrayStore(x, "
+            "target=y), or on a cache of two hookpoints."
+        )
+    if (store.x.ndim == 3) != (kind == "sites"):
+        wanted = "[n, num_sites, d_in]" if kind == "sites" else "[n, d_in]"
+        raise ValueError(f"{name} takes rows {wanted}, and {store.file} has shape {list(store.x.shape)}.")
+    return store
+
+
+def rows_for(sae: SAE, folder: str | Path | None = None) -> RowStore:
     """The rows of a cache for this SAE, at its own hookpoints; None: of the cache, or caches, it was trained on."""
     if folder is None and sae.source.folders:
         names = [site.hookpoint for site in sae.source.sites]

@@ -63,8 +63,12 @@ class Aligned(ABC):
         return {name: value for name, value in vars(self).items() if name != "mask"}
 
     @property
-    def contexts(self) -> Int[Tensor, " rows"]:
-        return self.stores[0].contexts
+    def groups(self) -> Int[Tensor, " rows"]:
+        return self.stores[0].groups
+
+    @property
+    def labels(self) -> dict[str, Int[Tensor, " rows"]]:
+        return self.stores[0].labels
 
     @abstractmethod
     def batch(self, indices: Int[Tensor, " n"]) -> Batch:
@@ -87,10 +91,6 @@ class Aligned(ABC):
             content_sha256=hashlib.sha256("".join(about.content_sha256 or "" for about in each).encode()).hexdigest(),
             sites=tuple(sites),
         )
-
-
-Rows = ActivationStore | Aligned
-"""What sources train on and evaluations measure on."""
 
 
 class PairStore(Aligned):
@@ -148,8 +148,12 @@ class LayersStore(Aligned):
         return tokens.repeat_interleave(len(self.stores))
 
     @property
-    def contexts(self) -> Int[Tensor, " rows"]:
-        return self.stores[0].contexts.repeat_interleave(len(self.stores))
+    def groups(self) -> Int[Tensor, " rows"]:
+        return super().groups.repeat_interleave(len(self.stores))
+
+    @property
+    def labels(self) -> dict[str, Int[Tensor, " rows"]]:
+        return {name: column.repeat_interleave(len(self.stores)) for name, column in super().labels.items()}
 
     def batch(self, indices: Int[Tensor, " n"]) -> Batch:
         token = indices.div(len(self.stores), rounding_mode="floor")

@@ -1,7 +1,8 @@
-"""Training rows from a cache on disk, globally shuffled.
+"""Training rows from a cache on disk or another store, globally shuffled.
 
-Whole contexts are held out, evenly spread over the text (every tenth by default), so held-out rows share no context
-with training rows. Half of them serve to calibrate, the other half is left for evaluation (`evals.rows`).
+Whole contexts (or other groups) are held out, evenly spread over the text (every tenth by default), so held-out rows
+share no context with training rows. Half of them serve to calibrate, the other half is left for evaluation
+(`evals.rows`).
 
 A thread reads up to two batches ahead; the position counts batches handed out, not batches read, so resuming is exact
 whatever the thread was doing.
@@ -19,23 +20,21 @@ from typing import Any
 from torch import Tensor
 
 from apportion.about import About
-from apportion.rows.batch import Batch, read_held_out
+from apportion.rows.batch import Batch, RowStore, read_held_out
 from apportion.rows.order import EpochOrder, Position, held_out_groups, split_held_out
-from apportion.rows.sites import Rows
 
 PREFETCH = 2
 
 
 class CacheSource:
-    """The unfiltered rows of a cache (an `ActivationStore`, or one of sites.py): each epoch permutes all of them."""
+    """The rows of a store that take part (of a cache, of an array): each epoch permutes all of them."""
 
-    def __init__(self, store: Rows, held_out_share: float = 0.1, seed: int = 0) -> None:
+    def __init__(self, store: RowStore, held_out_share: float = 0.1, seed: int = 0) -> None:
         self.store, self.held_out_share, self.seed = store, held_out_share, seed
-        contexts = store.contexts
-        num_contexts = int(contexts.max()) + 1
-        held_out = held_out_groups(num_contexts, held_out_share)
-        self._held_out = (store.mask & split_held_out(held_out)[0][contexts]).nonzero().squeeze(1)
-        self._order = EpochOrder((store.mask & ~held_out[contexts]).nonzero().squeeze(1), seed)
+        groups = store.groups
+        held_out = held_out_groups(int(groups.max()) + 1, held_out_share)
+        self._held_out = (store.mask & split_held_out(held_out)[0][groups]).nonzero().squeeze(1)
+        self._order = EpochOrder((store.mask & ~held_out[groups]).nonzero().squeeze(1), seed)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The store, which is sent as a path, and the position."""
@@ -49,7 +48,7 @@ class CacheSource:
         return self.store.d_in
 
     @property
-    def hookpoint(self) -> str:
+    def hookpoint(self) -> str | None:
         return self.store.hookpoint
 
     @property
@@ -79,7 +78,7 @@ class CacheSource:
     def describe(self) -> About:
         split = {"held_out_share": self.held_out_share, "seed": self.seed}
         counts = {"rows_train": self.num_rows, "rows_calibrate": len(self._held_out)}
-        return replace(self.store.describe(), kind="cache", folder=str(self.store.folder.resolve()), **split, **counts)
+        return replace(self.store.describe(), **split, **counts)
 
 
 def _read_ahead(read: Any, upcoming: Iterable[tuple[Tensor, Position]]) -> Iterator[tuple[Batch, Position]]:

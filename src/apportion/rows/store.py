@@ -110,6 +110,15 @@ class ActivationStore:
         """For each row the number of the context it comes from."""
         return self._below("contexts", self.manifest.get("contexts") or self.rows)
 
+    @property
+    def groups(self) -> Int[Tensor, " rows"]:
+        """The contexts."""
+        return self.contexts
+
+    @property
+    def labels(self) -> dict[str, Int[Tensor, " rows"]]:
+        return {"tokens": self.tokens, "positions": self.positions}
+
     def _below(self, name: str, limit: int) -> Int[Tensor, " rows"]:
         """A column of numbers from 0 to below `limit`; others lead to tables of any size, so ValueError for them."""
         column = self._labels[name].all()
@@ -172,7 +181,14 @@ class ActivationStore:
         """What one must know about these rows: everything in the manifest but the shard list."""
         about = about_manifest(self.manifest)
         language = replace(about.lm, tokens_sha256=self.tokens_sha256)
-        return about.of_site(self.site, sites=(), content_sha256=self.content_sha256, language=language)
+        return about.of_site(
+            self.site,
+            kind="cache",
+            folder=str(self.folder.resolve()),
+            sites=(),
+            content_sha256=self.content_sha256,
+            language=language,
+        )
 
 
 def _digest(file: Path) -> str | None:
