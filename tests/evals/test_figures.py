@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 import apportion as ap
-from apportion.evals import Measure, Measurement, add_measure, evaluate_rows
+from apportion.cli import main
+from apportion.evals import (
+    EVALS,
+    Evaluator,
+    Found,
+    Measure,
+    Measurement,
+    add_evaluator,
+    add_measure,
+    evaluate_rows,
+    recovery,
+)
 from apportion.evals.figures import FIGURES, Figure, add_figures, columns_of
+from apportion.evals.geometry import geometry
 from apportion.evals.measure import MEASURES
 from apportion.evals.report import make_report
 from apportion.evals.table import print_table
 from apportion.interop.card import model_card
+from apportion.synthetic import GroundTruthConfig, GroundTruthSource
 
 X = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
 
@@ -87,3 +103,64 @@ def test_columns_are_the_figures_that_results_have():
     shown = columns_of([{"l0": 1.0, "fvu": None, "k": 3, "ce_clean": 1.0, "name": "x"}])
     assert [figure.key for figure in shown] == ["k", "fvu", "l0"]
     assert FIGURES["fvu"].written(None, "?") == "?" and FIGURES["dead"].written(0.5) == "50.00%"
+
+
+class Loudness(Evaluator):
+    """The largest code, of a store."""
+
+    name = "loudness"
+    figures = (Figure("loudest", "loudest", ".2f", "the largest code"),)
+
+    def run(self, subject):
+        codes = subject.sae.eval().encode(subject.store.batch(subject.indices).x)
+        yield Found("loudest", codes.values.max().item(), codes.tokens, "eval mode")
+
+
+@pytest.fixture
+def loudness(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    figures, evals = dict(FIGURES), dict(EVALS)
+    add_evaluator(Loudness)
+    yield
+    for table, before in ((FIGURES, figures), (EVALS, evals)):
+        table.clear()
+        table.update(before)
+
+
+def test_an_evaluator_is_one_class_and_one_line(loudness, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    wanted = sae().encode(X).values.max().item()
+    found = ap.evaluate(sae(), X, evals=["loudness", "geometry"])
+    assert found["loudest"] == wanted and found["fvu"] == ap.evaluate(sae(), X)["fvu"]
+    assert found["duplicated"] == geometry(sae().W_dec, 1).duplicated and found["between"] is None
+    np.save(tmp_path / "x.npy", X.numpy())
+    sae().save(tmp_path / "sae")
+    said = ["eval", str(tmp_path / "sae"), "--acts", str(tmp_path / "x.npy"), "--on", "loudness, geometry"]
+    assert main([*said, "--json", str(tmp_path / "found.json")]) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["loudest"] == pytest.approx(wanted)
+    assert "loudest" in capsys.readouterr().out.splitlines()[0]
+    assert main([*said[:-1], "loudnes"]) == 2
+    assert "There is no evaluator 'loudnes'; did you mean loudness" in capsys.readouterr().err
+
+
+def test_what_an_evaluator_needs_is_asked_for_before_anything_is_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Measurement, "add", lambda *_, **__: pytest.fail("something was run"))
+    for name, needed in (("recovery", "labels"), ("language_model", "model")):
+        with pytest.raises(ValueError, match=f"The evaluator {name} needs {needed}"):
+            ap.evaluate(sae(), X, evals=[name])
+
+
+def test_an_evaluator_yields_figures_only(loudness, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Loudness, "run", lambda self, subject: iter([Found("volume", 1.0, 1, "eval mode")]))
+    with pytest.raises(ValueError, match="yields 'volume'"):
+        ap.evaluate(sae(), X, evals=["loudness"])
+
+
+def test_recovery_as_an_evaluator_is_recovery():
+    source = GroundTruthSource(GroundTruthConfig(num_features=64, d_in=16), seed=0)
+    made = ap.create("topk", d_in=16, d_sae=64, k=4, seed=0)
+    made.fit_input(source.sample(500).x)
+    found = ap.evaluate(made, source.store(400), evals=["recovery"])
+    plain = recovery(made, *source.truth(400), source.directions)
+    assert {key: found[key] for key in ("mcc", "f1", "l0_true")} == {
+        key: plain[key] for key in ("mcc", "f1", "l0_true")
+    }
+    assert found["fvu"] == pytest.approx(plain["fvu"]) and found["l0"] == plain["l0"]

@@ -16,11 +16,11 @@ import apportion as ap
 from apportion.cli import main
 from apportion.evals import Measurement, evaluate_rows, held_out_rows
 from apportion.evals.baselines import pca_curve
+from apportion.evals.language_model import contexts_of
 from apportion.evals.plots import fvu_chart
 from apportion.evals.report import (
     NUM_LATENTS,
     Report,
-    contexts_of,
     make_report,
     passage,
     spread_latents,

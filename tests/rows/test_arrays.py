@@ -139,7 +139,7 @@ def test_train_eval_and_report_on_a_file(file: Path, tmp_path: Path, capsys: pyt
     np.save(tmp_path / "changed.npy", changed)
     assert main(["train", str(tmp_path / "changed.npy"), *train[2:], "--requeue"]) == 2
     capsys.readouterr()
-    assert main(["train", str(tmp_path / "nothing.npy"), *train[2:]]) == 2
+    assert main(["train", str(tmp_path / "nothing.npy"), "--out", str(tmp_path / "none")]) == 2
     assert "nothing.npy" in capsys.readouterr().err
     sae = ap.load(run)
     assert sae.hookpoint is None and sae.source.kind == "array" and isinstance(rows_for(sae), ArrayStore)

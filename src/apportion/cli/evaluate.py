@@ -32,6 +32,8 @@ class Eval:
     """For an SAE of several layers: evaluate it at this one only. Inside the model that is the only way."""
     tokens: Count = 100_000
     """How many tokens to evaluate."""
+    on: str | None = None
+    """What else to find out: names of evaluators, separated by commas, such as geometry."""
     recalibrate: bool = False
     """Set thresholds anew on every other context, so that L0 is k on this text, and evaluate on the rest."""
     context_tokens: Count | None = None
@@ -44,6 +46,7 @@ class Eval:
 
     def run(self) -> None:
         from apportion.disk import check_may_write, write_json
+        from apportion.evals.evaluator import known
         from apportion.evals.plots import save_plots
         from apportion.evals.table import print_table
         from apportion.interop.load import load
@@ -55,6 +58,7 @@ class Eval:
             raise ValueError(f"--json {self.json} is not a file in an existing folder.")
         for file in filter(None, (self.json, self.plots and self.plots / "density.png")):
             check_may_write(file)
+        known(self._evals)
         if in_model and self.acts is not None:
             raise ValueError("Give either --acts (a cache) or --text / --dataset (inside the model), not both.")
         if self.model is not None and not in_model:
@@ -99,6 +103,16 @@ class Eval:
         if several and self.hookpoint is None:
             raise ValueError(f"Inside the model {sae.name} is evaluated at one of its layers: give --hookpoint.")
 
+    @property
+    def _evals(self) -> list[str]:
+        return [name.strip() for name in (self.on or "").split(",") if name.strip()]
+
+    def _others(self, sae: Any, **on: Any) -> dict[str, Any]:
+        """What the evaluators of --on find."""
+        from apportion.evals.evaluator import Subject, figures_by
+
+        return figures_by(self._evals, Subject(sae, progress=True, **on))
+
     # On rows of a cache
 
     def _on_rows(self, sae: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -119,9 +133,9 @@ class Eval:
             found = evaluate_layers(sae, store, rows)
             layers = {hookpoint: one.result() for hookpoint, one in found.layers.items()}
             figures = found.pooled.result() | {"layers": layers, "layer_statistics": found.statistics.result()}
-            return found.pooled, figures | {"rows": what}, layers
+            return found.pooled, figures | {"rows": what} | self._others(sae, store=store, rows=rows), layers
         measurement = evaluate_rows({sae.name: sae}, store, rows)[sae.name]
-        figures = measurement.result() | {"rows": what}
+        figures = measurement.result() | {"rows": what} | self._others(sae, store=store, rows=rows)
         each = enumerate(zip((store.hookpoint or "").split(","), figures.get("fvu_sites", []), strict=False))
         sites = {f"site {i}, {name}": {**figures, "fvu": fvu, "fvu_unfiltered": None} for i, (name, fvu) in each}
         return measurement, figures, sites
@@ -203,5 +217,5 @@ class Eval:
         )
         measurement = found[sae.name]
         seen = ", which the SAE was trained on" if same_text(trained_on.lm.text, text.describe()) else ""
-        what = {"rows": f"text {text.where}{seen}", "model": name}
+        what = {"rows": f"text {text.where}{seen}", "model": name} | self._others(sae, model=model)
         return measurement, measurement.result() | entropies.of(sae.name) | what, {}

@@ -11,7 +11,7 @@ Its figures are then in the tables, the JSON, the report and the card, and `appo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -74,7 +74,7 @@ class Evaluator(ABC):
 
     def cost(self, subject: Subject) -> str:
         """What it will run, in words."""
-        return f"{len(subject.indices):,} rows" if subject.store is not None else "the weights alone"
+        return f"{len(subject.indices):,} rows" if "rows" in self.needs else "the weights alone"
 
     @abstractmethod
     def run(self, subject: Subject) -> Iterator[Found]:
@@ -83,6 +83,16 @@ class Evaluator(ABC):
 
 EVALS: dict[str, type[Evaluator]] = {}
 AnyEvaluator = TypeVar("AnyEvaluator", bound=type[Evaluator])
+
+
+def found_in(
+    result: Mapping[str, Any], figures: Iterable[Figure], tokens: int, mode: str = "eval mode"
+) -> Iterator[Found]:
+    """Those of the figures that a result has; NaN is None."""
+    for figure in figures:
+        if figure.key in result:
+            value = result[figure.key]
+            yield Found(figure.key, None if value is None or value != value else value, tokens, mode)
 
 
 def add_evaluator(evaluator: AnyEvaluator) -> AnyEvaluator:
@@ -94,15 +104,21 @@ def add_evaluator(evaluator: AnyEvaluator) -> AnyEvaluator:
 
 def evaluators(names: Iterable[str], subject: Subject) -> list[Evaluator]:
     """The evaluators of these names. ValueError for one that there is not, or that lacks what it needs here."""
-    load_others()
     chosen = []
-    for name in names:
-        if name not in EVALS:
-            raise ValueError(f"There is no evaluator {name!r}; {nearest(name, EVALS)}")
+    for name in known(names):
         if missing := [need for need in sorted(EVALS[name].needs) if not subject.has(need)]:
             raise ValueError(f"The evaluator {name} needs {' and '.join(missing)}, which there are none of here.")
         chosen.append(EVALS[name]())
     return chosen
+
+
+def known(names: Iterable[str]) -> list[str]:
+    """These names; ValueError for one of which there is no evaluator."""
+    load_others()
+    for name in (names := list(names)):
+        if name not in EVALS:
+            raise ValueError(f"There is no evaluator {name!r}; {nearest(name, EVALS)}")
+    return names
 
 
 @cache
@@ -110,6 +126,11 @@ def load_others() -> None:
     """Evaluators of packages that are installed."""
     for entry in entry_points(group="apportion.evals"):
         add_evaluator(entry.load())
+
+
+def figures_by(names: Iterable[str], subject: Subject) -> dict[str, Any]:
+    """What these evaluators find, by key; all that can be wrong shows before the first is run."""
+    return {key: value for one in evaluators(names, subject) for key, value in figures_of(one, subject).items()}
 
 
 def figures_of(evaluator: Evaluator, subject: Subject) -> dict[str, Any]:

@@ -13,13 +13,17 @@ Cosines are made in row blocks: n^2 d multiplications, and n * E numbers kept.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from apportion.blocks import block_rows
+from apportion.evals.evaluator import Evaluator, Found, Subject, add_evaluator, found_in
+from apportion.evals.figures import Figure
 from apportion.matching import directions
 
 DUPLICATE = 0.9
@@ -42,6 +46,25 @@ class Geometry:
     """`within`, had the rows been split at random."""
     between_at_random: float
     """`between`, had the rows been split at random."""
+
+
+@final
+@add_evaluator
+class OfDecoder(Evaluator):
+    """Of the decoder, in as many parts as there are experts."""
+
+    name = "geometry"
+    needs = frozenset()
+    figures = (
+        Figure("duplicated", "duplicated", ".1%", "latents with a near copy: a cosine above 0.9", "lower"),
+        Figure("duplicated_elsewhere", "copied", ".1%", "latents with a near copy in another expert", "lower", None),
+        Figure("within", "within", ".3f", "mean cosine with the nearest latent of the same expert", column=None),
+        Figure("between", "between", ".3f", "mean cosine with the nearest latent of another expert", column=None),
+    )
+
+    def run(self, subject: Subject) -> Iterator[Found]:
+        experts = getattr(subject.sae, "num_experts", 1)
+        yield from found_in(vars(geometry(subject.sae.get_parameter("W_dec"), experts)), self.figures, 0, "weights")
 
 
 @torch.no_grad()

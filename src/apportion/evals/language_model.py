@@ -18,7 +18,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion.architectures import SAE
+from apportion.evals.evaluator import Evaluator, Found, Subject, add_evaluator, found_in
+from apportion.evals.figures import FIGURES
 from apportion.evals.measure import Measurement
 from apportion.evals.rows import Anew
 from apportion.language.effect import check_read
@@ -35,6 +37,8 @@ from apportion.language.passes import by_context, parameters_of
 from apportion.metrics import recovered
 from apportion.progress import progress_bar
 from apportion.rows.filter import TokenFilter
+from apportion.rows.sites import PairStore
+from apportion.rows.store import ActivationStore
 from apportion.torch_state import in_eval_mode, usual
 
 logger = logging.getLogger(__name__)
@@ -137,6 +141,55 @@ def evaluate_model(
             done += 2 * ids.numel()
             show(done)
     return measurements, entropies
+
+
+def evaluate_cache_in_model(
+    saes: Mapping[str, SAE],
+    store: ActivationStore | PairStore,
+    rows: Int[Tensor, " n"],
+    model: Any,
+    tokens: int | None = None,
+    *,
+    progress: bool = True,
+) -> tuple[dict[str, Measurement], CrossEntropies]:
+    """`evaluate_model` on the whole contexts among `rows` of a cache that this model made; on `tokens` of them."""
+    target = None
+    if isinstance(store, PairStore):
+        store, other = store.stores
+        target = (other.hookpoint, other.filter)
+    contexts = contexts_of(store, rows)
+    contexts = contexts if tokens is None else contexts[: max(1, tokens // contexts.shape[1])]
+    place = {"hookpoint": store.hookpoint, "target": target}
+    return evaluate_model(saes, model, contexts, store.filter, **place, progress=progress)
+
+
+def contexts_of(store: ActivationStore, rows: Int[Tensor, " n"]) -> Int[Tensor, "num_contexts context_tokens"]:
+    """The whole contexts among `rows`, as token ids."""
+    length = store.manifest["context_tokens"]
+    whole = torch.bincount(store.contexts[rows])[store.contexts[rows]] == length
+    return store.tokens[rows[whole]].reshape(-1, length)
+
+
+@final
+@add_evaluator
+class InModel(Evaluator):
+    """On the whole contexts among the rows of a cache."""
+
+    name = "language_model"
+    needs = frozenset({"rows", "model"})
+
+    def cost(self, subject: Subject) -> str:
+        return f"{len(subject.indices):,} tokens, four times through the language model"
+
+    def run(self, subject: Subject) -> Iterator[Found]:
+        if not isinstance(subject.store, ActivationStore | PairStore):
+            raise ValueError(f"The evaluator {self.name} needs the cache of a language model, with its tokens.")
+        found, entropies = evaluate_cache_in_model(
+            {"sae": subject.sae}, subject.store, subject.indices, subject.model, progress=subject.progress
+        )
+        result: dict[str, Any] = found["sae"].result() | entropies.of("sae")
+        figures = [FIGURES[key] for key in (*entropies.of("sae"), "l0_difficulty_correlation") if key in FIGURES]
+        yield from found_in(result, figures, result["tokens"], result["mode"])
 
 
 @torch.inference_mode()

@@ -16,7 +16,8 @@ A latent that never fires correlates with nothing: it counts 0 in mcc and f1. Lo
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +26,8 @@ from torch import Tensor
 from apportion.architectures import SAE
 from apportion.architectures.inputs import PER_TOKEN
 from apportion.blocks import block_rows
+from apportion.evals.evaluator import Evaluator, Found, Subject, add_evaluator, found_in
+from apportion.evals.figures import Figure
 from apportion.kernels.primitives import weighted_sums
 from apportion.latents import Latents, concatenated
 from apportion.matching import assign
@@ -71,6 +74,32 @@ def recovery(sae: SAE, batch: Batch, codes: Latents, directions: Float[Tensor, "
         "l0_true": codes.nnz / codes.tokens,
         "l0_correlation": _known(correlation(found.l0().double(), codes.l0().double())),
     }
+
+
+@final
+@add_evaluator
+class Recovery(Evaluator):
+    """Of a store that knows its features (`GroundTruthSource.store`)."""
+
+    name = "recovery"
+    needs = frozenset({"rows", "labels"})
+    figures = (
+        Figure("mcc", "MCC", ".3f", "mean correlation of matched latents and features", "higher"),
+        Figure("mcc_cosine", "MCC (cosine)", ".3f", "mean cosine of matched latents and features", "higher", None),
+        Figure("precision", "precision", ".3f", "of matched latents as detectors of their features", "higher", None),
+        Figure("recall", "recall", ".3f", "of matched latents as detectors of their features", "higher", None),
+        Figure("f1", "F1", ".3f", "of matched latents as detectors of their features", "higher"),
+        Figure("cosine_of_features", "cosine of features", ".3f", "mean, with the nearest decoder row", "higher"),
+        Figure("cosine_of_latents", "cosine of latents", ".3f", "mean, with the nearest feature", "higher"),
+        Figure("uniqueness", "unique", ".3f", "different nearest features of living latents, as a share", "higher"),
+        Figure("l0_true", "true L0", ".2f", "features that fire on a token", column=None),
+        Figure("l0_correlation", "r(L0, true)", ".2f", "of a token's L0 with the true one", "higher"),
+    )
+
+    def run(self, subject: Subject) -> Iterator[Found]:
+        store, rows = subject.store, subject.indices
+        result = recovery(subject.sae, store.batch(rows), store.codes[rows], store.directions)
+        yield from found_in(result, self.figures, len(rows))
 
 
 def _encoded(sae: SAE, batch: Batch) -> tuple[Latents, float]:

@@ -22,7 +22,7 @@ from apportion.architectures import SAE, SAES
 from apportion.disk import replacing, write_json, write_text
 from apportion.evals.baselines import pca_curve
 from apportion.evals.figures import columns_of
-from apportion.evals.language_model import CrossEntropies, evaluate_model
+from apportion.evals.language_model import evaluate_cache_in_model
 from apportion.evals.measure import Measurement
 from apportion.evals.plots import chart_svg, check_plots, density_chart, difficulty_chart, fvu_chart, l0_chart
 from apportion.evals.rows import as_store, evaluate_rows
@@ -97,7 +97,7 @@ def make_report(
     baselines: dict[str, Any] = {"pca": _pca(pca, {m["k"] for m in methods.values()})}
     in_model = None
     if ce_tokens and model is not None and isinstance(store, ActivationStore | PairStore):
-        in_model, entropies = _in_model(saes, store, rows, model, ce_tokens, progress)
+        in_model, entropies = evaluate_cache_in_model(saes, store, rows, model, ce_tokens, progress=progress)
         for name, figures in methods.items():
             figures |= entropies.of(name)
             figures["l0_difficulty_correlation"] = in_model[name].result()["l0_difficulty_correlation"]
@@ -129,32 +129,6 @@ def make_report(
     }
     page = render(figures, about, measurements, in_model, pca, shown, latents)
     return Report(figures, page)
-
-
-def _in_model(
-    saes: Mapping[str, SAE],
-    store: ActivationStore | PairStore,
-    rows: Tensor,
-    model: Any,
-    ce_tokens: int,
-    progress: bool,
-) -> tuple[dict[str, Measurement], CrossEntropies]:
-    """What `evaluate_model` says over the first of the rows."""
-    target = None
-    if isinstance(store, PairStore):
-        store, other = store.stores
-        target = (other.hookpoint, other.filter)
-    contexts = contexts_of(store, rows)[: max(1, ce_tokens // store.manifest["context_tokens"])]
-    return evaluate_model(
-        saes, model, contexts, store.filter, hookpoint=store.hookpoint, target=target, progress=progress
-    )
-
-
-def contexts_of(store: ActivationStore, rows: Int[Tensor, " n"]) -> Int[Tensor, "num_contexts context_tokens"]:
-    """The whole contexts among `rows`, as token ids."""
-    length = store.manifest["context_tokens"]
-    whole = torch.bincount(store.contexts[rows])[store.contexts[rows]] == length
-    return store.tokens[rows[whole]].reshape(-1, length)
 
 
 def spread_latents(measurement: Measurement) -> Int[Tensor, " n"]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from apportion.about import About
 from apportion.kernels import decode_matches
 from apportion.latents import Latents, concatenated, from_matches
+from apportion.rows.arrays import ArrayStore
 from apportion.rows.batch import Batch
 from apportion.rows.order import check_same_source, seeded
 from apportion.synthetic.world import GroundTruthConfig, World
@@ -69,6 +70,11 @@ class GroundTruthSource:
         blocks = [self._block("truth", number) for number in range(-(-n // self.block_rows))]
         x = torch.cat([x for x, _ in blocks])[:n]
         return self._batch(x), concatenated([codes for _, codes in blocks])[:n]
+
+    def store(self, n: int) -> TruthStore:
+        """The same, as a store to evaluate on."""
+        batch, codes = self.truth(n)
+        return TruthStore(batch, codes, self.directions)
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
         if batch_tokens < 1:
@@ -153,3 +159,11 @@ class GroundTruthSource:
             of_parent = fires[:, parents, None] & (chosen.floor() == torch.arange(config.branching))
             fires[:, children] = of_parent.flatten(1)
         return fires
+
+
+class TruthStore(ArrayStore):
+    """Rows with their true codes, and the true directions."""
+
+    def __init__(self, batch: Batch, codes: Latents, directions: Float[Tensor, " num_features *out"]) -> None:
+        super().__init__(batch.x, target=batch.target)
+        self.codes, self.directions = codes, directions
