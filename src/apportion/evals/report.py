@@ -144,7 +144,7 @@ def _in_model(
         store, other = cast(list[ActivationStore], store.stores)
         target = (other.hookpoint, other.filter)
     assert isinstance(store, ActivationStore)
-    contexts = contexts_of(store, rows)[: max(1, ce_tokens // store.manifest["context_tokens"])]
+    contexts = contexts_of(store, rows)[: max(1, ce_tokens // store.context_tokens)]
     return evaluate_model(
         saes, model, contexts, store.filter, hookpoint=store.hookpoint, target=target, progress=progress
     )
@@ -152,7 +152,7 @@ def _in_model(
 
 def contexts_of(store: ActivationStore, rows: Int[Tensor, " n"]) -> Int[Tensor, "num_contexts context_tokens"]:
     """The whole contexts among `rows`, as token ids."""
-    length = store.manifest["context_tokens"]
+    length = store.context_tokens
     whole = torch.bincount(store.contexts[rows])[store.contexts[rows]] == length
     return store.tokens[rows[whole]].reshape(-1, length)
 
