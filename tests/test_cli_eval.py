@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,18 @@ def test_the_training_text_is_known_wherever_it_lies(
     assert "what it has seen of them is not known" in capsys.readouterr().err
     collect(model, tokenizer, POINT, "shard-1.txt", tokens=3000, out="others", context_tokens=16)
     assert main(["eval", str(home / "topk"), "--acts", "others"]) == 0
+
+
+def test_text_is_read_and_the_model_run_as_in_training(home: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """BOS, length of contexts and precision are those that the SAE says."""
+    sae, figures = ap.load(home / "topk"), []
+    text = ["--model", str(tiny_model_dir), "--text", str(home / "new.txt"), "--tokens", "500"]
+    plain = {"bos": "auto", "context_tokens": 32, "model_dtype": "float32"}
+    for number, changed in enumerate([{}, {"bos": "never"}, {"context_tokens": 16}, {"model_dtype": "bfloat16"}]):
+        sae.source = replace(sae.source, language=replace(sae.source.lm, **plain | changed))
+        sae.save(tmp_path / str(number))
+        figures.append(evaluated(home, str(tmp_path / str(number)), *text, out=tmp_path)["ce_clean"])
+    assert len(set(figures)) == 4
 
 
 @pytest.mark.parametrize("where", ["text", "acts"])
