@@ -240,6 +240,7 @@ def test_the_rows_of_two_caches(kind: str, folder: Path, others: dict[str, Path]
     found = rows_for(sae)
     assert [store.folder for store in found.stores] == [folder.resolve(), others["tuned"].resolve()]
     assert type(found) is type(joined(kind, two)) and found.describe() == joined(kind, two).describe()
+    assert {store.folder for store in rows_for(sae, folder).stores} == {folder}, "unless another is named"
 
 
 @pytest.mark.parametrize(
