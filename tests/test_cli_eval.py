@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from apportion.evals import Measurement, held_out_rows, rows
 from apportion.evals.table import off_budget, print_table
 from apportion.language import load_model
 from apportion.language.collect import collect
-from apportion.rows import ActivationStore, CacheSource
+from apportion.rows import ActivationStore, CacheSource, TokenFilter
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
 POINT, OTHER = "model.layers.1", "model.layers.2"
@@ -98,6 +99,28 @@ def test_the_training_text_is_known_wherever_it_lies(
     assert "what it has seen of them is not known" in capsys.readouterr().err
     collect(model, tokenizer, POINT, "shard-1.txt", tokens=3000, out="others", context_tokens=16)
     assert main(["eval", str(home / "topk"), "--acts", "others"]) == 0
+
+
+def test_text_is_read_and_the_model_run_as_in_training(home: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """BOS, length of contexts and precision are those that the SAE says."""
+    sae, figures = ap.load(home / "topk"), []
+    text = ["--model", str(tiny_model_dir), "--text", str(home / "new.txt"), "--tokens", "500"]
+    plain = {"bos": "auto", "context_tokens": 32, "model_dtype": "float32"}
+    for number, changed in enumerate([{}, {"bos": "never"}, {"context_tokens": 16}, {"model_dtype": "bfloat16"}]):
+        sae.source = replace(sae.source, language=replace(sae.source.lm, **plain | changed))
+        sae.save(tmp_path / str(number))
+        figures.append(evaluated(home, str(tmp_path / str(number)), *text, out=tmp_path)["ce_clean"])
+    assert len(set(figures)) == 4
+
+
+def test_a_report_on_text_leaves_out_what_training_left_out(home: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
+    sae = ap.load(home / "topk")
+    everything = TokenFilter(special_tokens=False, first_position=False, norm_outlier=None)
+    sae.source = replace(sae.source, filter=everything.to_dict())
+    sae.save(tmp_path / "sae")
+    text = ["--model", str(tiny_model_dir), "--text", str(home / "new.txt"), "--tokens", "500", "--ce-tokens", "0"]
+    assert main(["report", str(tmp_path / "sae"), *text, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["methods"]["topk"]["filtered_share"] == 0
 
 
 @pytest.mark.parametrize("where", ["text", "acts"])

@@ -19,6 +19,7 @@ from apportion.recipes.compare import METHODS, Compare
 from apportion.recipes.family import Family
 from apportion.recipes.family_parts import CachePart, TruthPart
 from apportion.recipes.objectives import Objectives
+from apportion.recipes.runs import as_now
 from apportion.recipes.switch import SwitchComparison
 from apportion.synthetic import GroundTruthConfig
 from apportion.training import Trainer
@@ -373,3 +374,9 @@ def test_the_command_lines_of_recipes_answer_mistakes_and_ctrl_c_in_one_line(
     monkeypatch.setattr(SwitchComparison, "run", interrupted)
     assert command.main(SwitchComparison, "switch", None, words) == 130
     assert "what was finished is kept" in capsys.readouterr().err
+
+
+def test_settings_of_an_older_version_are_those_of_today() -> None:
+    said = {"where": "a/corpus", "split": "train", "field": "text", "config": None}
+    now = {"where": "a/corpus", "split": "train", "field": "text"}
+    assert as_now({"k": 8, "text": said}) == {"k": 8, "text": now} and as_now({"text": None}) == {"text": None}

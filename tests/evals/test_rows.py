@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import apportion as ap
+from apportion.about import Language, TextRecord
 from apportion.evals import Measurement
+from apportion.evals.rows import unseen_rows
+from apportion.rows import ActivationStore, CacheSource, TokenFilter
+from apportion.rows.writer import StoreWriter
 
 
 def trained_like() -> ap.SAE:
@@ -51,3 +57,43 @@ def test_measuring_leaves_the_mode_of_the_sae_alone() -> None:
     measurement = Measurement(sae)
     measurement.add(torch.randn(50, 8), torch.ones(50, dtype=torch.bool))
     assert sae.training
+
+
+TEXT = TextRecord(where="/a/corpus.txt", files=1, bytes=400)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ActivationStore:
+    """100 rows in contexts of 4."""
+    ids = torch.arange(100)
+    with StoreWriter(tmp_path / "acts", {"a": 8}, dtype="float32", token_filter=TokenFilter(), special_ids=()) as out:
+        out.add({"a": torch.randn(100, 8)}, ids, ids % 4, ids // 4)
+        out.finish(Language(text=TEXT, context_tokens=4, contexts=25).to_json())
+    return ActivationStore(tmp_path / "acts")
+
+
+@pytest.mark.parametrize(
+    ("changed", "lm", "rows"),
+    [
+        ({}, {}, 4),
+        ({}, {"tokens_sha256": None}, 4),
+        ({"rows": 96}, {"tokens_sha256": None}, None),
+        ({}, {"tokens_sha256": None, "contexts": None}, None),
+        ({}, {"tokens_sha256": None, "text": TextRecord(where="b.txt")}, 100),
+        ({"held_out_share": None}, {}, None),
+        ({}, {"tokens_sha256": "of other contexts"}, None),
+        ({}, {"tokens_sha256": "other", "text": TextRecord(where="/moved/corpus.txt", files=1, bytes=400)}, None),
+        ({}, {"tokens_sha256": "other", "text": TextRecord(where="/a/corpus.txt", files=1, bytes=401)}, 100),
+        ({}, {"tokens_sha256": "other", "text": TextRecord()}, 100),
+    ],
+)
+def test_rows_that_an_sae_has_not_seen(changed: dict, lm: dict, rows: int | None, store: ActivationStore) -> None:
+    """Of the cache it was trained on (older runs know it by its size) those held out, of another text all; None: that
+    is not known."""
+    sae, about = trained_like(), CacheSource(store).describe()
+    sae.source = replace(about, language=replace(about.lm, **lm), **changed)
+    if rows is None:
+        with pytest.raises(ValueError, match="what it has seen of them is not known"):
+            unseen_rows(store, sae, "acts")
+    else:
+        assert len(unseen_rows(store, sae, "acts")[0]) == rows

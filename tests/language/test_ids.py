@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from apportion.about import TextRecord
 from apportion.language import LiveSource
 from apportion.language.collect import collect
 from apportion.language.documents import FIRST_ROWS
@@ -87,7 +88,7 @@ def test_a_live_source_says_whether_its_contexts_begin_with_bos(lm: tuple[Any, A
     for bos, prepended in (("auto", True), ("never", False)):
         contexts = read_contexts(tokenizer, ["the cat sat " * 300], tokens=400, context_tokens=8, bos=bos)
         about = LiveSource(model, tokenizer, "model.layers.1", contexts).describe()
-        assert about.lm.bos_prepended is prepended
+        assert about.lm.bos_prepended is prepended and about.lm.text == TextRecord(contexts=len(contexts))
     contexts[:-1, 0] = BOS  # all but one
     assert LiveSource(model, tokenizer, "model.layers.1", contexts).describe().lm.bos_prepended is False
     assert not begin_with_bos(None, contexts) and not begin_with_bos(tokenizer, contexts[:0])

@@ -19,6 +19,7 @@ from apportion.language.collect import collect
 from apportion.rows import ActivationStore, Batch, CacheSource, Source, TokenFilter
 from apportion.rows.filter import trained_filter
 from apportion.rows.hookpoint import choose_from
+from apportion.rows.opening import joined, open_rows, rows_for, settings_of
 from apportion.rows.sites import LayersStore, PairStore, SitesStore, open_stores
 
 TEXT = ["the cat sat on the mat and looked at the dog by the old house and the sea was calm " * 40]
@@ -210,6 +211,53 @@ def test_two_models_are_joined_token_by_token(folder: Path, others: dict[str, Pa
     assert about.folders == (str(folder.resolve()), str(others["tuned"].resolve()))
     assert len(about.sites) == 2 and about.sites[0].lm.model != about.sites[1].lm.model
     assert about.lm.model == ModelRecord() and about.lm.tokens_sha256 and about.lm.context_tokens
+
+
+def sae_for(kind: str, **settings: Any) -> ap.SAE:
+    name = {"one": "topk", "pair": "transcoder", "sites": "crosscoder", "layers": "mlsae"}[kind]
+    return ap.create(name, **{"d_in": 32, "d_sae": 16, "k": 2} | settings)
+
+
+@pytest.mark.parametrize("kind", ["one", "pair", "sites", "layers"])
+def test_the_rows_that_an_sae_takes(kind: str, folder: Path) -> None:
+    """Of the cache it was trained on, or of another one, at its own hookpoints."""
+    store = ActivationStore(folder, LAYERS[1]) if kind == "one" else make(kind, folder)
+    sae = sae_for(kind)
+    with pytest.raises(ValueError, match="does not say which cache"):
+        rows_for(sae)
+    sae.source = CacheSource(store).describe()
+    for found in (rows_for(sae), rows_for(sae, folder)):
+        assert type(found) is type(store) and found.describe() == store.describe()
+    settings = settings_of(CacheSource(store))
+    assert sae_for(kind, **settings).settings().items() >= settings.items()
+
+
+@pytest.mark.parametrize("kind", ["pair", "sites", "layers"])
+def test_the_rows_of_two_caches(kind: str, folder: Path, others: dict[str, Path]) -> None:
+    two = [ActivationStore(folder, LAYERS[2]), ActivationStore(others["tuned"])]
+    sae = sae_for(kind)
+    sae.source = CacheSource(joined(kind, two)).describe()
+    found = rows_for(sae)
+    assert [store.folder for store in found.stores] == [folder.resolve(), others["tuned"].resolve()]
+    assert type(found) is type(joined(kind, two)) and found.describe() == joined(kind, two).describe()
+    assert {store.folder for store in rows_for(sae, folder).stores} == {folder}, "unless another is named"
+
+
+@pytest.mark.parametrize(
+    ("kind", "places", "said"),
+    [
+        ("one", [None, None], "has several hookpoints"),
+        ("pair", [PAIR[0], None], "my-sae needs --hookpoint .* and --target-hookpoint"),
+        ("pair", [None, PAIR[1]], "my-sae needs --hookpoint .* and --target-hookpoint"),
+        ("pair", [PAIR[0], PAIR[0]], "my-sae cannot read and predict the same"),
+        ("sites", [LAYERS[0], None], "my-sae takes two hookpoints or more"),
+        ("layers", [LAYERS[0], None], "my-sae takes two hookpoints or more"),
+    ],
+)
+def test_rows_that_a_cache_does_not_have(kind: Any, places: list[str | None], said: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=said) as refused:
+        open_rows(folder, kind, *places, name="my-sae")
+    assert LAYERS[2] in str(refused.value), "what there is to choose from"
 
 
 def test_other_tokens_cannot_be_joined(folder: Path, others: dict[str, Path]) -> None:

@@ -270,6 +270,31 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ({"target_hookpoint": None, "tokenizer": None, "folder": "/elsewhere"}, None),
+        ({"rows": "many"}, "run.json is damaged: source.rows is 'many'.* Begin anew"),
+        ({"model": {"name_or_path": "a"}}, "started with source model = .*now it is None"),
+        ({"stains": ["H"]}, "started with source stains"),
+    ],
+)
+def test_what_a_record_says_of_its_source(said, refused, tmp_path):
+    """null is nothing; what another version says is held against what is not so."""
+    trainer().fit(Source(), tmp_path / "whole")
+    with pytest.raises(Crash):
+        trainer().fit(Source(at=13, act=crash), tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["source"] |= said
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    if refused is None:
+        trainer().fit(Source(), tmp_path / "run", resume=True)
+        assert_same_run(tmp_path / "whole", tmp_path / "run")
+        return
+    with pytest.raises(ValueError, match=refused):
+        trainer().fit(Source(), tmp_path / "run", resume=True)
+
+
 def test_the_last_two_checkpoints_are_kept(tmp_path):
     with pytest.raises(Crash):
         trainer(checkpoint_every_tokens=2 * BATCH).fit(Source(at=18, act=crash), tmp_path / "run")

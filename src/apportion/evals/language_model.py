@@ -165,7 +165,7 @@ def evaluate_cache_in_model(
 
 def contexts_of(store: ActivationStore, rows: Int[Tensor, " n"]) -> Int[Tensor, "num_contexts context_tokens"]:
     """The whole contexts among `rows`, as token ids."""
-    length = store.manifest["context_tokens"]
+    length = store.context_tokens
     whole = torch.bincount(store.contexts[rows])[store.contexts[rows]] == length
     return store.tokens[rows[whole]].reshape(-1, length)
 

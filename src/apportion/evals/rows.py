@@ -47,8 +47,8 @@ def unseen_rows(store: RowStore, sae: SAE, where: str) -> tuple[Int[Tensor, " n"
     elif source.language is None:
         same = source.content_sha256 is not None and source.content_sha256 == found.content_sha256
     else:  # of an older run
-        known = source.rows is not None and ours.contexts is not None
-        same = known and (ours.text, source.rows, ours.contexts) == (theirs.text, found.rows, theirs.contexts)
+        size, of_store = (source.rows, ours.contexts), (found.rows, theirs.contexts)
+        same = size == of_store and ours.contexts is not None and ours.text == theirs.text
     if same and source.held_out_share is not None:
         rows = held_out_rows(store, source.held_out_share)
         return rows, f"held-out rows of its training {'cache' if source.language else 'rows'} {where}"

@@ -84,7 +84,7 @@ Block: TypeAlias = tuple[Int[Tensor, "contexts positions"], Float[Tensor, "rows 
 
 
 def _of_store(store: ActivationStore) -> Iterator[Block]:
-    length = store.manifest["context_tokens"]
+    length = store.context_tokens
     if store.rows % length:
         raise ValueError(f"{store.folder} has {store.rows} rows, which are no whole contexts of {length} tokens.")
     for rows in torch.arange(store.rows).split(max(1, ROWS // length) * length):

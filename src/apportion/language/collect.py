@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from apportion.about import Language
+from apportion.about import About, Language
 from apportion.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.language.documents import Reading
 from apportion.language.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -38,7 +38,7 @@ from apportion.language.text import Text, TextSource
 from apportion.language.tokens import PackedContexts, num_contexts_for, special_ids, vocabulary_size
 from apportion.progress import progress_bar
 from apportion.rows.filter import TokenFilter
-from apportion.rows.manifest import torch_dtype
+from apportion.rows.manifest import about_manifest, torch_dtype
 from apportion.rows.writer import StoreWriter, check_free_disk, check_out
 from apportion.torch_state import usual
 
@@ -124,9 +124,9 @@ def collect(
                 **_ended(num_contexts < limit, interrupts.arrived, contexts.reading.stopped),
             ).to_json()
         )
-    _warn(contexts.reading, manifest)
+    _warn(contexts.reading, about := about_manifest(manifest))
     if interrupts.arrived:
-        raise Interrupted(_kept(manifest, out))
+        raise Interrupted(_kept(about, out))
     return manifest
 
 
@@ -137,17 +137,17 @@ def _ended(early: bool, interrupted: bool, stopped: str | None) -> dict[str, Any
     return {"ended": ended, "text_ended_early": early and not interrupted}
 
 
-def _warn(reading: Reading, manifest: dict[str, Any]) -> None:
+def _warn(reading: Reading, about: About) -> None:
     """Log what one would not expect of the cache."""
     reading.warn()
-    if manifest["text_ended_early"]:
-        log.warning("the text ended after %d of the %d tokens asked for", manifest["rows"], manifest["tokens_asked"])
+    if about.lm.text_ended_early:
+        log.warning("the text ended after %d of the %d tokens asked for", about.rows, about.lm.tokens_asked)
 
 
-def _kept(manifest: dict[str, Any], out: str | Path) -> str:
+def _kept(about: About, out: str | Path) -> str:
     """What a Ctrl-C left, and what to do next."""
-    kept = f"stopped: {manifest['rows']:,} of {manifest['tokens_asked']:,} tokens are kept in {out}, a whole cache"
-    return kept if manifest["ended"] == "complete" else f"{kept}. For more, collect again, or the rest, elsewhere"
+    kept = f"stopped: {about.rows:,} of {about.lm.tokens_asked:,} tokens are kept in {out}, a whole cache"
+    return kept if about.lm.ended == "complete" else f"{kept}. For more, collect again, or the rest, elsewhere"
 
 
 def _fill(

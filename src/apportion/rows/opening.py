@@ -28,7 +28,7 @@ def joined(kind: RowKind, stores: Sequence[ActivationStore]) -> RowStore:
 def open_rows(
     folder: str | Path,
     kind: RowKind,
-    hookpoint: str | None = None,
+    hookpoint: str | None,
     target_hookpoint: str | None = None,
     name: str = "this SAE",
 ) -> RowStore:
@@ -39,16 +39,14 @@ def open_rows(
     if kind == "one":
         return ActivationStore(folder, hookpoint)
     here = f"{folder} has {', '.join(read_manifest(folder)['hookpoints'])}."
-    if kind == "pair":
-        if hookpoint is None or target_hookpoint is None:
-            raise ValueError(
-                f"{name} needs --hookpoint (what it reads) and --target-hookpoint (what it predicts). {here}"
-            )
-        stores = [ActivationStore(folder, hookpoint), ActivationStore(folder, target_hookpoint)]
+    if kind != "pair":
+        stores = open_stores(folder, hookpoint)
+    elif hookpoint is None or target_hookpoint is None:
+        raise ValueError(f"{name} needs --hookpoint (what it reads) and --target-hookpoint (what it predicts). {here}")
+    else:
+        stores = [ActivationStore(folder, place) for place in (hookpoint, target_hookpoint)]
         if stores[0].hookpoint == stores[1].hookpoint:
             raise ValueError(f"{name} cannot read and predict the same: {stores[0].hookpoint}. {here}")
-        return joined(kind, stores)
-    stores = open_stores(folder, hookpoint)
     if len(stores) < 2:
         raise ValueError(
             f"{name} takes two hookpoints or more, as in --hookpoint model.layers.1,model.layers.2. {here}"

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apportion.about import About, Site
+from apportion.about import About
 from apportion.answers import of_the_system
 from apportion.disk import check_may_open
 from apportion.progress import progress_bar
@@ -50,10 +50,11 @@ class ActivationStore:
         self._place = self.folder.absolute()
         self.manifest = read_manifest(self.folder)
         self.hookpoint = self._choose(hookpoint)
-        about = self.manifest["hookpoints"][self.hookpoint]
-        self.rows: int = self.manifest["rows"]
-        self.d_in: int = about["d_in"]
-        self.filter = TokenFilter.from_dict(about["filter"])
+        self._about = about_manifest(self.manifest)
+        self.site = self._about.at(self.hookpoint)
+        """What this hookpoint has of its own."""
+        assert self._about.rows and self.site.d_in and self.site.filter, "every manifest says so"
+        self.rows, self.d_in, self.filter = self._about.rows, self.site.d_in, TokenFilter.from_dict(self.site.filter)
         labels = {name: Column((), torch.int32) for name in ("tokens", "positions", "contexts")}
         acts = {"acts": Column((self.d_in,), torch_dtype(self.manifest["dtype"])), "mask": Column((), torch.bool)}
         self._labels = self._opened([token_file(number) for number in range(self.num_shards)], labels)
@@ -62,6 +63,11 @@ class ActivationStore:
     def __reduce__(self) -> tuple[Any, ...]:
         """Where it lies, not what it holds: a process that it is sent to opens it again."""
         return type(self), (self._place, self.hookpoint)
+
+    @property
+    def context_tokens(self) -> int:
+        """Length of a context."""
+        return self.manifest["context_tokens"]
 
     @property
     def num_shards(self) -> int:
@@ -103,12 +109,12 @@ class ActivationStore:
 
     @cached_property
     def positions(self) -> Int[Tensor, " rows"]:
-        return self._below("positions", self.manifest["context_tokens"])
+        return self._below("positions", self.context_tokens)
 
     @cached_property
     def contexts(self) -> Int[Tensor, " rows"]:
         """For each row the number of the context it comes from."""
-        return self._below("contexts", self.manifest.get("contexts") or self.rows)
+        return self._below("contexts", self._about.lm.contexts or self.rows)
 
     @property
     def groups(self) -> Int[Tensor, " rows"]:
@@ -172,23 +178,12 @@ class ActivationStore:
         each = [shard["sha256"][file] for file, shard in zip(files, self.manifest["shards"], strict=True)]
         return hashlib.sha256(repr(each).encode()).hexdigest()
 
-    @property
-    def site(self) -> Site:
-        """What this hookpoint has of its own."""
-        return about_manifest(self.manifest).at(self.hookpoint)
-
     def describe(self) -> About:
         """What one must know about these rows: everything in the manifest but the shard list."""
-        about = about_manifest(self.manifest)
+        about = self._about
         language = replace(about.lm, tokens_sha256=self.tokens_sha256)
-        return about.of_site(
-            self.site,
-            kind="cache",
-            folder=str(self.folder.resolve()),
-            sites=(),
-            content_sha256=self.content_sha256,
-            language=language,
-        )
+        own = {"kind": "cache", "folder": str(self.folder.resolve()), "content_sha256": self.content_sha256}
+        return about.of_site(self.site, sites=(), language=language, **own)
 
 
 def _digest(file: Path) -> str | None:

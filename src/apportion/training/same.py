@@ -31,10 +31,10 @@ def check_same(
     for part, where in (("sae", ("sae", "settings")), ("objective", ("objective",)), ("train", ("train",)),
                         ("source", ("source",))):  # fmt: skip
         old, new = _at(before, where, folder, optional=part == "objective"), _at(now, where, folder, optional=True)
-        if part == "source":
-            old = _source(old, folder)
-        else:
+        if part != "source":
             old = {name: defaults.get(part, {}).get(name) for name in new.keys() & defaults.get(part, {}).keys()} | old
+        else:
+            old = _source(old, folder)
         _compare(folder, part, old, new, old.keys() if part == "source" else old.keys() | new.keys())
     for part, name, default in (("sae", "name", None), ("run", "num_saes", 1)):
         old, new = (record["sae"] if part == "sae" else record for record in (before, now))
