@@ -43,7 +43,8 @@ PUBLIC = "apportion"
 
 HELPERS = {
     "allocation": {"annealing", "base", "zipf", "reference"},
-    "architectures": {"affine", "auxiliary", "base", "calibrate", "checks", "convert", "files", "inputs", "sparsity"},
+    "architectures": {"affine", "auxiliary", "base", "calibrate", "checks", "convert", "files", "inputs", "loading"}
+    | {"sparsity", "table"},
 }
 """Files of these rooms that are no rule and no architecture."""
 
@@ -132,6 +133,29 @@ def file_of(name: str) -> Path | None:
         if (file := place.with_suffix(".py")).exists() or (file := place / "__init__.py").exists():
             return file
     return None
+
+
+def imports_of(path: Path) -> list[Path]:
+    """The files that a file imports, also within functions; what is for type checkers alone does not count."""
+    found = []
+    todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "apportion":
+            found += [file for name in node.names if (file := file_of(f"{node.module}.{name.name}"))]
+        todo += ast.iter_child_nodes(node)
+    return found
+
+
+def test_no_circle_between_files():
+    """Not even by imports that wait until a function is called: whatever a file needs can be read before it."""
+    needs = {path: set(imports_of(path)) for path in MODULES}
+    while ready := [path for path, others in needs.items() if not others & needs.keys()]:
+        for path in ready:
+            del needs[path]
+    assert not needs, [str(path.relative_to(PACKAGE)) for path in needs]
 
 
 def test_the_check_finds_what_is_reached():

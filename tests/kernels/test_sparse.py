@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apportion import blocks
-from apportion.kernels import decode_matches, encode_matches, sparse
+from apportion.kernels import decode_matches, dispatch, encode_matches, sparse
 from apportion.latents import Latents
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -124,7 +124,7 @@ PATHS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_values_and_gradients(case, dtype, path, monkeypatch):
-    monkeypatch.setattr(sparse, "DENSE_SHARE", path[0])
+    monkeypatch.setattr(dispatch, "DENSE_SHARE", path[0])
     monkeypatch.setattr(blocks, "BLOCK_ENTRIES", path[1])
     monkeypatch.setattr(blocks, "MIN_BLOCK_ROWS", 1)
     got, wanted = [], []

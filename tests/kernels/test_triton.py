@@ -17,7 +17,7 @@ from apportion.allocation import FeatureChoice, MutualChoice, Selection, Thresho
 from apportion.allocation.feature_choice import FeatureChoiceConfig
 from apportion.allocation.mutual_choice import MutualChoiceConfig
 from apportion.allocation.token_choice import TokenChoiceConfig
-from apportion.kernels import choose, decode_matches, dispatch, encode_matches, sparse
+from apportion.kernels import choose, decode_matches, dispatch, encode_matches
 from apportion.latents import from_matches
 from apportion.training import adam as adam_file
 
@@ -205,7 +205,7 @@ MASKS = {
     ("case", "dtype"), [(n, t) for n in MASKS for t in DTYPES[:2] if (n, t) != ("awkward", torch.float64)], ids=str
 )
 def test_gradients_equal_float64_autograd(case, dtype, monkeypatch, launched):
-    monkeypatch.setattr(sparse, "DENSE_SHARE", 1.0)
+    monkeypatch.setattr(dispatch, "DENSE_SHARE", 1.0)
     mask, d = MASKS[case]
     rows, indices = mask.nonzero(as_tuple=True)
 
@@ -236,7 +236,7 @@ def test_gradients_equal_float64_autograd(case, dtype, monkeypatch, launched):
 
 def test_strided_tables_and_expanded_gradients(monkeypatch):
     """As autograd and callers hand them over; the kernels themselves take contiguous tensors."""
-    monkeypatch.setattr(sparse, "DENSE_SHARE", 1.0)
+    monkeypatch.setattr(dispatch, "DENSE_SHARE", 1.0)
     mask = random_mask(7, 11, 0.4)
     rows, indices = mask.nonzero(as_tuple=True)
 

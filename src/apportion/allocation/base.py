@@ -193,11 +193,8 @@ class Rule(nn.Module, ABC):
         raise TypeError(f"{type(self).__name__} has no threshold to set.")
 
     def in_eval(self, threshold: Tensor) -> Rule:
-        """The rule of eval mode with these thresholds, a scalar or one per latent. A rule that does more in eval mode
-        than compare with thresholds (a cap, say) says so here."""
-        from apportion.allocation.threshold import Threshold
-
-        return Threshold.at(threshold, self.d_sae)
+        """The rule of eval mode with these thresholds, a scalar or one each; see `ThresholdInEval`."""
+        raise TypeError(f"{type(self).__name__} does not say what thresholds mean in eval mode: give it in_eval.")
 
     def relaxed(self, factor: float) -> Rule:
         """The rule of eval mode made `factor` times as generous (thresholds divided by it), for sweeps over L0."""

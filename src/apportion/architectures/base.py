@@ -29,6 +29,7 @@ from apportion import losses
 from apportion.about import About
 from apportion.allocation import Rule, Screen, Selection, StepContext
 from apportion.architectures.calibrate import calibrate
+from apportion.architectures.files import save
 from apportion.architectures.inputs import (
     PER_TOKEN,
     Centre,
@@ -375,8 +376,6 @@ class SAE(nn.Module, ABC):
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors; `ap.load(folder)` reads them."""
-        from apportion.architectures.files import save
-
         save(self, Path(folder))
 
     def extra_repr(self) -> str:
