@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.rows.order import seeded
+from apportion.settings import settle
 
 MAX_SHARED = 0.9
 """At most this share of the variance of a feature's normal is shared with others."""
@@ -78,6 +79,7 @@ class GroundTruthConfig:
     """Seed of the world: directions, loadings. Rows have a seed of their own."""
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in ("d_in", "num_features"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -102,8 +104,6 @@ class GroundTruthConfig:
                 f"{self.num_roots} trees of {self.tree_size} features do not fit into num_features = "
                 f"{self.num_features}. Lower num_roots, branching or depth."
             )
-        if self.layout not in ("row", "sites", "target"):
-            raise ValueError(f'layout must be "row", "sites" or "target", got {self.layout!r}.')
 
     @property
     def levels(self) -> tuple[float, ...]:
