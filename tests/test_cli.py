@@ -624,7 +624,7 @@ def test_ctrl_c_before_anything_is_collected(
 
 def test_ctrl_c_saves_and_resume_gives_the_same_result(cache: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "apportion", "train", str(cache), "--k", "4", "--d-sae", "64", "--lr", "3e-3"]
-    command += ["--batch-tokens", "64", "--tokens", "40k", "--log-every-steps", "1"]
+    command += ["--batch-tokens", "64", "--tokens", "16k", "--log-every-steps", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True, env=environment)
