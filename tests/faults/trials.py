@@ -8,8 +8,8 @@ A test here carries the mark of its family, and every case of it counts as one t
 
 A test that makes many at once says how many with `record_property("trials", count)`.
 
-`trials` leaves `short` cases, evenly spaced, and marks the others as slow. With `--faults-json FILE` (tests/conftest.py)
-the outcomes of every family are written down, from which tools/reliability.py makes the table in docs/reliability.md.
+`trials` leaves `short` cases, evenly spaced, and marks the others as slow. With `--faults-json FILE` the outcomes of
+every family are written down, from which tools/reliability.py makes the table in docs/reliability.md.
 """
 
 from __future__ import annotations
