@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for subprocesses
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
 torch.set_num_threads(1)  # tiny tensors: on a busy machine a second thread costs a hundred times what it gives
+
+PACKAGE = Path(__file__).parents[1] / "src" / "apportion"
+CHECKED = [f"apportion.{path.stem}" for path in PACKAGE.glob("[!_]*") if path.stem != "kernels"]
+CHECKED += [f"apportion.kernels.{path.stem}" for path in PACKAGE.glob("kernels/*.py") if path.stem != "triton_kernels"]
+"""Rooms and files whose annotations are checked, shapes too. Triton compiles the source of its kernels as it stands."""
+install_import_hook(CHECKED, "checked.check")
 
 
 OUTCOMES: dict[str, dict[str, int]] = defaultdict(lambda: {"tried": 0, "survived": 0, "did not come about": 0})

@@ -13,7 +13,7 @@ from torch import Tensor
 from apportion.metrics import no_spread
 
 
-def reconstruction(x: Float[Tensor, "tokens d"], x_hat: Float[Tensor, "tokens d"]) -> Float[Tensor, ""]:
+def reconstruction(x: Float[Tensor, " tokens *row"], x_hat: Float[Tensor, " tokens *row"]) -> Float[Tensor, ""]:
     """mean over tokens of ||x - x_hat||^2 / d. About the FVU; never divided by a per-batch variance."""
     return (x - x_hat).square().mean()
 

@@ -41,8 +41,9 @@ class Parts:
     """For kind gated this is zero."""
     b_dec: Float[Tensor, " d_out"]
     subtract_b_dec: bool
-    k: float | None = None
-    """Active latents per token (topk, batch_topk, switch); for the others their mean, where it is known."""
+    k: Any = None
+    """Active latents per token (topk, batch_topk, switch); for the others their mean, where it is known. As a file says
+    it: `assemble` looks whether it is a number."""
     threshold: Tensor | None = None
     """A scalar (batch_topk) or one per latent (jumprelu)."""
     by_norm: bool = False

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 from apportion.language.effect import check_read
@@ -41,6 +41,7 @@ RowsOf = Callable[[Tensor], Tensor | None]
 """The rows of x that take part; None if all do."""
 
 
+@runtime_checkable
 class SparseCode(Protocol):
     """What `steer` reads of a code: see `apportion.latents.Latents`."""
 
@@ -198,13 +199,13 @@ def _attended(x: Tensor, mask: Mask | None, watch: Watch) -> Bool[Tensor, "*lead
 
 
 def reconstruct(
-    x: Float[Tensor, "*lead d_in"],
+    x: Real[Tensor, "*lead d_in"],
     sae: Codec | Callable[[Tensor], Tensor],
     edit: Callable[[Any], Any] | None,
     keep_error: bool,
     source: Float[Tensor, "*lead d_source"] | None = None,
-) -> Float[Tensor, "*lead d_in"]:
-    """What takes the place of x; `source` is what the SAE encodes, if not x."""
+) -> Real[Tensor, "*lead d_out"]:
+    """What takes the place of x, if its width is that of x; `source` is what the SAE encodes, if not x."""
     if not isinstance(sae, Codec):
         return x if keep_error else sae(x)
     read = x if source is None else source
@@ -217,7 +218,7 @@ def reconstruct(
 
 
 def on_rows(
-    x: Float[Tensor, "*lead d_in"],
+    x: Real[Tensor, "*lead d_in"],
     rows: Bool[Tensor, "*lead"] | None,
     change: Callable[..., Tensor],
     *more: Float[Tensor, "*lead d"],

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from apportion.extras import need
 from apportion.language.documents import FIRST_ROWS, TEXT_FIELD, Broken, Reading, chosen_field, is_id
@@ -49,7 +49,7 @@ class Piece(NamedTuple):
 
     text: str
     first: bool
-    ids: Int[np.ndarray, " n"] | None = None
+    ids: Integer[np.ndarray, " n"] | None = None
     place: str = ""
 
 

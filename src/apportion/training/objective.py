@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -35,6 +35,7 @@ class TrainingContext:
         self.seen.append((latents, batch_fvu(y.detach().flatten(1), y_hat.detach().flatten(1))))
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Named, weighted losses; their sum is minimised. Calls `context.observe` for each SAE in turn.
 
