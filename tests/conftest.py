@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for subprocesses
@@ -20,6 +20,7 @@ CHECKED = [f"apportion.{path.stem}" for path in PACKAGE.glob("[!_]*") if path.st
 CHECKED += [f"apportion.kernels.{path.stem}" for path in PACKAGE.glob("kernels/*.py") if path.stem != "triton_kernels"]
 """Rooms and files whose annotations are checked, shapes too. Triton compiles the source of its kernels as it stands."""
 install_import_hook(CHECKED, "checked.check")
+config.update("jaxtyping_disable", os.environ.get("JAXTYPING_DISABLE", "1"))  # twice the time: 0 in CI
 
 
 OUTCOMES: dict[str, dict[str, int]] = defaultdict(lambda: {"tried": 0, "survived": 0, "did not come about": 0})

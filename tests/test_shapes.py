@@ -1,18 +1,26 @@
-"""Annotations of the package, shapes among them, are checked while the tests run (tests/conftest.py)."""
+"""Annotations of the package, shapes among them, are checked while the tests run in CI (tests/conftest.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from jaxtyping import TypeCheckError
+from jaxtyping import TypeCheckError, config
 
 from apportion.allocation import reference
 from apportion.latents import Latents
 from apportion.metrics import batch_fvu
 from apportion.rows.shards import ShardedRows
+
+
+@pytest.fixture(autouse=True)
+def checks_are_on() -> Iterator[None]:
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", False)
+    yield
+    config.update("jaxtyping_disable", before)
 
 
 def latents(indices: torch.Tensor) -> Latents:

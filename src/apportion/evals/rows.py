@@ -65,7 +65,7 @@ def same_text(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     return bool(named["where"]) and all(theirs.get(name) == value for name, value in named.items())
 
 
-def halves(store: Rows, rows: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
+def halves(store: Rows, rows: Int[Tensor, " n"]) -> tuple[Int[Tensor, " k"], Int[Tensor, " m"]]:
     """Every other context of `rows` each: to calibrate on, and to evaluate on. ValueError for a single context."""
     contexts = store.contexts[rows]
     number = (contexts.diff(prepend=contexts[:1]) != 0).cumsum(0)
