@@ -100,13 +100,13 @@ def splice(
 
 
 def _spliced(
-    y: Float[Tensor, "*lead d_out"],
+    y: Real[Tensor, "*lead d_out"],
     sae: Codec | Callable[[Tensor], Tensor],
     edit: Callable[[Any], Any] | None,
     keep_error: bool,
     rows_of: RowsOf,
     source: _Source | None,
-) -> Float[Tensor, "*lead d_out"]:
+) -> Real[Tensor, "*lead d_out"]:
     """What takes the place of the activations y."""
     if source is None:
         return on_rows(y, rows_of(y), lambda part: reconstruct(part, sae, edit, keep_error))
