@@ -190,7 +190,7 @@ def loaded_by_import() -> set[str]:
 
 HEAVY = {
     "transformers", "tokenizers", "datasets", "pandas", "pyarrow", "matplotlib", "jinja2", "scipy", "sklearn",
-    "tyro", "huggingface_hub", "requests", "transformer_lens", "anndata", "wandb", "triton", "pytest",
+    "tyro", "huggingface_hub", "requests", "transformer_lens", "anndata", "wandb", "triton", "pytest", "rich",
 }  # fmt: skip
 
 
@@ -198,10 +198,6 @@ def test_import_loads_nothing_heavy():
     loaded = loaded_by_import()
     assert {"torch", "safetensors", "apportion"} <= loaded
     assert not loaded & HEAVY
-
-
-def test_import_does_not_load_rich():
-    assert "rich" not in loaded_by_import()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from math import prod
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 
@@ -29,7 +29,8 @@ class Latents:
     Only `values` is differentiable.
     """
 
-    values: Float[Tensor, " nnz"]
+    values: Real[Tensor, " nnz"]
+    """The codes; in `by_first_latent` the numbers of the matches."""
     indices: Int[Tensor, " nnz"]
     offsets: Int[Tensor, " tokens_plus_1"]
     d_sae: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,8 +194,14 @@ def test_encode_leaves_the_given_matches_alone():
     assert torch.equal(given.values, before)
 
 
+class OnAGpu(torch.Tensor):
+    """Says that it lies there."""
+
+    is_cuda = True
+
+
 def test_blocks_are_as_large_as_the_device_likes():
-    on_a_gpu = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
+    on_a_gpu = torch.zeros(1, dtype=torch.bfloat16).as_subclass(OnAGpu)
     assert blocks.block_rows(65_536, on_a_gpu) == 2**28 // 65_536
     for width, rows in ((16_384, 256), (8192, 512), (2**22, 256), (0, 2**22)):
         assert blocks.block_rows(width, torch.zeros(1)) == rows

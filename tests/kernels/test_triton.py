@@ -186,9 +186,9 @@ def random_mask(tokens: int, d_sae: int, density: float) -> torch.Tensor:
 
 def awkward_mask() -> torch.Tensor:
     """Empty rows, silent latents and one that fires wherever anything does."""
-    mask = random_mask(63, 1000, 0.01)
-    mask[:, 417] = True
-    mask[[0, 5, 6, 62]] = False
+    mask = random_mask(31, 250, 0.02)
+    mask[:, 117] = True
+    mask[[0, 5, 6, 30]] = False
     return mask
 
 
@@ -200,10 +200,8 @@ MASKS = {
 }
 
 
-# The interpreter takes seconds for a thousand latents.
-@pytest.mark.parametrize(
-    ("case", "dtype"), [(n, t) for n in MASKS for t in DTYPES[:2] if (n, t) != ("awkward", torch.float64)], ids=str
-)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("case", MASKS)
 def test_gradients_equal_float64_autograd(case, dtype, monkeypatch, launched):
     monkeypatch.setattr(dispatch, "DENSE_SHARE", 1.0)
     mask, d = MASKS[case]

@@ -244,8 +244,8 @@ def test_a_run_is_resumed_as_it_was_begun(changed, message, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"matching": "hungarian"}, "max, one_to_one, got 'hungarian'"),
-        ({"redraw": "dead"}, "none, idle, sae"),
+        ({"matching": "hungarian"}, "'hungarian'; known are: max, one_to_one"),
+        ({"redraw": "dead"}, "did you mean idle"),
         ({"weight": -1.0}, "must not be negative"),
         ({"weight_warmup_share": 100.0}, "share of the run"),
     ],

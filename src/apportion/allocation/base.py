@@ -227,7 +227,7 @@ def total_matches(k: float, tokens: int) -> int:
     return floor(k * tokens + 1e-9)
 
 
-def threshold_between(inside: Float[Tensor, " n"], outside: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+def threshold_between(inside: Float[Tensor, "*n"], outside: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """A threshold that keeps `inside` and drops `outside` (inside >= outside; equal ones are both dropped).
 
     Halfway, so that rounding in the product does not move a match across it.

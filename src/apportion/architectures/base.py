@@ -283,8 +283,8 @@ class SAE(nn.Module, ABC):
 
     @usual()
     def decode(
-        self, latents: Latents | Float[Tensor, "*lead d_sae"], x: Float[Tensor, "*lead d_in"] | None = None
-    ) -> Float[Tensor, "*lead d_out"]:
+        self, latents: Latents | Float[Tensor, "*lead d_sae"], x: Float[Tensor, "*x_shape"] | None = None
+    ) -> Float[Tensor, "*y_shape"]:
         """Reconstruction in raw units from Latents or a dense code. ValueError without `x` if `decode_needs_x`."""
         width = latents.shape[-1] if isinstance(latents, Tensor) else latents.d_sae
         if width != self.d_sae:

@@ -69,7 +69,7 @@ def same_text(ours: TextRecord, theirs: TextRecord) -> bool:
     return bool(ours.where) and one == other
 
 
-def halves(store: RowStore, rows: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
+def halves(store: RowStore, rows: Int[Tensor, " n"]) -> tuple[Int[Tensor, " k"], Int[Tensor, " m"]]:
     """Every other context of `rows` each: to calibrate on, and to evaluate on. ValueError for a single context."""
     groups = store.groups[rows]
     number = (groups.diff(prepend=groups[:1]) != 0).cumsum(0)

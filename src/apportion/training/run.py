@@ -244,7 +244,8 @@ def step_of(line: bytes) -> int | None:
         found = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
-    return found.get("step") if isinstance(found, dict) else None
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def restore(sae: SAE, saved: SAE) -> None:
