@@ -137,9 +137,9 @@ CHUNK = 4096
 """Rows that are worked on together."""
 
 
-def chunks(store: RowStore, rows: Int[Tensor, " n"], size: int = CHUNK) -> Iterator[Batch]:
+def chunks(store: RowStore, rows: Int[Tensor, " n"], size: int | None = None) -> Iterator[Batch]:
     """These rows of a store, a part at a time, each with its index and whether it takes part."""
-    for indices in rows.split(size) if len(rows) else ():
+    for indices in rows.split(size or CHUNK) if len(rows) else ():
         yield replace(store.batch(indices), index=indices, mask=store.mask[indices])
 
 
