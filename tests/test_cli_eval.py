@@ -19,7 +19,7 @@ from apportion.evals import Measurement, held_out_rows
 from apportion.evals.table import off_budget, print_table
 from apportion.language import load_model
 from apportion.language.collect import collect
-from apportion.rows import ActivationStore, batch, CacheSource, TokenFilter
+from apportion.rows import ActivationStore, CacheSource, TokenFilter, batch
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
 POINT, OTHER = "model.layers.1", "model.layers.2"

@@ -131,7 +131,7 @@ class Latents:
         order = (part.rows() * latents.numel() + indices).argsort()
         return Latents(part.values[order], indices[order], part.offsets, latents.numel(), self.shape)
 
-    def __getitem__(self, tokens: slice | int | Tensor | tuple) -> Latents:
+    def __getitem__(self, tokens: Any) -> Latents:
         """`latents[tokens]` slices leading dimensions; `latents[..., ids]` slices latents (a slice, an id, or ids)."""
         if isinstance(tokens, tuple) and tokens and tokens[0] is Ellipsis:
             if len(tokens) != 2:

@@ -217,8 +217,8 @@ def test_the_configured_screen_is_in_force_within_a_step_only(name, screen, own,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"screen": "bf16"}, r'None or "bfloat16", got \'bf16\''),
-        ({"screen": True}, "got True"),
+        ({"screen": "bf16"}, "screen cannot be 'bf16'; did you mean bfloat16"),
+        ({"screen": True}, "screen cannot be True; known are: bfloat16, None"),
         ({"screen": "bfloat16", "dtype": "float64"}, "needs dtype float32"),
     ],
 )
