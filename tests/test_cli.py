@@ -160,7 +160,7 @@ class NoBudget(Rule):
     def budget(self, tokens: int) -> None:
         return None
 
-    def settle(self, candidates: Candidates, budget: object) -> Settled:
+    def settle(self, candidates: Candidates, budget: object, group: Group) -> Settled:
         return Settled(candidates.affinity > self.config.above)
 
 
