@@ -54,11 +54,17 @@ class SparseCode(Protocol):
 
 @runtime_checkable
 class Codec(Protocol):
-    """What counts as an SAE here."""
+    """What counts as an SAE here. It is spared rows that its filter leaves out, if it says where its rows come from, as
+    `source` or under `info["source"]`."""
 
     def encode(self, x: Float[Tensor, "*lead d_in"]) -> Any: ...
 
     def decode(self, latents: Any, x: Float[Tensor, "*lead d_in"]) -> Float[Tensor, "*lead d_in"]: ...
+
+
+def _about(sae: Any) -> About:
+    said = getattr(sae, "source", None)
+    return said if isinstance(said, About) else About.from_json(getattr(sae, "info", {}).get("source", {}))
 
 
 @contextmanager
@@ -169,7 +175,7 @@ def rows_at(
     place = str(Hookpoint.parse(hookpoint))
     token_filter = None
     if isinstance(mask, str):
-        token_filter = trained_filter(getattr(sae, "source", About()), place)
+        token_filter = trained_filter(_about(sae), place)
     with watched(model, place) as watch:
         if token_filter is not None:
             yield partial(_filtered, token_filter=token_filter, watch=watch)
