@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from itertools import permutations
@@ -281,3 +282,10 @@ def test_the_penalty_raises_similarity_between_saes(kind, figures):
         assert within_similarity(saes[0]) < 0.9
     for key in figures:
         assert found[1][key] > found[0][key] + 0.02, key
+
+
+def test_a_setting_that_an_older_record_lacks_means_its_default():
+    objective = MutualFeatureRegularisation(MutualConfig(weight=0.5))
+    assert objective.defaults() == {f.name: f.default for f in dataclasses.fields(MutualConfig)}
+    trainer = ap.Trainer([ap.create("topk", d_in=8, d_sae=16, k=2, seed=i) for i in range(2)], objective=objective)
+    assert trainer.defaults()["objective"] == objective.defaults() and local_reconstruction.defaults() == {}
