@@ -16,10 +16,10 @@ from apportion.language import TextSource, load_model
 from apportion.language.collect import collect
 from apportion.recipes import command
 from apportion.recipes.compare import METHODS, Compare
-from apportion.recipes.family import Family
-from apportion.recipes.family_parts import CachePart, TruthPart
+from apportion.recipes.experiment import as_now
+from apportion.recipes.family import Caches, Family
 from apportion.recipes.objectives import Objectives
-from apportion.recipes.runs import as_now
+from apportion.recipes.parts import TruthPart
 from apportion.recipes.switch import SwitchComparison
 from apportion.synthetic import GroundTruthConfig
 from apportion.training import Trainer
@@ -48,11 +48,10 @@ def compare(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> C
             context_tokens=32,
         )
     return Compare(
-        acts=folder / "train",
-        eval_acts=folder / "valid",
+        acts=(folder / "train",),
+        eval_acts=(folder / "valid",),
         out=folder / "results",
         model=str(tiny_model_dir),
-        text=folder / "valid.txt",
         ce_tokens=256,
         lrs=(1e-3, 3e-3),
         seeds=2,
@@ -73,7 +72,7 @@ def test_every_method_is_compared_and_finished_runs_are_not_repeated(
     assert [sum(f"| {method} |" in line for line in table.splitlines()) for method in METHODS] == [2] * len(METHODS)
     assert len(results["grid"]) == 2 * len(METHODS) and len(results["chosen"]) == 2 * len(METHODS)
     for run in results["chosen"]:
-        best = min((r for r in results["grid"] if r["method"] == run["method"]), key=lambda r: r["held_out"]["fvu"])
+        best = min((r for r in results["grid"] if r["name"] == run["name"]), key=lambda r: r["held_out"]["fvu"])
         assert run["lr"] == best["lr"]
         assert run["delta_ce"] == pytest.approx(run["ce_spliced"] - run["ce_clean"])
         assert run["l0"] == pytest.approx(4, rel=0.1)
@@ -156,9 +155,9 @@ def family(compare: Compare, tmp_path: Path) -> Family:
         lrs=(1e-3, 3e-3),
         docs=docs,
         truth=TruthPart(k=2, d_sae=32, total_tokens=1024, batch_tokens=128, eval_tokens=500, world=world),
-        cache=CachePart(
-            k=4, d_sae=48, total_tokens=1024, batch_tokens=256, acts=(compare.acts,), eval_acts=(compare.eval_acts,),
-            model=compare.model, text=compare.text, ce_tokens=128,
+        cache=Caches(
+            k=4, d_sae=48, total_tokens=1024, batch_tokens=256, acts=compare.acts, eval_acts=compare.eval_acts,
+            model=compare.model, ce_tokens=128,
         ),
     )  # fmt: skip
 
@@ -202,7 +201,7 @@ def test_the_family_is_compared_and_goes_on_where_it_stopped(family: Family, mon
 def several_hookpoints(compare: Compare) -> dict[str, tuple[Path, ...]]:
     """The caches of `compare`, and others of the same text: of two layers, and of an MLP's input and output."""
     model, tokenizer = load_model(compare.model)
-    folder, caches = compare.acts.parent, {"acts": [compare.acts], "eval_acts": [compare.eval_acts]}
+    folder, caches = compare.acts[0].parent, {"acts": [*compare.acts], "eval_acts": [*compare.eval_acts]}
     places = {
         "layers": ["model.layers.0", "model.layers.1"],
         "mlp": ["model.layers.1", "model.layers.1.mlp:in", "model.layers.1.mlp"],
@@ -257,7 +256,7 @@ def test_one_run_that_fails_does_not_stop_the_family(family: Family, monkeypatch
         return fit(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "fit", failing_fit)
-    changed = dataclasses.replace(family, saes=("topk", "pca"), seeds=(0,), lrs=(1e-3,), cache=CachePart())
+    changed = dataclasses.replace(family, saes=("topk", "pca"), seeds=(0,), lrs=(1e-3,), cache=Caches())
     with pytest.raises(ValueError, match=r"1 runs failed.*topk, seed 0: loss is nan"):
         changed.run()
     text = (family.out / "truth.md").read_text()
@@ -270,7 +269,7 @@ def test_one_run_that_fails_does_not_stop_the_family(family: Family, monkeypatch
         ({"saes": ("topk", "nobody")}, "nobody"),
         ({"seeds": ()}, "at least one seed"),
         ({"docs": Path("nowhere.md")}, "nowhere.md"),
-        ({"cache": CachePart(acts=(Path("x"),))}, "--eval-acts"),
+        ({"cache": Caches(acts=(Path("x"),))}, "--eval-acts"),
         ({"truth": TruthPart(k=300)}, "k"),
         ({"truth": TruthPart(world=GroundTruthConfig(active=200))}, "active"),
     ],
@@ -287,7 +286,8 @@ def test_every_sae_fits_into_the_family_as_it_is_by_default(family: Family) -> N
     everything = dataclasses.replace(
         family, saes=tuple(SAES), truth=TruthPart(), cache=dataclasses.replace(family.cache, k=32, d_sae=4608)
     )
-    everything.check([everything.truth, everything.cache])
+    for experiment in everything.experiments():
+        experiment.check()
 
 
 @pytest.fixture
@@ -318,17 +318,18 @@ def test_switch_saes_are_compared_with_topk_and_finished_runs_are_not_repeated(
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
     titles, _, topk, width, flop = (dict(zip(rows[0], row, strict=True)) for row in rows)
     assert len(titles) == 11 and list(runs) == [topk["SAE"], width["SAE"], flop["SAE"]]
-    d_in = 2e-6 * switch.store.d_in
+    d_in = 2e-6 * switch.d_in
     for row, latents, products in ((topk, 48, 48), (width, 48, 48 / 4 + 4), (flop, 96, 48 + 2)):
         assert int(row["latents"]) == latents and float(row["encoder, MFLOP a token"]) == round(d_in * products, 2)
         assert float(row["step, ms"]) >= 0
-    for title, (first, second) in runs.items():
+    for first, second in runs.values():
         assert (
             (first["seed"], second["seed"]) == (0, 1) and first["lr"] == second["lr"] and first["fvu"] != second["fvu"]
         )
-        others = [json.loads((switch.folder(arm, lr, 0) / "result.json").read_text())["held_out_fvu"]
-                  for arm in switch.arms if arm.title == title for lr in switch.lrs]  # fmt: skip
-        assert first["held_out_fvu"] == min(others)
+        of_grid = [switch.experiment().folder(first | {"lr": lr}) for lr in switch.lrs]
+        held_out = [json.loads((folder / "trained.json").read_text())["held_out"]["fvu"] for folder in of_grid]
+        assert first["held_out"]["fvu"] == min(held_out)
+        assert [(folder / "result.json").exists() for folder in of_grid].count(True) == 1, "only the chosen rate"
         assert 0 < first["fvu"] < 1 and 0 <= first["duplicated"] <= 1
     assert 1 < runs[width["SAE"]][0]["experts_in_use"] <= 4 and "experts_in_use" not in runs["TopK"][0]
 
@@ -347,7 +348,7 @@ def test_switch_saes_are_compared_with_topk_and_finished_runs_are_not_repeated(
         ({"k": 24}, "only the 12 latents"),
         ({"seeds": ()}, "at least one seed"),
         ({"docs": Path("nowhere.md")}, "nowhere.md"),
-        ({"acts": Path("nowhere")}, "nowhere"),
+        ({"acts": (Path("nowhere"),)}, "nowhere"),
     ],
 )
 def test_mistakes_show_before_switch_saes_are_trained(
