@@ -270,6 +270,7 @@ def test_one_run_that_fails_does_not_stop_the_family(family: Family, monkeypatch
         ({"seeds": ()}, "at least one seed"),
         ({"docs": Path("nowhere.md")}, "nowhere.md"),
         ({"cache": Caches(acts=(Path("x"),))}, "--eval-acts"),
+        ({"cache": "embedded"}, "embedded is not the model of"),
         ({"truth": TruthPart(k=300)}, "k"),
         ({"truth": TruthPart(world=GroundTruthConfig(active=200))}, "active"),
     ],
@@ -278,6 +279,8 @@ def test_mistakes_show_before_the_family_is_trained(
     family: Family, changes: dict, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: pytest.fail("too late"))
+    if changes.get("cache") == "embedded":
+        changes = {"cache": dataclasses.replace(family.cache, model="embedded")}
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(family, **changes).run()
 

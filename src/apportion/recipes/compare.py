@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from apportion.architectures import SAE, create, load
-from apportion.disk import write_json, write_text
 from apportion.evals import FIGURES, evaluate_rows
 from apportion.evals.plots import save_plots
 from apportion.evals.rows import recalibrate
@@ -29,30 +28,26 @@ from apportion.recipes.command import main
 from apportion.recipes.experiment import (
     SECONDS,
     Experiment,
-    markdown,
+    Record,
+    check_known,
     over_seeds,
+    publish,
     run_all,
-    settings_of,
-    spread,
     table,
 )
 from apportion.recipes.parts import CachePart
 from apportion.training import TrainConfig
 
+ZIPF = {"budgets": "zipf", "switch_at": 0.3}
 METHODS: dict[str, dict[str, Any]] = {
-    "topk": {"sae": "topk"},
-    "mutual_choice aux_k": {"sae": "mutual_choice", "aux": "aux_k"},
-    "mutual_choice aux_zipf": {"sae": "mutual_choice", "aux": "aux_zipf"},
-    "feature_choice uniform": {"sae": "feature_choice"},
-    "feature_choice zipf(1, 7)": {"sae": "feature_choice", "budgets": "zipf", "switch_at": 0.3},
-    "feature_choice zipf fitted": {
-        "sae": "feature_choice",
-        "budgets": "zipf",
-        "switch_at": 0.3,
-        "zipf_alpha": None,
-        "zipf_beta": None,
-    },
+    "topk": {},
+    "mutual_choice aux_k": {"aux": "aux_k"},
+    "mutual_choice aux_zipf": {"aux": "aux_zipf"},
+    "feature_choice uniform": {},
+    "feature_choice zipf(1, 7)": ZIPF,
+    "feature_choice zipf fitted": {**ZIPF, "zipf_alpha": None, "zipf_beta": None},
 }
+"""Each begins with the name of the SAE; settings that are not the defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +68,14 @@ class Compare(CachePart):
     def run(self) -> None:
         experiment = self.experiment()
         run_all(experiment)
-        self.draw({run["name"]: load(experiment.folder(run)) for run in experiment.done if run["seed"] == 0})
-        sys.stdout.write((self.out / "table.md").read_text(encoding="utf-8"))
+        grid, chosen = [run for runs in experiment.grid.values() for run in runs], experiment.done
+        self.draw({run["name"]: load(experiment.folder(run)) for run in chosen if run["seed"] == 0})
+        text = self.table(experiment)
+        publish(self, text, {"grid": grid, "chosen": chosen})
+        sys.stdout.write(text)
 
     def experiment(self) -> Experiment:
+        check_known(self.methods, METHODS, "method")
         self.check_rows()
         return Experiment(
             out=self.out / "runs",
@@ -84,13 +83,12 @@ class Compare(CachePart):
             arms={method: partial(self.new, method) for method in self.methods},
             lrs=self.lrs,
             seeds=range(self.seeds),
-            write=self.write,
             word=lambda method: "".join(c if c.isalnum() else "_" for c in method),
         )
 
     def new(self, method: str, seed: int) -> SAE:
-        settings = dict(METHODS[method])
-        return create(settings.pop("sae"), d_in=self.d_in, d_sae=self.d_sae, k=self.k, seed=seed, **settings)
+        sizes = {"d_in": self.d_in, "d_sae": self.d_sae, "k": self.k}
+        return create(method.split()[0], **sizes, seed=seed, **METHODS[method])
 
     def config(self, lr: float, seed: int) -> TrainConfig:
         windows = {"dead_window_tokens": self.window_tokens, "density_window_tokens": self.window_tokens}
@@ -103,25 +101,16 @@ class Compare(CachePart):
             recalibrate(sae, store, calibrate)
         save_plots(evaluate_rows(saes, store, rows, progress=False), self.out / "plots")
 
-    def write(self, experiment: Experiment) -> None:
-        grid, chosen = [run for runs in experiment.grid.values() for run in runs], experiment.done
-        write_json(self.out / "results.json", {"settings": settings_of(self), "grid": grid, "chosen": chosen})
-        write_text(self.out / "table.md", self.table(experiment))
-
     def table(self, experiment: Experiment) -> str:
         """Two markdown tables: FVU and dead latents over the grid, and every figure at the chosen rate over seeds."""
-        fvu, dead, l0 = (FIGURES[key] for key in ("fvu", "dead", "l0"))
-        lines = [
-            [name, *(f"{fvu.written(r['held_out']['fvu'])} ({dead.written(r['held_out']['dead'])})" for r in runs)]
-            for name, runs in experiment.grid.items()
-        ]
-        fitted = {
-            f"{figure.title} as fitted": lambda runs, f=figure: spread([run["as_fitted"] for run in runs], f)
-            for figure in (fvu, l0)
-        }
-        columns = over_seeds("fvu", "l0", "dead", "delta_ce", SECONDS) | fitted
-        over_grid = markdown(["method", *(f"lr {lr:g}" for lr in self.lrs)], lines)
-        return over_grid + "\n" + table("method", experiment.done, columns)
+        grid = [run["held_out"] | run for runs in experiment.grid.values() for run in runs]
+        at_rate = {f"lr {lr:g}": lambda runs, i=i: fvu_and_dead(runs[i]) for i, lr in enumerate(self.lrs)}
+        columns = over_seeds("fvu", "l0", "dead", "delta_ce", SECONDS) | over_seeds("fvu", "l0", of="as fitted")
+        return table("method", grid, at_rate) + "\n" + table("method", experiment.done, columns)
+
+
+def fvu_and_dead(run: Record) -> str:
+    return f"{FIGURES['fvu'].written(run['fvu'])} ({FIGURES['dead'].written(run['dead'])})"
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -166,15 +167,15 @@ def best_rate(name: str, found: Mapping[float, Record], limit: float = inf) -> f
     return best
 
 
+def check_known(names: Iterable[str], known: Collection[str], what: str) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"There is no {what} named {', '.join(unknown)}. Known are: {', '.join(known)}.")
+
+
 def same_run(folder: Path, sae: SAE, config: TrainConfig, source: Source) -> None:
     """ValueError if the run in this folder was made with other settings or on other rows."""
     trainer = Trainer(sae, config)
     check_same(folder, read_run(folder), trainer.describe(source), trainer.defaults())
-
-
-def settings_of(recipe: Any) -> dict[str, Any]:
-    """The options of a recipe, JSON-able."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
 
 
 def as_now(recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,22 +198,23 @@ def table(first: str, runs: Iterable[Record], columns: Mapping[str, Cell], shown
     return markdown([first, *columns], lines)
 
 
-def over_seeds(*figures: str | Figure) -> dict[str, Cell]:
-    """Columns of figures: mean and standard deviation over seeds; before them the learning rate."""
+def over_seeds(*figures: str | Figure, of: str = "") -> dict[str, Cell]:
+    """Columns of the learning rate and of figures; of those that a run has under `of`, such as "as fitted"."""
     chosen = [FIGURES[figure] if isinstance(figure, str) else figure for figure in figures]
-    cells = {figure.title: lambda runs, f=figure: spread(runs, f) for figure in chosen}
-    return {"lr": lambda runs: f"{runs[0]['lr']:g}"} | cells
+    columns = {f"{figure.title} {of}".rstrip(): partial(spread, figure, of.replace(" ", "_")) for figure in chosen}
+    return {"lr": lambda runs: f"{runs[0]['lr']:g}", **columns}
 
 
-def spread(runs: list[Record], figure: Figure) -> str:
+def spread(figure: Figure, of: str, runs: Sequence[Record]) -> str:
     """Mean and standard deviation over seeds; of seconds the least, as the machine may have done other things too."""
-    values = [run[figure.key] for run in runs if run.get(figure.key) is not None]
+    found = [(run[of] if of else run).get(figure.key) for run in runs]
+    values = [value for value in found if value is not None]
     if not values:
         return "-"
     if figure == SECONDS:
         return figure.written(min(values))
-    deviation = f" ± {figure.written(stdev(values)).removeprefix('+')}" if len(values) > 1 else ""
-    return figure.written(mean(values)) + deviation
+    shown = [mean(values), *([stdev(values)] if len(values) > 1 else [])]
+    return " ± ".join(figure.written(value).removeprefix("+") for value in shown)
 
 
 def markdown(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -221,11 +223,15 @@ def markdown(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def publish(text: str, file: Path, docs: Path | None, name: str) -> None:
-    """Write a table to its file, and between its marks in `docs`."""
-    write_text(file, text)
-    if docs is not None:
-        write_text(docs, between(docs, name, text))
+def publish(
+    recipe: Any, text: str, runs: Record, record: str = "results.json", page: str = "table.md", mark: str = "table"
+) -> None:
+    """Write runs with the options of the recipe, and the table: to a file of its own, and between marks in `docs`."""
+    settings = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+    write_json(recipe.out / record, {"settings": settings, **runs})
+    write_text(recipe.out / page, text)
+    if settings.get("docs") is not None:
+        write_text(recipe.docs, between(recipe.docs, mark, text))
 
 
 def between(file: Path, name: str, text: str) -> str:

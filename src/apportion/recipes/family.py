@@ -25,18 +25,8 @@ from tyro.conf import arg
 
 from apportion.architectures import SAE, SAES, create
 from apportion.architectures.base import RowKind
-from apportion.disk import write_json
 from apportion.recipes.command import listed, main
-from apportion.recipes.experiment import (
-    SECONDS,
-    Experiment,
-    between,
-    over_seeds,
-    publish,
-    run_all,
-    settings_of,
-    table,
-)
+from apportion.recipes.experiment import SECONDS, Experiment, between, check_known, over_seeds, publish, run_all, table
 from apportion.recipes.parts import CachePart, Part, TruthPart, kind_here
 
 L0_TOLERANCE = 1.1
@@ -56,12 +46,8 @@ class Own:
     why: str
 
 
-OWN: dict[str, Own] = {
-    "feature_choice": Own(
-        {"budgets": "zipf", "switch_at": 0.3},
-        "uniform budgets cost FVU (docs/experiments.md), and which latent gets which budget is to be measured first",
-    ),
-}
+UNEVEN = "uniform budgets cost FVU (docs/experiments.md), and which latent gets which budget is to be measured first"
+OWN = {"feature_choice": Own({"budgets": "zipf", "switch_at": 0.3}, UNEVEN)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +92,7 @@ class Family:
 
     def experiments(self) -> list[Experiment]:
         """One for each table. ValueError for what cannot work."""
-        if unknown := [name for name in self.saes if name not in SAES]:
-            raise ValueError(f"There is no SAE named {', '.join(unknown)}. Known are: {', '.join(SAES)}.")
+        check_known(self.saes, SAES, "SAE")
         found = []
         for name, part in {"truth": self.truth, **({"cache": self.cache} if self.cache.acts else {})}.items():
             part.check_rows()
@@ -122,11 +107,11 @@ class Family:
     def write(self, experiment: Experiment) -> None:
         """Table and results of a part, as far as it has come."""
         part, name = experiment.part, experiment.out.name
-        write_json(self.out / f"{name}.json", {"settings": settings_of(self), "runs": experiment.done})
         head = f"{part.describe()}. k {part.k}, {part.d_sae} latents, {experiment.setting()}."
         shown = table("SAE", experiment.done, over_seeds(*FIGURES_OF[name]), "`{}`".format)
         said = "".join(f"* {note}\n" for sae in self.saes for note in notes(part, sae))
-        publish(f"{head}\n\n{shown}\n{said}", self.out / f"{name}.md", self.docs, name)
+        text = f"{head}\n\n{shown}\n{said}"
+        publish(self, text, {"runs": experiment.done}, f"{name}.json", f"{name}.md", name)
 
 
 def notes(part: Part, name: str) -> Iterator[str]:

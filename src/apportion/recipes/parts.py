@@ -62,10 +62,6 @@ class Part(ABC):
     def d_in(self) -> int: ...
 
     @abstractmethod
-    def check_rows(self) -> None:
-        """ValueError if this part cannot be run."""
-
-    @abstractmethod
     def describe(self) -> str:
         """The setting in words, for the line above the table."""
 

@@ -30,20 +30,10 @@ from torch import Tensor
 
 from apportion.architectures import SAE, create
 from apportion.architectures.switch import Switch
-from apportion.disk import write_json
 from apportion.evals import Figure
 from apportion.metrics import entropy, load
 from apportion.recipes.command import listed, main
-from apportion.recipes.experiment import (
-    Cell,
-    Experiment,
-    between,
-    over_seeds,
-    publish,
-    run_all,
-    settings_of,
-    table,
-)
+from apportion.recipes.experiment import Cell, Experiment, between, over_seeds, publish, run_all, table
 from apportion.recipes.parts import CachePart
 from apportion.rows.batch import RowStore
 from apportion.training import Trainer
@@ -99,12 +89,8 @@ class SwitchComparison(CachePart):
         run_all(experiment)
         milliseconds = self.step_times()
         text = self.table(experiment, milliseconds)
-        write_json(self.out / "results.json", {
-            "runs": {title: [run for run in experiment.done if run["name"] == title] for title in self.kinds},
-            "step_ms": milliseconds,
-            "settings": settings_of(self),
-        })  # fmt: skip
-        publish(text, self.out / "table.md", self.docs, "switch")
+        runs = {title: [run for run in experiment.done if run["name"] == title] for title in self.kinds}
+        publish(self, text, {"runs": runs, "step_ms": milliseconds}, mark="switch")
         sys.stdout.write(text)
 
     def experiment(self) -> Experiment:
