@@ -11,17 +11,20 @@ import torch
 from embedded_card import loss_per_character
 from embedded_model import TrainModel
 
-from apportion.architectures import SAES
-from apportion.language import TextSource, load_model
+from apportion.architectures import SAE, SAES, create
+from apportion.evals import evaluate, evaluate_model, evaluate_rows, held_out_rows
+from apportion.evals.rows import recalibrate
+from apportion.language import TextSource, load_model, read_contexts
 from apportion.language.collect import collect
 from apportion.recipes import command
 from apportion.recipes.compare import METHODS, Compare
 from apportion.recipes.experiment import as_now
 from apportion.recipes.family import Caches, Family
 from apportion.recipes.objectives import Objectives
-from apportion.recipes.parts import TruthPart
+from apportion.recipes.parts import VALIDATION_SEED, TruthPart
 from apportion.recipes.switch import SwitchComparison
-from apportion.synthetic import GroundTruthConfig
+from apportion.rows import ActivationStore
+from apportion.synthetic import GroundTruthConfig, GroundTruthSource
 from apportion.training import Trainer
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
@@ -384,3 +387,48 @@ def test_settings_of_an_older_version_are_those_of_today() -> None:
     said = {"where": "a/corpus", "split": "train", "field": "text", "config": None}
     now = {"where": "a/corpus", "split": "train", "field": "text"}
     assert as_now({"k": 8, "text": said}) == {"k": 8, "text": now} and as_now({"text": None}) == {"text": None}
+
+
+def test_a_cache_part_measures_contexts_that_nothing_was_fitted_on(compare: Compare, tiny_model_dir: Path) -> None:
+    def trained() -> SAE:
+        sae = compare.new("mutual_choice aux_zipf", 0)
+        return Trainer(sae, compare.config(3e-3, 0)).fit(compare.source(sae, 0), progress=False)
+
+    train, store = ActivationStore(compare.acts[0]), ActivationStore(compare.eval_acts[0])
+    even, odd = ((store.contexts % 2 == half).nonzero().squeeze(1) for half in (0, 1))
+    sae = trained()
+    held_out = evaluate_rows({"": sae}, train, held_out_rows(train, 0.1), progress=False)[""].result()
+    as_fitted = evaluate_rows({"": sae}, store, odd, progress=False)[""].result()
+    recalibrate(sae, store, even)
+    expected = evaluate_rows({"": sae}, store, odd, progress=False)[""].result()
+    assert compare.held_out(trained()) == held_out and compare.evaluate(trained()) == {
+        "as_fitted": as_fitted, **expected
+    } and as_fitted["fvu"] != expected["fvu"]  # fmt: skip
+
+    model, tokenizer = load_model(tiny_model_dir)
+    text = compare.acts[0].parent / "valid.txt"
+    contexts = read_contexts(tokenizer, text, tokens=2 * compare.ce_tokens, context_tokens=32)[1::2]
+    _, entropies = evaluate_model({"": sae}, model, contexts, store.filter, hookpoint=store.hookpoint, progress=False)
+    found = compare.finish({"it": trained()})["it"]
+    assert found == entropies.of("") | {"l0_difficulty_correlation": found["l0_difficulty_correlation"]}
+
+
+def test_ground_truth_has_other_rows_to_choose_by_than_to_evaluate_on() -> None:
+    part = TruthPart(d_sae=32, eval_tokens=200, world=GroundTruthConfig(d_in=12, num_features=32, num_roots=2))
+    sae = create("topk", d_in=12, d_sae=32, k=4)
+    rows = {seed: GroundTruthSource(part.world, seed).store(200) for seed in (0, VALIDATION_SEED)}
+    chosen_by, shown = part.held_out(sae), part.evaluate(sae)
+    assert chosen_by["fvu"] == evaluate(sae, rows[VALIDATION_SEED])["fvu"] != shown["fvu"]
+    assert shown["fvu"] == evaluate(sae, rows[0])["fvu"] and "mcc" in shown and "mcc" not in chosen_by
+
+
+def test_caches_of_two_places_and_unknown_methods_are_refused(
+    compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: pytest.fail("too late"))
+    text = compare.acts[0].parent / "valid.txt"
+    collect(*load_model(compare.model), "model.layers.0", text, tokens=200, out=tmp_path / "acts", context_tokens=32)
+    with pytest.raises(ValueError, match="differ in hookpoint"):
+        dataclasses.replace(compare, eval_acts=(tmp_path / "acts",)).run()
+    with pytest.raises(ValueError, match=r"no method named nobody.*topk"):
+        dataclasses.replace(compare, methods=("topk", "nobody")).run()
