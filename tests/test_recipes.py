@@ -11,17 +11,20 @@ import torch
 from embedded_card import loss_per_character
 from embedded_model import TrainModel
 
-from apportion.architectures import SAES
-from apportion.language import TextSource, load_model
+from apportion.architectures import SAE, SAES, create
+from apportion.evals import evaluate, evaluate_model, evaluate_rows, held_out_rows
+from apportion.evals.rows import recalibrate
+from apportion.language import TextSource, load_model, read_contexts
 from apportion.language.collect import collect
 from apportion.recipes import command
 from apportion.recipes.compare import METHODS, Compare
-from apportion.recipes.family import Family
-from apportion.recipes.family_parts import CachePart, TruthPart
+from apportion.recipes.experiment import as_now
+from apportion.recipes.family import Caches, Family
 from apportion.recipes.objectives import Objectives
-from apportion.recipes.runs import as_now
+from apportion.recipes.parts import VALIDATION_SEED, TruthPart
 from apportion.recipes.switch import SwitchComparison
-from apportion.synthetic import GroundTruthConfig
+from apportion.rows import ActivationStore
+from apportion.synthetic import GroundTruthConfig, GroundTruthSource
 from apportion.training import Trainer
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
@@ -48,11 +51,10 @@ def compare(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> C
             context_tokens=32,
         )
     return Compare(
-        acts=folder / "train",
-        eval_acts=folder / "valid",
+        acts=(folder / "train",),
+        eval_acts=(folder / "valid",),
         out=folder / "results",
         model=str(tiny_model_dir),
-        text=folder / "valid.txt",
         ce_tokens=256,
         lrs=(1e-3, 3e-3),
         seeds=2,
@@ -74,7 +76,7 @@ def test_every_method_is_compared_and_finished_runs_are_not_repeated(
     assert [sum(f"| {method} |" in line for line in table.splitlines()) for method in METHODS] == [2] * len(METHODS)
     assert len(results["grid"]) == 2 * len(METHODS) and len(results["chosen"]) == 2 * len(METHODS)
     for run in results["chosen"]:
-        best = min((r for r in results["grid"] if r["method"] == run["method"]), key=lambda r: r["held_out"]["fvu"])
+        best = min((r for r in results["grid"] if r["name"] == run["name"]), key=lambda r: r["held_out"]["fvu"])
         assert run["lr"] == best["lr"]
         assert run["delta_ce"] == pytest.approx(run["ce_spliced"] - run["ce_clean"])
         assert run["l0"] == pytest.approx(4, rel=0.1)
@@ -158,9 +160,9 @@ def family(compare: Compare, tmp_path: Path) -> Family:
         lrs=(1e-3, 3e-3),
         docs=docs,
         truth=TruthPart(k=2, d_sae=32, total_tokens=1024, batch_tokens=128, eval_tokens=500, world=world),
-        cache=CachePart(
-            k=4, d_sae=48, total_tokens=1024, batch_tokens=256, acts=(compare.acts,), eval_acts=(compare.eval_acts,),
-            model=compare.model, text=compare.text, ce_tokens=128,
+        cache=Caches(
+            k=4, d_sae=48, total_tokens=1024, batch_tokens=256, acts=compare.acts, eval_acts=compare.eval_acts,
+            model=compare.model, ce_tokens=128,
         ),
     )  # fmt: skip
 
@@ -205,7 +207,7 @@ def test_the_family_is_compared_and_goes_on_where_it_stopped(family: Family, mon
 def several_hookpoints(compare: Compare) -> dict[str, tuple[Path, ...]]:
     """The caches of `compare`, and others of the same text: of two layers, and of an MLP's input and output."""
     model, tokenizer = load_model(compare.model)
-    folder, caches = compare.acts.parent, {"acts": [compare.acts], "eval_acts": [compare.eval_acts]}
+    folder, caches = compare.acts[0].parent, {"acts": [*compare.acts], "eval_acts": [*compare.eval_acts]}
     places = {
         "layers": ["model.layers.0", "model.layers.1"],
         "mlp": ["model.layers.1", "model.layers.1.mlp:in", "model.layers.1.mlp"],
@@ -261,7 +263,7 @@ def test_one_run_that_fails_does_not_stop_the_family(family: Family, monkeypatch
         return fit(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "fit", failing_fit)
-    changed = dataclasses.replace(family, saes=("topk", "pca"), seeds=(0,), lrs=(1e-3,), cache=CachePart())
+    changed = dataclasses.replace(family, saes=("topk", "pca"), seeds=(0,), lrs=(1e-3,), cache=Caches())
     with pytest.raises(ValueError, match=r"1 runs failed.*topk, seed 0: loss is nan"):
         changed.run()
     text = (family.out / "truth.md").read_text()
@@ -274,7 +276,8 @@ def test_one_run_that_fails_does_not_stop_the_family(family: Family, monkeypatch
         ({"saes": ("topk", "nobody")}, "nobody"),
         ({"seeds": ()}, "at least one seed"),
         ({"docs": Path("nowhere.md")}, "nowhere.md"),
-        ({"cache": CachePart(acts=(Path("x"),))}, "--eval-acts"),
+        ({"cache": Caches(acts=(Path("x"),))}, "--eval-acts"),
+        ({"cache": "embedded"}, "embedded is not the model of"),
         ({"truth": TruthPart(k=300)}, "k"),
         ({"truth": TruthPart(world=GroundTruthConfig(active=200))}, "active"),
     ],
@@ -283,6 +286,8 @@ def test_mistakes_show_before_the_family_is_trained(
     family: Family, changes: dict, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: pytest.fail("too late"))
+    if changes.get("cache") == "embedded":
+        changes = {"cache": dataclasses.replace(family.cache, model="embedded")}
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(family, **changes).run()
 
@@ -291,7 +296,8 @@ def test_every_sae_fits_into_the_family_as_it_is_by_default(family: Family) -> N
     everything = dataclasses.replace(
         family, saes=tuple(SAES), truth=TruthPart(), cache=dataclasses.replace(family.cache, k=32, d_sae=4608)
     )
-    everything.check([everything.truth, everything.cache])
+    for experiment in everything.experiments():
+        experiment.check()
 
 
 @pytest.fixture
@@ -323,17 +329,18 @@ def test_switch_saes_are_compared_with_topk_and_finished_runs_are_not_repeated(
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
     titles, _, topk, width, flop = (dict(zip(rows[0], row, strict=True)) for row in rows)
     assert len(titles) == 11 and list(runs) == [topk["SAE"], width["SAE"], flop["SAE"]]
-    d_in = 2e-6 * switch.store.d_in
+    d_in = 2e-6 * switch.d_in
     for row, latents, products in ((topk, 48, 48), (width, 48, 48 / 4 + 4), (flop, 96, 48 + 2)):
         assert int(row["latents"]) == latents and float(row["encoder, MFLOP a token"]) == round(d_in * products, 2)
         assert float(row["step, ms"]) >= 0
-    for title, (first, second) in runs.items():
+    for first, second in runs.values():
         assert (
             (first["seed"], second["seed"]) == (0, 1) and first["lr"] == second["lr"] and first["fvu"] != second["fvu"]
         )
-        others = [json.loads((switch.folder(arm, lr, 0) / "result.json").read_text())["held_out_fvu"]
-                  for arm in switch.arms if arm.title == title for lr in switch.lrs]  # fmt: skip
-        assert first["held_out_fvu"] == min(others)
+        of_grid = [switch.experiment().folder(first | {"lr": lr}) for lr in switch.lrs]
+        held_out = [json.loads((folder / "trained.json").read_text())["held_out"]["fvu"] for folder in of_grid]
+        assert first["held_out"]["fvu"] == min(held_out)
+        assert [(folder / "result.json").exists() for folder in of_grid].count(True) == 1, "only the chosen rate"
         assert 0 < first["fvu"] < 1 and 0 <= first["duplicated"] <= 1
     assert 1 < runs[width["SAE"]][0]["experts_in_use"] <= 4 and "experts_in_use" not in runs["TopK"][0]
 
@@ -352,7 +359,7 @@ def test_switch_saes_are_compared_with_topk_and_finished_runs_are_not_repeated(
         ({"k": 24}, "only the 12 latents"),
         ({"seeds": ()}, "at least one seed"),
         ({"docs": Path("nowhere.md")}, "nowhere.md"),
-        ({"acts": Path("nowhere")}, "nowhere"),
+        ({"acts": (Path("nowhere"),)}, "nowhere"),
     ],
 )
 def test_mistakes_show_before_switch_saes_are_trained(
@@ -385,3 +392,48 @@ def test_settings_of_an_older_version_are_those_of_today() -> None:
     said = {"where": "a/corpus", "split": "train", "field": "text", "config": None}
     now = {"where": "a/corpus", "split": "train", "field": "text"}
     assert as_now({"k": 8, "text": said}) == {"k": 8, "text": now} and as_now({"text": None}) == {"text": None}
+
+
+def test_a_cache_part_measures_contexts_that_nothing_was_fitted_on(compare: Compare, tiny_model_dir: Path) -> None:
+    def trained() -> SAE:
+        sae = compare.new("mutual_choice aux_zipf", 0)
+        return Trainer(sae, compare.config(3e-3, 0)).fit(compare.source(sae, 0), progress=False)
+
+    train, store = ActivationStore(compare.acts[0]), ActivationStore(compare.eval_acts[0])
+    even, odd = ((store.contexts % 2 == half).nonzero().squeeze(1) for half in (0, 1))
+    sae = trained()
+    held_out = evaluate_rows({"": sae}, train, held_out_rows(train, 0.1), progress=False)[""].result()
+    as_fitted = evaluate_rows({"": sae}, store, odd, progress=False)[""].result()
+    recalibrate(sae, store, even)
+    expected = evaluate_rows({"": sae}, store, odd, progress=False)[""].result()
+    assert compare.held_out(trained()) == held_out and compare.evaluate(trained()) == {
+        "as_fitted": as_fitted, **expected
+    } and as_fitted["fvu"] != expected["fvu"]  # fmt: skip
+
+    model, tokenizer = load_model(tiny_model_dir)
+    text = compare.acts[0].parent / "valid.txt"
+    contexts = read_contexts(tokenizer, text, tokens=2 * compare.ce_tokens, context_tokens=32)[1::2]
+    _, entropies = evaluate_model({"": sae}, model, contexts, store.filter, hookpoint=store.hookpoint, progress=False)
+    found = compare.finish({"it": trained()})["it"]
+    assert found == entropies.of("") | {"l0_difficulty_correlation": found["l0_difficulty_correlation"]}
+
+
+def test_ground_truth_has_other_rows_to_choose_by_than_to_evaluate_on() -> None:
+    part = TruthPart(d_sae=32, eval_tokens=200, world=GroundTruthConfig(d_in=12, num_features=32, num_roots=2))
+    sae = create("topk", d_in=12, d_sae=32, k=4)
+    rows = {seed: GroundTruthSource(part.world, seed).store(200) for seed in (0, VALIDATION_SEED)}
+    chosen_by, shown = part.held_out(sae), part.evaluate(sae)
+    assert chosen_by["fvu"] == evaluate(sae, rows[VALIDATION_SEED])["fvu"] != shown["fvu"]
+    assert shown["fvu"] == evaluate(sae, rows[0])["fvu"] and "mcc" in shown and "mcc" not in chosen_by
+
+
+def test_caches_of_two_places_and_unknown_methods_are_refused(
+    compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "fit", lambda *args, **kwargs: pytest.fail("too late"))
+    text = compare.acts[0].parent / "valid.txt"
+    collect(*load_model(compare.model), "model.layers.0", text, tokens=200, out=tmp_path / "acts", context_tokens=32)
+    with pytest.raises(ValueError, match="differ in hookpoint"):
+        dataclasses.replace(compare, eval_acts=(tmp_path / "acts",)).run()
+    with pytest.raises(ValueError, match=r"no method named nobody.*topk"):
+        dataclasses.replace(compare, methods=("topk", "nobody")).run()

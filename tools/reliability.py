@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from apportion.disk import write_text  # noqa: E402
-from apportion.recipes.runs import between, markdown  # noqa: E402
+from apportion.recipes.experiment import between, markdown  # noqa: E402
 from benchmarks.train_step import hardware  # noqa: E402
 
 

@@ -25,7 +25,7 @@ import apportion
 from apportion.architectures import SAES, NamedSAE, rule_choices, rule_name
 from apportion.disk import write_text
 from apportion.recipes.command import main
-from apportion.recipes.runs import markdown
+from apportion.recipes.experiment import markdown
 from apportion.settings import meanings
 
 logger = logging.getLogger("apportion.sae_pages")

@@ -12,7 +12,7 @@ from trials import trials
 
 import apportion as ap
 from apportion.cli import main
-from apportion.recipes.runs import same_run
+from apportion.recipes.experiment import same_run
 from apportion.rows import ArraySource
 
 SAE = ["train", "{acts}", "--k", "4", "--d-sae", "64", "--batch-tokens", "256", "--lr", "3e-3", "--out", "{out}"]

@@ -38,11 +38,12 @@ def main(
 ) -> int:
     """Read the options, run, and return the exit code.
 
-    `name` is that of the module in this folder, and of its logger after "apportion."; `prog` is how it is called,
-    if not as a recipe.
+    `name` is that of the module in this folder, or of its logger after "apportion." if it is elsewhere; `prog` is how
+    it is called, if not as a recipe.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logging.getLogger(f"apportion.{name}").setLevel(logging.INFO)
+    for logger in ("recipes", name):
+        logging.getLogger(f"apportion.{logger}").setLevel(logging.INFO)
 
     def run(words: list[str]) -> None:
         tyro.cli(recipe, args=words, prog=prog or f"python -m apportion.recipes.{name}", description=about).run()

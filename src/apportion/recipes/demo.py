@@ -29,7 +29,7 @@ from apportion.language import TextSource, load_model
 from apportion.language.collect import collect
 from apportion.language.hookpoints import expand, middle_layer
 from apportion.language.model import width_at
-from apportion.recipes.runs import as_now
+from apportion.recipes.experiment import as_now
 from apportion.rows import ActivationStore, CacheSource
 from apportion.training import TrainConfig, Trainer
 

@@ -30,7 +30,7 @@ from typing import Any
 from apportion.architectures import SAE, create, load
 from apportion.disk import read_json, write_json, write_text
 from apportion.embedded import stories
-from apportion.evals import evaluate_model, evaluate_rows, held_out_rows
+from apportion.evals import FIGURES, Figure, evaluate_model, evaluate_rows, held_out_rows
 from apportion.evals.layers import evaluate_layers
 from apportion.evals.similarity import similarity, within_similarity
 from apportion.language import ContextSource, TextSource, load_model, read_contexts
@@ -40,16 +40,23 @@ from apportion.language.model import width_at
 from apportion.objectives import EndToEnd, MutualConfig, MutualFeatureRegularisation
 from apportion.objectives.end_to_end import PRESETS
 from apportion.recipes.command import main
-from apportion.recipes.runs import as_now, markdown, seconds_of
+from apportion.recipes.experiment import as_now, markdown
 from apportion.rows import CacheSource
 from apportion.rows.order import held_out_groups, split_held_out
 from apportion.rows.sites import LayersStore, SitesStore, open_stores
 from apportion.rows.store import ActivationStore
 from apportion.training import TrainConfig, Trainer
 
-logger = logging.getLogger("apportion.objectives")
+logger = logging.getLogger("apportion.recipes.objectives")
 
 HELD_OUT = 0.1
+ALIKE = (
+    Figure("weight", "lambda", "g", "weight of the penalty"),
+    Figure("mmcs_ab", "MMCS a to b", ".4f", "mean cosine of latents of a with the nearest of b"),
+    Figure("mmcs_ba", "b to a", ".4f", "the other way"),
+    Figure("one_to_one", "one-to-one", ".4f", "mean cosine of the best matching"),
+    Figure("within", "within each", ".4f", "mean cosine with the nearest other latent of the same SAE"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +187,8 @@ class Objectives:
         config = self.config(lr, self.further_tokens)
         trainer = Trainer(load(self.start), config, EndToEnd(self.lm[0], self.place, preset))
         self.source.load_state_dict(self.source.state_dict() | {"epoch": 1, "row": 0})
-        sae = fitted(trainer, self.source, folder)[0]
-        return {"objective": preset, "lr": lr, "seconds": seconds_of(folder), **self.in_model(sae)}
+        sae = trainer.fit(self.source, folder, resume=True)  # pyright: ignore[reportArgumentType]
+        return {"objective": preset, "lr": lr, "seconds": trainer.seconds, **self.in_model(sae)}
 
     def in_model(self, sae: SAE) -> dict[str, Any]:
         """Figures on contexts for evaluation, and under "chosen_by" on those for calibration."""
@@ -202,11 +209,11 @@ class Objectives:
     def on_all_layers(self, folder: Path) -> dict[str, Any]:
         stores = open_stores(self.acts)
         trainer = Trainer(self.new("mlsae", self.seed), self.config(self.lr, len(stores) * self.tokens))
-        sae = fitted(trainer, CacheSource(LayersStore(stores), HELD_OUT, self.seed), folder)[0]  # type: ignore[arg-type]
+        sae = trainer.fit(CacheSource(LayersStore(stores), HELD_OUT, self.seed), folder, resume=True)
         together = SitesStore(stores)
         found = evaluate_layers(sae, together, held_out_rows(together, HELD_OUT), progress=False)
         return {
-            "seconds": seconds_of(folder),
+            "seconds": trainer.seconds,
             "fvu": {name: one.result()["fvu"] for name, one in found.layers.items()},
             "l0": {name: one.result()["l0"] for name, one in found.layers.items()},
             "dead": found.pooled.result()["dead"],
@@ -221,11 +228,12 @@ class Objectives:
         objective = MutualFeatureRegularisation(MutualConfig(weight=weight))
         pair = [self.new(self.sae, self.seed + i) for i in range(2)]
         trainer = Trainer(pair, self.config(self.lr, self.tokens), objective)
-        saes = {str(i): sae for i, sae in enumerate(fitted(trainer, CacheSource(store, HELD_OUT, self.seed), folder))}
+        trainer.fit(CacheSource(store, HELD_OUT, self.seed), folder, resume=True)
+        saes = {str(i): sae for i, sae in enumerate(trainer.saes)}
         measured = evaluate_rows(saes, store, held_out_rows(store, HELD_OUT), progress=False)
         return {
             "weight": weight,
-            "seconds": seconds_of(folder),
+            "seconds": trainer.seconds,
             **similarity(saes["0"], saes["1"]),
             "within": [within_similarity(sae) for sae in saes.values()],
             **{key: [m.result()[key] for m in measured.values()] for key in ("fvu", "l0", "dead")},
@@ -233,34 +241,28 @@ class Objectives:
 
     def tables(self, results: dict[str, Any]) -> str:
         """All three in markdown."""
-        styles = {"delta_ce": ".4f", "recovered_mean": ".4f", "fvu": ".4f", "l0": ".2f", "dead": ".1%"}
-        one = [[r["objective"], f"{r.get('lr', self.lr):g}", *shown(r, styles)] for r in results["objectives"]]
+        in_model = [FIGURES[key] for key in ("delta_ce", "recovered_mean", "fvu", "l0", "dead")]
+        one = [[r["objective"], f"{r.get('lr', self.lr):g}", *shown(r, in_model)] for r in results["objectives"]]
+        at_layer = [FIGURES["fvu"], FIGURES["l0"]]
         found = results["layers"]
-        two = [[layer, f"{fvu:.4f}", f"{found['l0'][layer]:.2f}"] for layer, fvu in found["fvu"].items()]
+        two = [[layer, *shown({f.key: found[f.key][layer] for f in at_layer}, at_layer)] for layer in found["fvu"]]
         variances = found["variances"]["mass"]["activity"]
         var = "Var(L) {var:.3f}, E Var(L|j) {var_latent:.3f}, E Var(L|j,t) {var_pair:.3f}".format(**variances)
-        styles = {"mmcs_ab": ".4f", "mmcs_ba": ".4f", "one_to_one": ".4f", "within": ".4f", "fvu": ".4f", "dead": ".1%"}
-        three = [shown(r, {"weight": "g", **styles}) for r in results["mutual"]]
+        of_pair = [*ALIKE, FIGURES["fvu"], FIGURES["dead"]]
         return "\n".join(
             [
-                markdown(("lambda", "MMCS a to b", "b to a", "one-to-one", "within each", "FVU", "dead"), three),
-                markdown(("objective", "lr", "ΔCE", "recovered (mean)", "FVU", "L0", "dead"), one),
-                markdown(("layer", "FVU", "L0"), two),
+                markdown([figure.title for figure in of_pair], [shown(r, of_pair) for r in results["mutual"]]),
+                markdown(["objective", "lr", *(figure.title for figure in in_model)], one),
+                markdown(["layer", *(figure.title for figure in at_layer)], two),
                 f"{var}, over layers numbered from 0\n",
             ]
         )
 
 
-def shown(figures: dict[str, Any], styles: dict[str, str]) -> list[str]:
-    """The figures that have a style, formatted; of a pair of SAEs both."""
-    values = {key: figures[key] if isinstance(figures[key], list) else [figures[key]] for key in styles}
-    return [" / ".join(format(v, style) for v in values[key]) for key, style in styles.items()]
-
-
-def fitted(trainer: Trainer, source: Any, folder: Path) -> Sequence[SAE]:
-    """All SAEs of a run: trained, trained on from where it stopped, or read if it is finished."""
-    trainer.fit(source, folder, resume=True)
-    return trainer.saes
+def shown(result: dict[str, Any], figures: Sequence[Figure]) -> list[str]:
+    """These figures as they are written; of a pair of SAEs both."""
+    values = {f: result[f.key] if isinstance(result[f.key], list) else [result[f.key]] for f in figures}
+    return [" / ".join(map(figure.written, values[figure])) for figure in figures]
 
 
 if __name__ == "__main__":
