@@ -60,3 +60,10 @@ def test_rows_without_text_are_shown_by_number_and_labels() -> None:
     assert found.preferred == [] and found.density == pytest.approx((codes[:, 5] > 0).double().mean().item())
     (texts,) = ap.examples_of(sae, store, [5], strongest=3)
     assert texts.strongest == [f"<<row {place} (cell c{place % 3})>>" for place in places] and texts.top_tokens == []
+
+
+def test_an_example_keeps_to_its_own_text() -> None:
+    store = ArrayStore(X[:8], labels={"tokens": torch.tensor(list(b"abcdwxyz"))}, groups=torch.arange(8) // 4)
+    finder = _Finder(TokenUnits(store, ByteTokenizer()), torch.arange(8), store.groups, 8)
+    for place, wanted in ((3, "abcd"), (4, "wxyz")):
+        assert "".join(piece.text for piece in finder.example(place, torch.ones(8))) == wanted
