@@ -1,4 +1,4 @@
-"""From which density on do dense row blocks beat lists of matches? The number behind kernels.sparse.DENSE_SHARE.
+"""From which density on do dense row blocks beat lists of matches? The number behind kernels.dispatch.DENSE_SHARE.
 
     python -m benchmarks.dense_share
 
@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from apportion.kernels import decode_matches, encode_matches, sparse
+from apportion.kernels import decode_matches, dispatch, encode_matches
 from apportion.latents import Latents
 
 SHARES = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3)
@@ -42,7 +42,7 @@ def measure(share: float, options: argparse.Namespace) -> tuple[float, float]:
     times: dict[float, list[float]] = {1.0: [], -1.0: []}
     for repeat in range(options.repeats + 1):
         for way in times:
-            sparse.DENSE_SHARE = way
+            dispatch.DENSE_SHARE = way
             started = time.perf_counter()
             x_hat = decode_matches(encode_matches(x, weights[0], bias, latents), weights[1])
             x_hat.square().sum().backward()

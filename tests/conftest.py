@@ -1,28 +1,59 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import config, install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for subprocesses
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
 torch.set_num_threads(1)  # tiny tensors: on a busy machine a second thread costs a hundred times what it gives
 
+PACKAGE = Path(__file__).parents[1] / "src" / "apportion"
+CHECKED = [f"apportion.{path.stem}" for path in PACKAGE.glob("[!_]*") if path.stem != "kernels"]
+CHECKED += [f"apportion.kernels.{path.stem}" for path in PACKAGE.glob("kernels/*.py") if path.stem != "triton_kernels"]
+"""Rooms and files whose annotations are checked, shapes too. Triton compiles the source of its kernels as it stands."""
+install_import_hook(CHECKED, "checked.check")
+config.update("jaxtyping_disable", os.environ.get("JAXTYPING_DISABLE", "1"))  # twice the time: 0 in CI
+
+
+OUTCOMES: dict[str, dict[str, int]] = defaultdict(lambda: {"tried": 0, "survived": 0, "did not come about": 0})
+"""Of every family of trials (tests/faults/trials.py)."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="also the trials that take long (tests/faults)")
     parser.addoption("--faults-json", metavar="FILE", help="write how many trials of each family there were, and held")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--long"):
-        left_out = [item for item in items if item.get_closest_marker("long")]
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
-        config.hook.pytest_deselected(items=left_out)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if mark := item.get_closest_marker("fault"):  # so that the report says it, also where another process runs it
+        item.user_properties.append(("family", mark.args[0]))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    said = dict(report.user_properties)
+    if "family" not in said:
+        return
+    outcomes = OUTCOMES[str(said["family"])]
+    if report.skipped and report.when in ("setup", "call"):
+        outcomes["did not come about"] += 1
+    elif report.when == "call" or (report.when == "setup" and report.failed):
+        count = said.get("trials", 1)
+        assert isinstance(count, int)
+        outcomes["tried"] += count
+        outcomes["survived"] += count * report.passed
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    file = session.config.getoption("--faults-json")
+    if file is not None and not hasattr(session.config, "workerinput"):  # a worker of pytest-xdist counts nothing
+        Path(file).write_text(json.dumps(OUTCOMES, indent=1) + "\n")
 
 
 SENTENCES = [

@@ -13,6 +13,7 @@ from time import monotonic, sleep
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 TOY_SHAPE = {"d-in": 16, "d-sae": 64, "k": 4, "batch": 64, "rows": 512, "threads": 1}
 TOY = [word for name, value in TOY_SHAPE.items() for word in (f"--{name}", str(value))]

@@ -15,11 +15,11 @@ import torch
 import apportion as ap
 from apportion.architectures import calibrate
 from apportion.cli import main
-from apportion.evals import Measurement, held_out_rows, rows
+from apportion.evals import Measurement, held_out_rows
 from apportion.evals.table import off_budget, print_table
 from apportion.language import load_model
 from apportion.language.collect import collect
-from apportion.rows import ActivationStore, CacheSource, TokenFilter
+from apportion.rows import ActivationStore, CacheSource, TokenFilter, batch
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
 POINT, OTHER = "model.layers.1", "model.layers.2"
@@ -155,7 +155,7 @@ def test_recalibrating_may_read_the_rows_again(
     """As it has to where the topics of a text follow each other; here because hardly any match is kept at first."""
     monkeypatch.setattr(calibrate, "HELD", {True: 0, False: 0})
     monkeypatch.setattr(calibrate, "RESERVE", {False: 0.1, True: 1.25})
-    monkeypatch.setattr(rows, "CHUNK", 100)
+    monkeypatch.setattr(batch, "CHUNK", 100)
     reads: list[int] = []
     monkeypatch.setattr(calibrate, "_pool", lambda *given, pool=calibrate._pool: reads.append(1) or pool(*given))
     on = ["--text", str(home / "new.txt")] if where == "text" else ["--acts", str(home / "new")]

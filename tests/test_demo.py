@@ -151,6 +151,7 @@ def test_only_what_the_demo_wrote_is_removed(demo: Demo, tmp_path: Path, monkeyp
     assert sorted(p.name for p in short.out.iterdir()) == ["notes.txt", "stories.jsonl"]
 
 
+@pytest.mark.slow
 def test_the_embedded_model_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The README's first command, on a hundredth of the tokens."""
     out = tmp_path / "apportion-demo"

@@ -94,6 +94,7 @@ def listed(checkout: Path, *faults: tuple[str, str]) -> list[dict[str, Any]]:
     return mutate.listed(file)
 
 
+@pytest.mark.slow
 def test_noticed_survived_timed_out_and_gone_on_with(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {f: f.read_bytes() for f in checkout.rglob("*") if f.is_file()}
     out = checkout.parent / "out.jsonl"

@@ -31,11 +31,12 @@ def setup_commands() -> list[str]:
     return [line.strip() for line in section.splitlines() if line.startswith("    ")]
 
 
-def test_there_are_two_setup_commands_and_ci_runs_the_second() -> None:
+def test_there_are_two_setup_commands_and_ci_runs_the_second_and_what_it_leaves_out() -> None:
     demo, tests = setup_commands()
     assert demo.endswith(".venv/bin/apportion demo") and tests.endswith(".venv/bin/python -m pytest")
     ci = (Path(__file__).parents[1] / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    assert ci[-1] == tests
+    assert ci[-2:] == [tests, ".venv/bin/python -m pytest -m slow"] and f"`{ci[-1]}`" in README
+    assert any(line.startswith("export JAXTYPING_DISABLE=0") for line in ci), "annotations are checked in CI"
 
 
 def test_every_command_line_is_understood() -> None:

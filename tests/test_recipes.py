@@ -66,6 +66,7 @@ def compare(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> C
     )
 
 
+@pytest.mark.slow
 def test_every_method_is_compared_and_finished_runs_are_not_repeated(
     compare: Compare, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +119,7 @@ def test_the_embedded_model_learns_and_loads(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer("The cat, twice!")["input_ids"]) == "The cat, twice!"
 
 
+@pytest.mark.slow
 def test_objectives_are_compared_and_finished_runs_are_not_repeated(
     tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +167,7 @@ def family(compare: Compare, tmp_path: Path) -> Family:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_family_is_compared_and_goes_on_where_it_stopped(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     calibrate, calls = Trainer._calibrate, []
 
@@ -216,6 +219,7 @@ def several_hookpoints(compare: Compare) -> dict[str, tuple[Path, ...]]:
     return {key: tuple(found) for key, found in caches.items()}
 
 
+@pytest.mark.slow
 def test_transcoders_and_crosscoders_take_part_where_the_caches_have_their_hookpoints(
     family: Family, several_hookpoints: dict[str, tuple[Path, ...]]
 ) -> None:
@@ -317,6 +321,7 @@ def switch(compare: Compare, tmp_path: Path) -> SwitchComparison:
     )
 
 
+@pytest.mark.slow
 def test_switch_saes_are_compared_with_topk_and_finished_runs_are_not_repeated(
     switch: SwitchComparison, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

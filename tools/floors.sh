@@ -18,10 +18,11 @@ PYTHON
 if [ ! -x "$folder/bin/python" ]; then
   python3 -m venv "$folder"
 fi
-"$folder/bin/pip" install --quiet $floors "pytest>=8" "hypothesis>=6"
+"$folder/bin/pip" install --quiet $floors "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6" "beartype>=0.21"
 "$folder/bin/pip" install --quiet --no-deps -e "$root"
 "$folder/bin/pip" check
 echo "$floors"
-"$folder/bin/python" -m pytest tests/architectures tests/interop tests/training tests/evals tests/activations \
+"$folder/bin/python" -m pytest -m "" tests/architectures tests/interop tests/training tests/evals \
+  tests/rows tests/language tests/synthetic \
   tests/test_cli.py tests/test_disk.py tests/test_answers.py tests/test_extras.py tests/test_torch_state.py \
   -k "not TestPush and not test_upper and not test_a_full_disk"

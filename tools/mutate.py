@@ -87,7 +87,7 @@ class Copy:
 
     def run(self, tests: list[str], seconds: float) -> tuple[str, str]:
         """passed, failed or timed out; and the first test that failed."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+        command = [sys.executable, "-m", "pytest", "-n0", "-x", "--no-header", "-p", "no:cacheprovider", *tests]
         environment = os.environ | {"PYTHONPATH": str(self.root / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
         process = subprocess.Popen(
             command, cwd=self.root, env=environment, text=True, start_new_session=True,

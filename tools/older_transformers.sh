@@ -12,7 +12,7 @@ if [ ! -x "$folder/bin/python" ]; then
 fi
 cd "$root"
 "$folder/bin/python" -c "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
-"$folder/bin/python" -m pytest tests/activations tests/evals tests/language/test_intervene.py tests/language/test_generation.py \
+"$folder/bin/python" -m pytest -m "" tests/rows tests/language tests/synthetic tests/evals \
   tests/objectives/test_end_to_end.py tests/test_cli.py tests/test_cli_eval.py tests/test_torch_state.py \
   tests/test_embedded.py tests/test_demo.py tests/faults/test_remote_code.py tests/faults/test_broken_models.py \
   tests/faults/test_caches.py tests/interop/test_export.py tests/interop/test_hook_names.py

@@ -18,16 +18,15 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-
-from tyro._docstrings import get_field_docstring
 
 import apportion
 from apportion.architectures import SAES, NamedSAE, rule_choices, rule_name
 from apportion.disk import write_text
 from apportion.recipes.command import main
 from apportion.recipes.experiment import markdown
+from apportion.settings import meanings
 
 logger = logging.getLogger("apportion.sae_pages")
 
@@ -75,11 +74,11 @@ def settings_table(entry: NamedSAE) -> str:
     """Name, default and meaning of every setting."""
     meaning = {"allocation": "The rule of allocation; its own settings follow below."}
     for config in (entry.architecture.Config, entry.rule.Config):
-        meaning |= {f.name: get_field_docstring(config, f.name, ()) or "" for f in fields(config)}
+        meaning |= meanings(config)
     lines = []
     for setting, default in entry.settings().items():
         shown = "" if default is MISSING else f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
-        lines.append([f"`{setting}`", shown, plain(" ".join(meaning[setting].split())).replace("|", "\\|")])
+        lines.append([f"`{setting}`", shown, plain(meaning.get(setting, "")).replace("|", "\\|")])
     return markdown(["setting", "default", ""], lines)
 
 

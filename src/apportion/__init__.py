@@ -49,7 +49,8 @@ LATER = {
 
 def __dir__() -> list[str]:
     """The public names, and no others."""
-    return sorted(["SAE", "SAES", "Batch", "Latents", "TrainConfig", "Trainer", "create", "to_jumprelu", *LATER])
+    names = {"SAE", "SAES", "Batch", "Latents", "TrainConfig", "Trainer", "create", "to_jumprelu", *LATER}
+    return sorted(names - {"activations"})  # the old room
 
 
 def __getattr__(name: str) -> Any:

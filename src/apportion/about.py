@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from types import UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from apportion.fields import check_fields
 
@@ -22,6 +22,9 @@ KEYS = {"class_name": "class", "kind": "source"}
 """Fields that have another name in JSON."""
 PASSING = {"passing": True}
 """What says nothing of which rows they are: where they lie, how long it took, counts of a source that runs live."""
+
+
+AnyRecord = TypeVar("AnyRecord", bound="Record")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class Record:
     """What else a file says."""
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: str = "") -> Self:
+    def from_json(cls: type[AnyRecord], values: Mapping[str, Any], where: str = "") -> AnyRecord:
         """ValueError, naming the field, for one of another kind than its type hint."""
         known, where = keys_of(cls), where + "." if where else ""
         given = {key: value for key, value in values.items() if key in known and value is not None}
@@ -138,6 +141,9 @@ class Language(Record):
     """What TransformerLens calls the place, if a file of another library says so."""
 
 
+AnySite = TypeVar("AnySite", bound="Site")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site(Record):
     """What a hookpoint has of its own."""
@@ -160,7 +166,7 @@ class Site(Record):
         return self.language or Language()
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: str = "") -> Self:
+    def from_json(cls: type[AnySite], values: Mapping[str, Any], where: str = "") -> AnySite:  # type: ignore[override]
         site = super().from_json(values, where)
         language = Language.from_json(site.more, where)
         said = replace(language, more={})

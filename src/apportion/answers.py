@@ -20,7 +20,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TextIO
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -172,7 +172,7 @@ def _say(line: str) -> None:
     _give_up(sys.stderr)
 
 
-def _give_up(stream: TextIO | None) -> None:
+def _give_up(stream: Any) -> None:
     """If it cannot be written, let nothing be written at exit, which would fail again and change the exit code."""
     if stream is None:
         return

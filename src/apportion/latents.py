@@ -17,7 +17,7 @@ from math import prod
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 
@@ -29,7 +29,8 @@ class Latents:
     Only `values` is differentiable.
     """
 
-    values: Float[Tensor, " nnz"]
+    values: Real[Tensor, " nnz"]
+    """The codes; in `by_first_latent` the numbers of the matches."""
     indices: Int[Tensor, " nnz"]
     offsets: Int[Tensor, " tokens_plus_1"]
     d_sae: int
@@ -130,7 +131,7 @@ class Latents:
         order = (part.rows() * latents.numel() + indices).argsort()
         return Latents(part.values[order], indices[order], part.offsets, latents.numel(), self.shape)
 
-    def __getitem__(self, tokens: slice | int | Tensor | tuple) -> Latents:
+    def __getitem__(self, tokens: Any) -> Latents:
         """`latents[tokens]` slices leading dimensions; `latents[..., ids]` slices latents (a slice, an id, or ids)."""
         if isinstance(tokens, tuple) and tokens and tokens[0] is Ellipsis:
             if len(tokens) != 2:

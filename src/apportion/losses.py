@@ -15,7 +15,7 @@ from apportion.metrics import no_spread
 
 
 def reconstruction(
-    x: Float[Tensor, " tokens *d"], x_hat: Float[Tensor, " tokens *d"], group: Group = ALONE
+    x: Float[Tensor, " tokens *row"], x_hat: Float[Tensor, " tokens *row"], group: Group = ALONE
 ) -> Float[Tensor, ""]:
     """mean over tokens of ||x - x_hat||^2 / d. About the FVU; never divided by a per-batch variance."""
     return group.mean((x - x_hat).square().mean(), len(x))

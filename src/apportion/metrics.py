@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from apportion.latents import Latents
@@ -100,7 +100,7 @@ class Activations:
         return (self.counts == 0).double().mean().item()
 
 
-def correlation(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
+def correlation(a: Real[Tensor, " n"], b: Real[Tensor, " n"]) -> float:
     """Pearson's r; NaN if either is constant."""
     x, y = a.double() - a.double().mean(), b.double() - b.double().mean()
     if no_spread(x @ x, a.double().square().sum()) or no_spread(y @ y, b.double().square().sum()):

@@ -1,14 +1,19 @@
 """Settings are plain numbers: those of numpy and torch become Python's, whole ones that belong in an int become ints.
 
-A dataclass of settings calls `settle(self)` first thing in its __post_init__. A function that takes settings by name
-calls `check_names`, which knows what other libraries call them.
+A dataclass of settings calls `settle(self)` first thing in its __post_init__, which also looks at words that are one of
+a few. A function that takes settings by name calls `check_names`, which knows what other libraries call them.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from itertools import pairwise
+from textwrap import dedent
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from apportion.fields import fits, in_words
@@ -47,8 +52,8 @@ def plain_number(value: Any) -> Any:
 
 
 def settle(config: Any, strict: bool = True) -> None:
-    """Make the numbers of a frozen dataclass plain. If `strict`, ValueError for a fraction where a whole number
-    belongs; else it stays, for somebody who can say more about it."""
+    """Make the numbers of a frozen dataclass plain; ValueError for what is none of the choices of a Literal. If
+    `strict`, also for a fraction where a whole number belongs; else it stays, for somebody who can say more of it."""
     hints = get_type_hints(type(config))
     for field in fields(config):
         value = plain_number(getattr(config, field.name))
@@ -58,6 +63,7 @@ def settle(config: Any, strict: bool = True) -> None:
             value = int(value) if value.is_integer() else value
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{field.name} = {value} does not fit into 64 bits. Use a number below 2**63.")
+        check_choice(field.name, value, hints[field.name])
         object.__setattr__(config, field.name, value)
 
 
@@ -69,10 +75,29 @@ def check_kinds(config: type, values: Mapping[str, Any]) -> None:
     hints = get_type_hints(config)
     for name in [field.name for field in fields(config) if field.name in values]:
         value, kind = values[name], hints[name]
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise ValueError(f"{name} cannot be {value!r}; {nearest(str(value), get_args(kind))}")
+        check_choice(name, value, kind)
         if not fits(value, kind) and not (takes_whole(kind) and fits(value, float)):
             raise ValueError(f"{name} must be {in_words(kind)}, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, kind: Any) -> None:
+    """ValueError for a value that is none of the choices of a Literal, or of a Literal or None."""
+    choices = [word for part in (kind, *get_args(kind)) if get_origin(part) is Literal for word in get_args(part)]
+    if choices and not fits(value, kind):
+        raise ValueError(f"{name} cannot be {value!r}; {nearest(str(value), choices + ['None'] * fits(None, kind))}")
+
+
+def meanings(config: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass and of those that it extends, in one line."""
+    found: dict[str, str] = {}
+    for kind in [kind for kind in reversed(config.__mro__) if is_dataclass(kind)]:
+        with suppress(OSError, TypeError):  # a class without a file
+            (made,) = ast.parse(dedent(inspect.getsource(kind))).body
+            for field, doc in pairwise(made.body):  # type: ignore[attr-defined]
+                match field, doc:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                        found[name] = " ".join(text.split())
+    return found
 
 
 def takes_whole(kind: Any) -> bool:

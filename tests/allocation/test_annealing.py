@@ -97,7 +97,8 @@ def test_resuming_in_the_middle_is_exact(name, tmp_path):
     for key, tensor in whole.state_dict().items():
         assert torch.equal(tensor, parts.state_dict()[key]), key
     one, two = (
-        [line.split('"seconds"')[0] for line in (tmp_path / f / "metrics.jsonl").open()] for f in ("whole", "parts")
+        [line.split('"seconds"')[0] for line in (tmp_path / f / "metrics.jsonl").read_text().splitlines()]
+        for f in ("whole", "parts")
     )
     assert one == two and len(one) == 12
 

@@ -315,15 +315,16 @@ def test_looking_up_a_latent_finds_its_best_tokens_and_no_more():
     assert found.latents.tolist() == 8 * [3] + 8 * [1] and found.rows.tolist() == 2 * list(range(8))
 
 
+@pytest.mark.parametrize("screen", SCREENS)
 @pytest.mark.parametrize("make", COUPLED.values(), ids=list(COUPLED))
-def test_warm_bounds_make_the_next_look_short(make, monkeypatch):
+def test_warm_bounds_make_the_next_look_short(make, screen, monkeypatch):
     """On the same data again the carried bounds suffice: one scan, no second look."""
     p, rule = quantised(300, 13, d_in=6), make(2, 13)
     p.x += 0.01 * torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
-    first = Selection(rule)
+    first = Selection(rule, screen=screen)
     choose(p.x, p.W, p.b, first)
     spy = Spy(monkeypatch)
-    choose(p.x, p.W, p.b, Selection(rule, first.next_warm))
+    choose(p.x, p.W, p.b, Selection(rule, first.next_warm, screen))
     assert spy.scans == 1 and spy.columns == 0
 
 
@@ -476,7 +477,7 @@ def test_topk_refuses_a_fractional_k():
 @pytest.mark.parametrize("make", RULES.values(), ids=list(RULES))
 @pytest.mark.parametrize("k", [0, -1, 9, float("nan")])
 def test_impossible_budgets_are_refused(make, k):
-    with pytest.raises(ValueError, match=r"k must lie between 0 and d_sae = 8"):
+    with pytest.raises(ValueError, match=r"k must lie between 0 and d_sae = 8|TopK keeps a whole number.*got k = nan"):
         make(k, 8)
 
 
@@ -503,4 +504,5 @@ def test_eval_rule_in_force():
         p = quantised(17, 5)
         S = p.affinity > 1.5
         assert torch.equal(choose(p.x, p.W, p.b, Selection(in_force)).values, p.codes[S])
+        assert (rule.relaxed(2.0).threshold == 0.75).all(), "twice as generous"
     assert topk(2, 5).eval().in_force().row_limit == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def ways(xs: Tensor) -> dict[str, Any]:
         "list": list(xs.split(1000)),
         "generator": (x for x in xs.split(4100)),
         "short last chunk": iter(xs.split(len(xs) - 7)),
-        "rows one by one": iter(xs[:, None]),
+        "many rows one by one": chain(xs[:500, None], [xs[500:-500]], xs[-500:, None]),
         "an empty part": [xs[:500], xs[:0], xs[500:]],
         "batches": (ap.Batch(x) for x in xs.split(777)),
     }

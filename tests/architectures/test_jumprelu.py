@@ -220,7 +220,7 @@ def trained(steps: int = 300, k: float = 3, **settings: object) -> ap.SAE:
     return sae.eval()
 
 
-@pytest.mark.parametrize("k", [2, 3, 5])
+@pytest.mark.parametrize("k", [3, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 5))])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_reaches_the_set_point_with_thresholds_of_their_own(objective, k):
     """About 3 features are active: where latents are scarce, each is worth more than where they are not."""

@@ -217,7 +217,7 @@ def synthetic(n: int, seed: int) -> torch.Tensor:
     return (active * (0.5 + torch.rand(n, 24, generator=g))) @ directions
 
 
-@pytest.mark.parametrize("detach", [False, True], ids=["joint", "detached"])
+@pytest.mark.parametrize("detach", [pytest.param(True, marks=pytest.mark.slow), False], ids=["detached", "joint"])
 def test_inner_prefixes_reconstruct(detach):
     x, test = synthetic(6000, 0), synthetic(1000, 1)
     errors = {}

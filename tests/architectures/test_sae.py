@@ -1,4 +1,4 @@
-"""What every SAE in the table promises: shapes, errors, eval mode, calibration."""
+"""What the conformance suite does not see of the three plain SAEs: closed forms, messages, ties, calibration."""
 
 from __future__ import annotations
 
@@ -68,28 +68,6 @@ def name(request) -> str:
 # Shapes and dtypes
 
 
-@pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
-def test_leading_dimensions_are_restored(name, lead):
-    sae = ready(name)
-    x = torch.randn(*lead, D_IN, generator=torch.Generator().manual_seed(0))
-    latents = sae.encode(x)
-    assert latents.shape == lead and latents.dense().shape == (*lead, D_SAE) and latents.l0().shape == lead
-    assert sae.decode(latents).shape == x.shape and sae(x).shape == x.shape
-    flat = sae.encode(x.reshape(-1, D_IN))
-    assert torch.equal(latents.dense().reshape(-1, D_SAE), flat.dense())
-
-
-@pytest.mark.parametrize("weights", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_dtype_in_is_dtype_out(name, weights, given):
-    sae = ready(name).to(weights)
-    x = activations(6).to(given)
-    assert sae(x).dtype == given
-    latents = sae.encode(x)
-    assert latents.values.dtype == weights
-    assert sae.decode(latents, x).dtype == given and sae.decode(latents).dtype == weights
-
-
 @pytest.mark.parametrize("d_sae", [D_SAE, 1024])
 @pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16], ids=str)
 def test_sixteen_bit_weights(name, weights, d_sae):
@@ -106,7 +84,10 @@ def test_decode_accepts_a_dense_code(name):
     x = activations(6).reshape(2, 3, D_IN)
     latents = sae.encode(x)
     assert torch.equal(sae.decode(latents.dense()), sae.decode(latents))
-    assert torch.equal(sae.decode(latents.dense().double()), sae.decode(latents))
+    assert (
+        torch.equal(sae.decode(latents.dense().double()), sae.decode(latents))
+        and sae.decode(latents).dtype == sae.dtype
+    )
     dense = latents.dense().detach().requires_grad_()
     sae.decode(dense).sum().backward()
     assert bool((dense.grad != 0).any())
@@ -130,79 +111,29 @@ def test_without_subtracting_the_bias(name):
     assert torch.allclose(z, (x @ sae.W_enc.T + sae.b_enc) * (z != 0), rtol=1e-10)
 
 
-def test_gradients_reach_x(name):
-    sae = ready(name).double()
-    x = activations(5).double().requires_grad_()
-    weights = torch.randn(5, D_IN, generator=torch.Generator().manual_seed(5)).double()
-    (got,) = torch.autograd.grad((sae(x) * weights).sum(), x)
-    mask = sae.encode(x).dense() != 0
-    prepared = (x - sae.mean) * sae.scale
-    z = ((prepared - sae.b_dec) @ sae.W_enc.T + sae.b_enc) * mask
-    (wanted,) = torch.autograd.grad((((z @ sae.W_dec + sae.b_dec) / sae.scale + sae.mean) * weights).sum(), x)
-    assert torch.allclose(got, wanted, rtol=1e-9)
-
-
 # Mistakes
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (8, 5), (7,), ()], ids=str)
-def test_wrong_width_is_refused(name, shape):
-    sae = ready(name)
-    for call in (sae.encode, sae, sae.fit_input, sae.calibrate):
-        with pytest.raises(ValueError, match="d_in = 8"):
-            call(torch.ones(shape))
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_nan_is_refused(name, bad):
-    for sae in (ready(name), ready(name).train()):
-        x = activations(6).reshape(2, 3, D_IN)
-        x[1, 1, 3] = bad
-        with pytest.raises(ValueError, match=r"Row 4.*NaN"):
-            sae.encode(x)
+def test_refusals_say_what_is_wrong_and_what_to_do():
+    """That they come, and as ValueError, is for the conformance suite."""
+    sae = ready("mutual_choice")
+    latents, x = sae.encode(activations(4)), activations(6).reshape(2, 3, D_IN)
+    x[1, 1, 3] = -torch.inf
+    for said, call in {
+        "d_in = 8": lambda: sae.encode(torch.ones(5, 7)),
+        r"Row 4.*NaN": lambda: sae.encode(x),
+        "d_sae = 40, got": lambda: sae.decode(latents[..., :20]),
+        "at least one row": lambda: sae.calibrate([]),
+        r"sae\.calibrate\(x\).*sae\.train\(\)": lambda: new("mutual_choice").eval()(activations(4)),
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            call()
 
 
 def test_large_finite_inputs_are_fine(name):
     x = activations(6)
     x[0] = 3e38
     assert ready(name).encode(x).shape == (6,)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_calibrate_refuses_nan(name, bad):
-    sae = new(name)
-    x = activations(50)
-    x[7, 1] = bad
-    before = snapshot(sae)
-    with pytest.raises(ValueError, match="NaN"):
-        sae.calibrate(x)
-    assert same(before, snapshot(sae)) and sae.training and not sae.info
-
-
-def test_calibrate_refuses_nothing(name):
-    with pytest.raises(ValueError, match="at least one row"):
-        new(name).calibrate(torch.zeros(0, D_IN))
-    with pytest.raises(ValueError, match="at least one row"):
-        new(name).calibrate([])
-
-
-def test_decode_refuses_another_width(name):
-    sae = ready(name)
-    latents = sae.encode(activations(4))
-    for other in (latents.dense()[..., :-1], latents[..., :20]):
-        with pytest.raises(ValueError, match="d_sae = 40, got"):
-            sae.decode(other)
-
-
-def test_eval_mode_without_thresholds_names_the_remedy(name):
-    sae = new(name).eval()
-    if not sae.allocation.batch_coupled:
-        assert sae.encode(activations(4)).tokens == 4
-        return
-    for call in (sae.encode, sae):
-        with pytest.raises(ValueError, match=r"sae\.calibrate\(x\).*sae\.train\(\)"):
-            call(activations(4))
-    assert sae.train().encode(activations(4)).tokens == 4
 
 
 @pytest.mark.parametrize(
@@ -263,16 +194,6 @@ def test_a_seed_fixes_the_weights(name):
 # encode changes nothing
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_encode_changes_no_state(name, training):
-    sae = ready(name).train(training)
-    before, info = snapshot(sae), dict(sae.info)
-    for x in (activations(30), 100 * activations(3, seed=4)):
-        sae.encode(x), sae(x)
-    assert same(before, snapshot(sae)) and sae.info == info and sae.training == training
-    assert all(p.grad is None for p in sae.parameters())
-
-
 def test_warm_starts_change_no_code(name):
     sae, warm = ready(name).train(), None
     for seed, scale in ((0, 1), (1, 5), (2, 0.1), (3, 1)):
@@ -286,36 +207,6 @@ def test_warm_starts_change_no_code(name):
 # Eval mode: a token's code does not depend on its neighbours
 
 
-def test_eval_mode_is_independent_of_the_batch_strictly(name):
-    """On whole numbers, with ties at the cut, equality is exact."""
-    sae, x = quantised(name), whole_numbers(60, D_IN)
-    together = sae.encode(x).dense()
-    assert bool((together > 0).any())
-    alone = torch.stack([sae.encode(row).dense() for row in x])
-    assert torch.equal(alone, together)
-    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(sae.encode(x[order]).dense(), together[order])
-    crowd = torch.cat([x[:3], 100 * x, x[:3].repeat(20, 1)])
-    assert torch.equal(sae.encode(crowd).dense()[:3], together[:3])
-
-
-def test_eval_mode_is_independent_of_the_batch(name):
-    """On real numbers, up to rounding, except for matches within 1e-5 of the cut."""
-    sae, x = ready(name), activations(200, seed=7)
-    together = sae.encode(x).dense().detach()
-    alone = torch.stack([sae.encode(row).dense().detach() for row in x])
-    if sae.allocation.batch_coupled:
-        cut = sae.allocation.threshold.expand(200, D_SAE)
-    else:
-        codes = (sae.input.apply_to(x) - sae.b_dec) @ sae.W_enc.T + sae.b_enc
-        cut = codes.detach().topk(K, dim=1).values[:, -1:].expand(200, D_SAE)
-    differ = (together > 0) != (alone > 0)
-    largest = together.abs().max()
-    at_cut = (torch.maximum(together, alone) - cut).abs() <= 1e-5 * cut
-    assert bool(at_cut[differ].all())
-    assert (together - alone)[~differ].abs().max() <= 1e-5 * largest
-
-
 def test_train_mode_of_coupled_rules_does_depend_on_the_batch():
     for name in ("mutual_choice", "feature_choice"):
         sae, x = ready(name).train(), activations(50)
@@ -326,17 +217,13 @@ def test_train_mode_of_coupled_rules_does_depend_on_the_batch():
 # Calibration
 
 
-@pytest.mark.parametrize("as_chunks", [False, True])
-@pytest.mark.parametrize("affinity", ["code", "code_times_decoder_norm"])
-def test_calibrated_l0_holds_on_new_data(name, as_chunks, affinity):
-    sae = new(name, affinity=affinity)
+def test_calibrated_l0_holds_where_decoder_rows_differ(name):
+    sae = new(name, affinity="code_times_decoder_norm")
     with torch.no_grad():
         sae.W_dec *= torch.linspace(0.5, 2, D_SAE)[:, None]
     xs = activations(20_000, seed=1)
-    measured = sae.calibrate(xs.split(3000) if as_chunks else xs)
+    measured = sae.calibrate(xs)
     assert measured == pytest.approx(K, rel=1e-3)
-    assert sae.info["calibration"] == {"tokens": 20_000, "l0": measured}
-    assert sae.training, "the mode is left as it was"
     sae.eval()
     assert sae.encode(activations(20_000, seed=2)).l0().double().mean().item() == pytest.approx(K, rel=0.02)
     on_the_same = sae.encode(xs).l0().double().mean().item()
@@ -389,20 +276,6 @@ def test_calibrating_twice_gives_the_same(name):
     first = snapshot(sae)
     sae.calibrate(xs)
     assert same(first, snapshot(sae))
-
-
-def test_calibrating_topk_changes_no_tensor():
-    sae = new("topk")
-    before = snapshot(sae)
-    assert sae.calibrate(activations(3000)) == pytest.approx(K, rel=0.05)
-    assert same(before, snapshot(sae)) and sae.info["calibration"]["tokens"] == 3000
-
-
-def test_calibration_changes_thresholds_only(name):
-    sae = new(name)
-    before = snapshot(sae)
-    sae.calibrate(activations(3000))
-    assert {n for n, t in snapshot(sae).items() if not torch.equal(t, before[n])} <= {"allocation.threshold"}
 
 
 def test_thresholds_are_strict():

@@ -100,7 +100,7 @@ def test_the_order_of_measures_changes_nothing():
 
 
 def test_columns_are_the_figures_that_results_have():
-    shown = columns_of([{"l0": 1.0, "fvu": None, "k": 3, "ce_clean": 1.0, "name": "x"}])
+    shown = columns_of([{"l0": 1.0, "fvu": None, "dead": None, "k": 3, "ce_clean": 1.0, "name": "x"}, {"fvu": 0.5}])
     assert [figure.key for figure in shown] == ["k", "fvu", "l0"]
     assert FIGURES["fvu"].written(None, "?") == "?" and FIGURES["dead"].written(0.5) == "50.00%"
 

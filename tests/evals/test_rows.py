@@ -12,8 +12,8 @@ import torch
 import apportion as ap
 from apportion.about import Language, TextRecord
 from apportion.evals import Measurement
-from apportion.evals.rows import unseen_rows
-from apportion.rows import ActivationStore, CacheSource, TokenFilter
+from apportion.evals.rows import recalibrate, unseen_rows
+from apportion.rows import ActivationStore, ArrayStore, CacheSource, TokenFilter
 from apportion.rows.writer import StoreWriter
 
 
@@ -97,3 +97,14 @@ def test_rows_that_an_sae_has_not_seen(changed: dict, lm: dict, rows: int | None
             unseen_rows(store, sae, "acts")
     else:
         assert len(unseen_rows(store, sae, "acts")[0]) == rows
+
+
+def test_thresholds_are_set_on_rows_that_take_part():
+    """Loud rows that take no part would push the thresholds up."""
+    x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    x[::2] *= 30
+    sae = ap.create("mutual_choice", d_in=8, d_sae=32, k=3, seed=0)
+    sae.fit_input(x[1::2])
+    store = ArrayStore(x, mask=torch.arange(1000) % 2 == 1)
+    assert recalibrate(sae, store, torch.arange(1000)) == pytest.approx(3, rel=0.01)
+    assert sae.eval().encode(x[1::2]).nnz == pytest.approx(3 * 500, rel=0.01)

@@ -66,9 +66,7 @@ def confined(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Confined]:
         pytest.skip("there is no unshare")
     made = Confined(tmp_path_factory.mktemp("confined") / "disk")
     yield made
-    assert made.process.stdin is not None
-    made.process.stdin.close()
-    made.process.wait(30)
+    made.process.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")

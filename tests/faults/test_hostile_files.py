@@ -52,7 +52,8 @@ def cache(folder: Path) -> Path:
 
 def bound_socket(file: Path) -> None:
     os.chdir(file.parent)  # addresses of sockets are short
-    socket.socket(socket.AF_UNIX).bind(file.name)
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(file.name)
 
 
 def circle(file: Path) -> None:

@@ -135,15 +135,20 @@ def check_every_kill(
     return len(points)
 
 
-@pytest.fixture
-def chosen(request: pytest.FixtureRequest) -> Callable[[int], list[int]]:
-    """All changes, or a few of them, evenly spaced, with the last."""
-    if request.config.getoption("--long"):
-        return lambda count: list(range(count))
-    return lambda count: sorted({round(i * (count - 1) / 8) for i in range(9)})
+def a_few(count: int) -> list[int]:
+    """Evenly spaced, with the last."""
+    return sorted({round(i * (count - 1) / 8) for i in range(9)})
+
+
+def the_others(count: int) -> list[int]:
+    return sorted({*range(count)} - {*a_few(count)})
+
+
+some = pytest.mark.parametrize("chosen", [a_few, pytest.param(the_others, marks=pytest.mark.slow)])
 
 
 @pytest.mark.fault("SIGKILL before every change of the file system")
+@some
 @pytest.mark.parametrize("name", WORK)
 def test_killed_before_any_change(
     name: str, tmp_path: Path, chosen: Callable[[int], list[int]], record_property: Callable[[str, Any], None]
@@ -153,6 +158,7 @@ def test_killed_before_any_change(
 
 
 @pytest.mark.fault("SIGKILL before every change of the file system")
+@some
 def test_killed_before_any_change_of_a_collection(
     tiny_model_dir: Path, tmp_path: Path, chosen: Callable[[int], list[int]],
     record_property: Callable[[str, Any], None],

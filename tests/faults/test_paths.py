@@ -15,7 +15,7 @@ from test_caches import D_IN, A, write_cache
 from trials import trials
 
 import apportion as ap
-from apportion.architectures import files
+from apportion.architectures import loading
 from apportion.cli import main
 from apportion.disk import write_json
 from apportion.interop.delphi import write_delphi_cache
@@ -113,7 +113,7 @@ def test_formats(name: str, format: str, folder: Path) -> None:
 
 
 @pytest.mark.fault("path traversal")
-@pytest.mark.parametrize("read", trials([ap.load, files.load]))
+@pytest.mark.parametrize("read", trials([ap.load, loading.load]))
 @pytest.mark.parametrize("name", ["../sae", "../../deep/out/sae", "{folder}/sae", "a/../../out/sae"])
 def test_subfolders(read: Callable[..., Any], name: str, folder: Path) -> None:
     evil_sae("x").save(folder / "sae")

@@ -82,7 +82,8 @@ def slow_run(out: Path, note: Path, before: Callable[[], None] = lambda: None) -
 
     def noted(self: Any, trainer: Any, source: Any) -> None:
         save(self, trainer, source)
-        note.write_text(str(trainer.steps))
+        note.with_name("new").write_text(str(trainer.steps))
+        note.with_name("new").replace(note)  # at once: it may be killed here too
 
     run_module.RunFolder.save_checkpoint = noted  # type: ignore[method-assign]
     train(out, Watched(lambda number: time.sleep(0.01)))

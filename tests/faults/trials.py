@@ -8,9 +8,8 @@ A test here carries the mark of its family, and every case of it counts as one t
 
 A test that makes many at once says how many with `record_property("trials", count)`.
 
-`trials` leaves `short` cases, evenly spaced, for CI; `pytest tests/faults --long` runs all of them. With
-`--faults-json FILE` the outcomes of every family are written down, from which tools/reliability.py makes the table in
-docs/reliability.md.
+`trials` leaves `short` cases, evenly spaced, and marks the others as slow. With `--faults-json FILE` the outcomes of
+every family are written down, from which tools/reliability.py makes the table in docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ import pytest
 
 
 def trials(cases: Sequence[Any], short: int | None = None) -> list[Any]:
-    """Cases for `parametrize`, all but `short` of them marked as long."""
+    """Cases for `parametrize`, all but `short` of them marked as slow."""
     short = len(cases) if short is None else short
     chosen = {round(i * (len(cases) - 1) / max(1, short - 1)) for i in range(short)}
     return [
-        pytest.param(case, id=name_of(case, i), marks=[] if i in chosen else [pytest.mark.long])
+        pytest.param(case, id=name_of(case, i), marks=[] if i in chosen else [pytest.mark.slow])
         for i, case in enumerate(cases)
     ]
 

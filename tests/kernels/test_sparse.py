@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from apportion import blocks
-from apportion.kernels import decode_matches, encode_matches, sparse
+from apportion.kernels import decode_matches, dispatch, encode_matches, sparse
 from apportion.latents import Latents
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -124,7 +123,7 @@ PATHS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_values_and_gradients(case, dtype, path, monkeypatch):
-    monkeypatch.setattr(sparse, "DENSE_SHARE", path[0])
+    monkeypatch.setattr(dispatch, "DENSE_SHARE", path[0])
     monkeypatch.setattr(blocks, "BLOCK_ENTRIES", path[1])
     monkeypatch.setattr(blocks, "MIN_BLOCK_ROWS", 1)
     got, wanted = [], []
@@ -195,8 +194,14 @@ def test_encode_leaves_the_given_matches_alone():
     assert torch.equal(given.values, before)
 
 
+class OnAGpu(torch.Tensor):
+    """Says that it lies there."""
+
+    is_cuda = True
+
+
 def test_blocks_are_as_large_as_the_device_likes():
-    on_a_gpu = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
+    on_a_gpu = torch.zeros(1, dtype=torch.bfloat16).as_subclass(OnAGpu)
     assert blocks.block_rows(65_536, on_a_gpu) == 2**28 // 65_536
     for width, rows in ((16_384, 256), (8192, 512), (2**22, 256), (0, 2**22)):
         assert blocks.block_rows(width, torch.zeros(1)) == rows

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from apportion import blocks
-from apportion.kernels import select, window
+from apportion.kernels import dispatch, select, window
 from apportion.kernels.window import felt_by_thresholds, reach, with_jumps
 from apportion.latents import Latents
 
@@ -161,9 +161,8 @@ def test_sixteen_bit_weights_see_negative_pre_activations():
 
 @pytest.mark.parametrize("share", [0.0, 2.0], ids=["dense blocks", "lists"])
 def test_lists_and_dense_blocks_agree(share, monkeypatch):
-    from apportion.kernels import sparse
 
-    monkeypatch.setattr(sparse, "DENSE_SHARE", share)
+    monkeypatch.setattr(dispatch, "DENSE_SHARE", share)
     _, _, near = dense_masks(CASES["awkward"])
     t = CASES["awkward"].tensors()[3].requires_grad_()
     W_dec = CASES["awkward"].tensors()[4]

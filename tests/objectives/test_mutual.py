@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from itertools import permutations
@@ -244,8 +245,8 @@ def test_a_run_is_resumed_as_it_was_begun(changed, message, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"matching": "hungarian"}, "max, one_to_one, got 'hungarian'"),
-        ({"redraw": "dead"}, "none, idle, sae"),
+        ({"matching": "hungarian"}, "'hungarian'; known are: max, one_to_one"),
+        ({"redraw": "dead"}, "did you mean idle"),
         ({"weight": -1.0}, "must not be negative"),
         ({"weight_warmup_share": 100.0}, "share of the run"),
     ],
@@ -281,3 +282,10 @@ def test_the_penalty_raises_similarity_between_saes(kind, figures):
         assert within_similarity(saes[0]) < 0.9
     for key in figures:
         assert found[1][key] > found[0][key] + 0.02, key
+
+
+def test_a_setting_that_an_older_record_lacks_means_its_default():
+    objective = MutualFeatureRegularisation(MutualConfig(weight=0.5))
+    assert objective.defaults() == {f.name: f.default for f in dataclasses.fields(MutualConfig)}
+    trainer = ap.Trainer([ap.create("topk", d_in=8, d_sae=16, k=2, seed=i) for i in range(2)], objective=objective)
+    assert trainer.defaults()["objective"] == objective.defaults() and local_reconstruction.defaults() == {}

@@ -210,8 +210,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.parametrize("limit", [100, 4000, 20_000])
+@pytest.mark.parametrize(("limit", "exists"), [(100, False), (4000, True), (20_000, False)])
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     limit: int, exists: bool, tiny_model_dir: Path, tmp_path: Path
 ) -> None:

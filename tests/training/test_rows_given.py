@@ -243,13 +243,13 @@ def test_a_generator_that_ends_or_is_resumed_is_refused_in_words(tmp_path: Path)
         trainer().fit(iter(()), progress=False)
 
 
-@pytest.mark.parametrize("given", [3, None, object()], ids=str)
+@pytest.mark.parametrize("given", [3, None, object()], ids=["a number", "none", "an object"])
 def test_what_is_no_source_is_refused_in_words(given: Any) -> None:
     with pytest.raises(ValueError, match="a tensor or array of rows"):
         trainer().fit(given, progress=False)
 
 
-@pytest.mark.parametrize("given", ["text", object(), [object()]], ids=repr)
+@pytest.mark.parametrize("given", ["text", object(), [object()]], ids=["a text", "an object", "a list of objects"])
 def test_what_is_no_array_is_refused_in_words(given: Any) -> None:
     for call in (new().encode, trainer().step, new().fit_input):
         with pytest.raises(ValueError, match=r"expected activations as a tensor or array|Expected activations"):

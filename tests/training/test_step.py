@@ -217,8 +217,8 @@ def test_the_configured_screen_is_in_force_within_a_step_only(name, screen, own,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"screen": "bf16"}, r'None or "bfloat16", got \'bf16\''),
-        ({"screen": True}, "got True"),
+        ({"screen": "bf16"}, "screen cannot be 'bf16'; did you mean bfloat16"),
+        ({"screen": True}, "screen cannot be True; known are: bfloat16, None"),
         ({"screen": "bfloat16", "dtype": "float64"}, "needs dtype float32"),
     ],
 )
@@ -381,3 +381,14 @@ def test_folded_saes_take_raw_activations(name, subtract_b_dec):
     assert (wanted - got).abs().max() <= 1e-9 * wanted.abs().max()
     assert torch.allclose(folded(x.double()), sae(x.double()), rtol=1e-9, atol=1e-9)
     assert sae.config.input_norm == "dataset", "the original stays as it is"
+
+
+@pytest.mark.parametrize("screen", [None, "bfloat16"])
+def test_bounds_are_carried_from_step_to_step(name, screen, monkeypatch):
+    warm, choose = [], affine.choose
+    monkeypatch.setattr(affine, "choose", lambda *args, **named: warm.append(args[3].warm) or choose(*args, **named))
+    t = ap.Trainer(new(name, aux="none"), ap.TrainConfig(batch_tokens=64, screen=screen))
+    for seed in range(2):
+        t.step(activations(seed=seed))
+    first, second = warm
+    assert first is None and (second is None) == (name == "topk") and (t.learners[0].bounds is None) == (name == "topk")

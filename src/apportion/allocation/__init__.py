@@ -4,7 +4,7 @@ from apportion.allocation.base import Candidates, Pool, Rule, Screen, Selection,
 from apportion.allocation.feature_choice import FeatureChoice
 from apportion.allocation.learned_threshold import LearnedThreshold
 from apportion.allocation.mutual_choice import MutualChoice
-from apportion.allocation.threshold import Threshold
+from apportion.allocation.threshold import Threshold, ThresholdInEval
 from apportion.allocation.token_choice import TokenChoice
 
 RULES: dict[str, type[Rule]] = {
@@ -28,5 +28,6 @@ __all__ = [
     "Settled",
     "StepContext",
     "Threshold",
+    "ThresholdInEval",
     "TokenChoice",
 ]

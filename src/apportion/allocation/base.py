@@ -193,11 +193,8 @@ class Rule(nn.Module, ABC):
         raise TypeError(f"{type(self).__name__} has no threshold to set.")
 
     def in_eval(self, threshold: Tensor) -> Rule:
-        """The rule of eval mode with these thresholds, a scalar or one per latent. A rule that does more in eval mode
-        than compare with thresholds (a cap, say) says so here."""
-        from apportion.allocation.threshold import Threshold
-
-        return Threshold.at(threshold, self.d_sae)
+        """The rule of eval mode with these thresholds, a scalar or one each; see `ThresholdInEval`."""
+        raise TypeError(f"{type(self).__name__} does not say what thresholds mean in eval mode: give it in_eval.")
 
     def relaxed(self, factor: float) -> Rule:
         """The rule of eval mode made `factor` times as generous (thresholds divided by it), for sweeps over L0."""
@@ -230,7 +227,7 @@ def total_matches(k: float, tokens: int) -> int:
     return floor(k * tokens + 1e-9)
 
 
-def threshold_between(inside: Float[Tensor, " n"], outside: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+def threshold_between(inside: Float[Tensor, "*n"], outside: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """A threshold that keeps `inside` and drops `outside` (inside >= outside; equal ones are both dropped).
 
     Halfway, so that rounding in the product does not move a match across it.

@@ -40,7 +40,6 @@ from apportion.allocation import reference
 from apportion.allocation.base import (
     Candidates,
     Pool,
-    Rule,
     Settled,
     StepContext,
     check_k,
@@ -52,6 +51,7 @@ from apportion.allocation.mutual_choice import (
     likely_bound,
     scalar_threshold,
 )
+from apportion.allocation.threshold import ThresholdInEval
 from apportion.allocation.token_choice import rank_within
 from apportion.allocation.zipf import NOISE_SHARE, ZipfFit, fit_zipf, integer_budgets, zipf_densities
 from apportion.group import Group
@@ -77,10 +77,9 @@ class FeatureChoiceConfig:
 
 
 @final
-class FeatureChoice(Rule):
+class FeatureChoice(ThresholdInEval):
     Config = FeatureChoiceConfig
     batch_coupled = True
-    eval_form = "threshold"
     density: Tensor
     """Expected share of tokens of each latent; NaN during a Mutual Choice phase, frozen after it."""
 

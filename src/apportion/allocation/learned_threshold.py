@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from apportion.allocation import reference
-from apportion.allocation.base import Candidates, Rule, Settled
+from apportion.allocation.base import Candidates, Settled
+from apportion.allocation.threshold import ThresholdInEval
 from apportion.group import Group
 
 
@@ -28,10 +29,9 @@ class LearnedThresholdConfig:
 
 
 @final
-class LearnedThreshold(Rule):
+class LearnedThreshold(ThresholdInEval):
     Config = LearnedThresholdConfig
     batch_coupled = False
-    eval_form = "threshold"
     not_to_train = "learns by gradients that only the SAE jumprelu gives its thresholds: use that"
 
     def __init__(self, config: LearnedThresholdConfig, d_sae: int) -> None:

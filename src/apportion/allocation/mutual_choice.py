@@ -25,6 +25,7 @@ from torch import Tensor
 from apportion.allocation import reference
 from apportion.allocation.annealing import AnnealedConfig, AnnealedRule
 from apportion.allocation.base import Candidates, Pool, Settled, largest, threshold_between, total_matches
+from apportion.allocation.threshold import ThresholdInEval
 from apportion.group import Group
 
 MARGIN = 0.9
@@ -38,10 +39,9 @@ class MutualChoiceConfig(AnnealedConfig):
 
 
 @final
-class MutualChoice(AnnealedRule):
+class MutualChoice(ThresholdInEval, AnnealedRule):
     Config = MutualChoiceConfig
     batch_coupled = True
-    eval_form = "threshold"
 
     def __init__(self, config: MutualChoiceConfig, d_sae: int) -> None:
         super().__init__(config, d_sae, "Mutual Choice")

@@ -31,6 +31,8 @@ def feature_choice(affinity: Float[Tensor, "b f"], budgets: Int[Tensor, " f"] | 
     return (rank < budgets) & (affinity > 0)
 
 
-def threshold(affinity: Float[Tensor, "b f"], theta: Float[Tensor, " f"] | float) -> Bool[Tensor, "b f"]:
+def threshold(
+    affinity: Float[Tensor, "b f"], theta: Float[Tensor, " f"] | Float[Tensor, ""] | float
+) -> Bool[Tensor, "b f"]:
     """Affinity strictly above theta."""
     return (affinity > theta) & (affinity > 0)

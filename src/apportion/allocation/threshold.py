@@ -29,11 +29,19 @@ class ThresholdConfig:
     """One threshold for each latent, all theta at first, instead of one for all."""
 
 
+class ThresholdInEval(Rule):
+    """Base of the rules that in eval mode only compare with thresholds."""
+
+    eval_form = "threshold"
+
+    def in_eval(self, threshold: Tensor) -> Threshold:
+        return Threshold.at(threshold, self.d_sae)
+
+
 @final
-class Threshold(Rule):
+class Threshold(ThresholdInEval):
     Config = ThresholdConfig
     batch_coupled = False
-    eval_form = "threshold"
     not_to_train = (
         "has no budget, so that nothing would make codes sparse (loaded SAEs have it): train with a rule that has k, "
         "or use relu, gated or jumprelu"

@@ -25,6 +25,7 @@ from apportion.allocation import reference
 from apportion.allocation.annealing import AnnealedConfig, AnnealedRule
 from apportion.allocation.base import Candidates, Settled
 from apportion.group import Group
+from apportion.settings import settle
 
 INT32_MAX = 2**31 - 1
 
@@ -33,6 +34,14 @@ INT32_MAX = 2**31 - 1
 class TokenChoiceConfig(AnnealedConfig):
     k: int = 32
     """Latents kept per token."""
+
+    def __post_init__(self) -> None:
+        settle(self, strict=False)
+        if isinstance(self.k, float):
+            raise ValueError(
+                f"TopK keeps a whole number of latents per token, got k = {self.k}. "
+                "Round it, or use mutual_choice, whose budget may be fractional."
+            )
 
 
 @final
@@ -43,11 +52,6 @@ class TokenChoice(AnnealedRule):
 
     def __init__(self, config: TokenChoiceConfig, d_sae: int) -> None:
         super().__init__(config, d_sae, "TopK")
-        if config.k != int(config.k):
-            raise ValueError(
-                f"TopK keeps a whole number of latents per token, got k = {config.k}. "
-                "Round it, or use mutual_choice, whose budget may be fractional."
-            )
 
     @property
     def row_limit(self) -> int:

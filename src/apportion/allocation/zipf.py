@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 NOISE_SHARE = 0.01
@@ -36,7 +36,7 @@ class ZipfFit:
     r2: float
     ranks: int
 
-    def curve(self, ranks: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def curve(self, ranks: Real[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The fitted density at each of these ranks (1, 2, ...)."""
         return 10 ** (self.log10_scale - self.alpha * (ranks.double() + self.beta).log10())
 

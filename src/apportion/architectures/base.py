@@ -29,6 +29,7 @@ from apportion import losses
 from apportion.about import About
 from apportion.allocation import Rule, Screen, Selection, StepContext
 from apportion.architectures.calibrate import calibrate
+from apportion.architectures.files import save
 from apportion.architectures.inputs import (
     PER_TOKEN,
     Centre,
@@ -218,8 +219,9 @@ class SAE(nn.Module, ABC):
         return x, x
 
     @usual()
-    def fit_input(self, x: Float[Tensor, "*lead d_in"], target: Float[Tensor, "*lead d_out"] | None = None) -> None:
-        """Estimate mean and scale of the input description from raw, filtered activations (`dataset` only)."""
+    def fit_input(self, x: Any, target: Any = None) -> None:
+        """Estimate mean and scale of the input description from raw, filtered activations [*lead, d_in], tensors or
+        arrays (`dataset` only)."""
         self.input.fit(self._rows(x))
 
     def begin_step(self, context: StepContext) -> None:
@@ -261,7 +263,7 @@ class SAE(nn.Module, ABC):
     # What users call
 
     @usual()
-    def encode(self, x: Float[Tensor, "*lead d_in"]) -> Latents:
+    def encode(self, x: Any) -> Latents:
         """The active latents of raw activations [..., d_in] (or [..., num_sites, d_in]). Changes nothing in the SAE.
 
         Raises ValueError for a wrong shape, NaN or infinite entries, or eval mode without thresholds.
@@ -281,9 +283,7 @@ class SAE(nn.Module, ABC):
         return given or Selection(rule or self.allocation.in_force(), screen=self.screen)
 
     @usual()
-    def decode(
-        self, latents: Latents | Float[Tensor, "*lead d_sae"], x: Float[Tensor, "*lead d_in"] | None = None
-    ) -> Float[Tensor, "*lead d_out"]:
+    def decode(self, latents: Latents | Float[Tensor, "*lead d_sae"], x: Any = None) -> Float[Tensor, "*y_shape"]:
         """Reconstruction in raw units from Latents or a dense code. ValueError without `x` if `decode_needs_x`."""
         width = latents.shape[-1] if isinstance(latents, Tensor) else latents.d_sae
         if width != self.d_sae:
@@ -301,7 +301,7 @@ class SAE(nn.Module, ABC):
         x_hat = x_hat.reshape(*latents.shape, *x_hat.shape[1:])
         return x_hat.to(x.dtype) if isinstance(x, Tensor) else x_hat
 
-    def forward(self, x: Float[Tensor, "*lead d_in"]) -> Float[Tensor, "*lead d_out"]:
+    def forward(self, x: Any) -> Float[Tensor, "*y_shape"]:
         return self.decode(self.encode(x), x)
 
     def _rows(self, x: Any) -> Float[Tensor, " tokens *row"]:
@@ -375,8 +375,6 @@ class SAE(nn.Module, ABC):
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors; `ap.load(folder)` reads them."""
-        from apportion.architectures.files import save
-
         save(self, Path(folder))
 
     def extra_repr(self) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import reduce
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from apportion.about import About
-from apportion.architectures.base import SAE
 from apportion.architectures.inputs import SCALES
 from apportion.disk import all_finite
 from apportion.fields import check_fields
+
+if TYPE_CHECKING:
+    from apportion.architectures.base import SAE
 
 DECIDING = ("input_norm", "subtract_b_dec", "affinity", "allocation", "k")
 """Settings that decide codes and leave no trace in the shapes of tensors. Every version wrote them, so where one is

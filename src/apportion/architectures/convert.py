@@ -26,11 +26,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apportion.allocation import MutualChoice
+from apportion.allocation import LearnedThreshold, MutualChoice
+from apportion.allocation.learned_threshold import LearnedThresholdConfig
 from apportion.allocation.mutual_choice import MutualChoiceConfig
 from apportion.architectures.affine import Affine, AffineConfig
 from apportion.architectures.base import SAE
-from apportion.architectures.jumprelu import JumpReLU
+from apportion.architectures.jumprelu import JumpReLU, JumpReLUConfig
 
 
 @torch.no_grad()
@@ -74,11 +75,10 @@ def _log_from_below(theta: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
 
 
 def _with_thresholds(source: Affine, theta: Float[Tensor, " d_sae"]) -> JumpReLU:
-    from apportion.architectures import create
-
     shared = {f.name: getattr(source.config, f.name) for f in fields(AffineConfig)}
-    sae = create("jumprelu", **shared | {"affinity": "code", "k": source.k})
-    assert isinstance(sae, JumpReLU)
+    config = JumpReLUConfig(**shared | {"affinity": "code", "k": source.k})
+    sae = JumpReLU(config, LearnedThreshold(LearnedThresholdConfig(), source.d_sae))
+    sae.name = "jumprelu"
     sae.to(source.device, source.dtype)
     for part in ("W_enc", "b_enc", "W_dec", "b_dec"):
         getattr(sae, part).copy_(getattr(source, part))

@@ -20,7 +20,7 @@ Cost: nothing is trained; for pca one eigendecomposition of [d_in, d_in]. A code
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -65,7 +65,7 @@ class FixedBasis(Affine):
         return unset or super().needs_fit
 
     @torch.no_grad()
-    def fit_input(self, x: Float[Tensor, "*lead d_in"], target: Float[Tensor, "*lead d_out"] | None = None) -> None:
+    def fit_input(self, x: Any, target: Any = None) -> None:
         """Estimate mean and scale of the input description and the basis from raw, filtered activations."""
         super().fit_input(x, target)
         if self.config.basis == "pca":

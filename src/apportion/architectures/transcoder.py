@@ -29,7 +29,7 @@ Cost of `skip_transcoder`: that of a plain SAE and one dense product with [d_in,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +112,7 @@ class Transcoder(AffineWithAuxiliary):
         y = self.output.apply_to(self._targets(target).to(self.device))
         return self.input.apply_to(x.to(self.device, self.dtype)), y
 
-    def fit_input(self, x: Float[Tensor, "*lead d_in"], target: Float[Tensor, "*lead d_out"] | None = None) -> None:
+    def fit_input(self, x: Any, target: Any = None) -> None:
         """Estimate both descriptions from raw, filtered activations and their targets (`dataset` only)."""
         targets = self._targets(target)
         self.input.fit(self._rows(x))

@@ -17,6 +17,7 @@ from apportion.architectures import SAES, named, rule_choices
 from apportion.cli.arguments import Count, Filter, Model, Text, best_device, say
 from apportion.extras import need
 from apportion.objectives import OBJECTIVES, named_objective
+from apportion.settings import meanings
 from apportion.training import TrainConfig
 from apportion.training.run import RUN, is_finished
 from apportion.trust import expanded, refuse_mistyped
@@ -191,12 +192,10 @@ class TrainBase:
 def train_command(name: str, allocation: str | None = None, objective: str = TrainBase.training_objective) -> type:
     """The train command with the typed options of TrainConfig, of one SAE, its rule where that is a setting, and of
     the training objective."""
-    from tyro._docstrings import get_field_docstring
-
     entry = SAES[name]
     defaults = entry.settings(allocation)
     own = {f.name for f in dataclasses.fields(TrainBase)}
-    doc = get_field_docstring(TrainBase, "sae", ()) or ""
+    doc = meanings(TrainBase)["sae"]
     extra: list[Any] = [("sae", Annotated[one_of(SAES), arg(help=doc)], field(default=TrainBase.sae))]
     if "k" not in defaults:  # then it is no option
         extra.append(("k", Suppress[Fixed[float]], field(default=TrainBase.k)))
@@ -214,13 +213,12 @@ def train_command(name: str, allocation: str | None = None, objective: str = Tra
         doc = "How many SAEs are trained side by side, with seeds from --seed on."
         extra.append(("num_saes", Annotated[int, arg(help=doc)], field(default=least)))
     for config in configs:
-        hints = get_type_hints(config)
+        hints, docs = get_type_hints(config), meanings(config)
         for f in dataclasses.fields(config):
             if f.name in own | SAE_FLAGS_OWN | {"total_tokens"}:
                 continue
-            doc = get_field_docstring(config, f.name, ()) or ""
             default = defaults.get(f.name, f.default)
-            extra.append((f.name, Annotated[hints[f.name], arg(help=doc)], field(default=default)))
+            extra.append((f.name, Annotated[hints[f.name], arg(help=docs.get(f.name, ""))], field(default=default)))
     namespace = {"__doc__": TrainBase.__doc__}
     return dataclasses.make_dataclass("Train", extra, bases=(TrainBase,), kw_only=True, namespace=namespace)
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apportion.rows.batch import RowStore
+from apportion.rows.batch import RowStore, chunks
 
 CHUNK = 16384
 
@@ -22,8 +22,8 @@ def pca_curve(store: RowStore, rows: Int[Tensor, " n"]) -> Float[Tensor, " d_in_
         raise ValueError("Nothing to fit a PCA on: no row passed the token filter. Give more text.")
     shift = store.batch(rows[:CHUNK]).x.double().mean(0)
     total, products = torch.zeros_like(shift), torch.zeros(store.d_in, store.d_in, dtype=torch.float64)
-    for ids in rows.split(CHUNK):
-        x = store.batch(ids).x.double() - shift
+    for batch in chunks(store, rows, CHUNK):
+        x = batch.x.double() - shift
         total += x.sum(0)
         products += x.T @ x
     scatter = products - torch.outer(total, total) / len(rows)

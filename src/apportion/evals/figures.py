@@ -45,8 +45,8 @@ def add_figures(*figures: Figure) -> None:
 
 
 def columns_of(results: Iterable[Mapping[str, Any]]) -> list[Figure]:
-    """The figures that a table of these results shows, in the order of FIGURES."""
-    known = {key for result in results for key, value in result.items() if is_number(value) or value is None}
+    """The figures that a table of these results shows, those that any of them has, in the order of FIGURES."""
+    known = {key for result in results for key, value in result.items() if is_number(value)}
     return [figure for figure in FIGURES.values() if figure.key in known and figure.column is not None]
 
 

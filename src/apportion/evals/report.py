@@ -70,7 +70,7 @@ def check_report() -> None:
 @usual()
 def make_report(
     saes: Mapping[str, SAE],
-    store: RowStore | Tensor,
+    store: Any,
     rows: Int[Tensor, " n"] | None = None,
     model: Any = None,
     tokenizer: Any = None,

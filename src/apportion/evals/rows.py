@@ -16,11 +16,9 @@ from apportion.architectures.inputs import is_array
 from apportion.evals.measure import Measurement
 from apportion.progress import progress_bar
 from apportion.rows.arrays import ArrayStore
-from apportion.rows.batch import RowStore
+from apportion.rows.batch import RowStore, chunks
 from apportion.rows.order import held_out_groups, split_held_out
 from apportion.torch_state import usual
-
-CHUNK = 4096
 
 
 def held_out_rows(store: RowStore, held_out_share: float) -> Int[Tensor, " n"]:
@@ -69,7 +67,7 @@ def same_text(ours: TextRecord, theirs: TextRecord) -> bool:
     return bool(ours.where) and one == other
 
 
-def halves(store: RowStore, rows: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
+def halves(store: RowStore, rows: Int[Tensor, " n"]) -> tuple[Int[Tensor, " k"], Int[Tensor, " m"]]:
     """Every other context of `rows` each: to calibrate on, and to evaluate on. ValueError for a single context."""
     groups = store.groups[rows]
     number = (groups.diff(prepend=groups[:1]) != 0).cumsum(0)
@@ -81,8 +79,7 @@ def halves(store: RowStore, rows: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"],
 
 def recalibrate(sae: SAE, store: RowStore, rows: Int[Tensor, " n"]) -> float:
     """Set the thresholds of an SAE anew, on the rows of a cache that pass its filter; returns the L0 there."""
-    kept = rows[store.mask[rows]]
-    return sae.calibrate(Anew(lambda: map(store.batch, kept.split(CHUNK))))
+    return sae.calibrate(Anew(lambda: chunks(store, rows)))
 
 
 class Anew:
@@ -125,10 +122,10 @@ def evaluate_rows(
     measurements = {name: Measurement(sae) for name, sae in saes.items()}
     with progress_bar("evaluating", len(rows), show=progress) as show:
         done = 0
-        for indices in rows.split(CHUNK):
-            batch, mask = store.batch(indices), store.mask[indices]
+        for batch in chunks(store, rows):
+            assert batch.mask is not None
             for measurement in measurements.values():
-                measurement.add(batch.x, mask, target=batch.target)
-            done += len(indices)
+                measurement.add(batch.x, batch.mask, target=batch.target)
+            done += len(batch.x)
             show(done)
     return measurements

@@ -126,7 +126,7 @@ class SaeBenchSAE(nn.Module):
     def turn_off_forward_pass_hook_z_reshaping(self) -> None:
         self.hook_z_reshaping_mode, self.d_head = False, None
 
-    def encode(self, x: Float[Tensor, "*lead d_in"]) -> Float[Tensor, "*lead d_sae"]:
+    def encode(self, x: Float[Tensor, "*x_shape"]) -> Float[Tensor, "*lead d_sae"]:
         if self.hook_z_reshaping_mode:
             self.d_head = None if x.shape[-1] == self.cfg.d_in else x.shape[-1]
             x = x if self.d_head is None else x.flatten(-2)
@@ -156,7 +156,7 @@ class SaeBenchSAE(nn.Module):
             codes = torch.zeros_like(codes).scatter(-1, best, codes.gather(-1, best))
         return codes
 
-    def decode(self, feature_acts: Float[Tensor, "*lead d_sae"]) -> Float[Tensor, "*lead d_in"]:
+    def decode(self, feature_acts: Float[Tensor, "*lead d_sae"]) -> Float[Tensor, "*y_shape"]:
         x_hat = feature_acts.reshape(-1, feature_acts.shape[-1]) @ self.W_dec + self.b_dec
         if self.input.kind in PER_TOKEN and (self.encoded is None or len(self.encoded) != len(x_hat)):
             raise ValueError(f"This SAE normalises each token ({self.input.kind}): encode the same rows before decode.")

@@ -92,7 +92,7 @@ def _of_store(store: ActivationStore) -> Iterator[Block]:
         yield tokens.reshape(-1, length), store.gather(rows), store.mask[rows]
 
 
-def _of_pairs(pairs: Iterable[Contexts]) -> Iterator[Block]:
+def _of_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Block]:
     for tokens, x in pairs:
         if tokens.ndim != 2 or x.shape[:-1] != tokens.shape:
             raise ValueError(

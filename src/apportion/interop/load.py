@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from apportion.architectures import SAE, files
+from apportion.architectures import SAE, loading
 from apportion.architectures.checks import check_info
 from apportion.disk import check_may_open
 from apportion.interop.assemble import assemble, is_count
@@ -54,7 +54,7 @@ def load(
     if name == OURS:
         if config:
             raise ValueError(f"{path} stores all of its settings; leave out config.")
-        sae = files.load(path if path.is_dir() else path.parent)
+        sae = loading.load(path if path.is_dir() else path.parent)
         return sae if dtype is None else sae.to(dtype)
     given = listed | dict(config or {})
     try:
@@ -133,7 +133,7 @@ def _unknown(path: Path) -> ValueError:
     found = f" It holds {', '.join(held[:12])}{' ...' if len(held) > 12 else ''}." if held else ""
     if {"config.json", "model.safetensors", "run.json"} & set(held):
         try:
-            files.load(path)
+            loading.load(path)
         except ValueError as error:
             found = f" {error}{found}"
     formats = "; ".join(f"{name} ({known.files})" for name, known in FORMATS.items())

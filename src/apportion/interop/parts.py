@@ -36,14 +36,15 @@ class Parts:
     """A sparse autoencoder, latents at dimension 0 everywhere."""
 
     kind: Kind
-    W_enc: Float[Tensor, "d_sae d_in"]
-    W_dec: Float[Tensor, "d_sae d_out"]
-    b_enc: Float[Tensor, " d_sae"]
+    W_enc: Float[Tensor, "_d_sae _d_in"]
+    W_dec: Float[Tensor, "_d_sae _d_out"]
+    b_enc: Float[Tensor, " _d_sae"]
     """For kind gated this is zero."""
-    b_dec: Float[Tensor, " d_out"]
+    b_dec: Float[Tensor, " _d_out"]
     subtract_b_dec: bool
-    k: float | None = None
-    """Active latents per token (topk, batch_topk, switch); for the others their mean, where it is known."""
+    k: Any = None
+    """Active latents per token (topk, batch_topk, switch); for the others their mean, where it is known. As a file says
+    it: `assemble` looks whether it is a number."""
     threshold: Tensor | None = None
     """A scalar (batch_topk) or one per latent (jumprelu)."""
     by_norm: bool = False
@@ -54,7 +55,7 @@ class Parts:
     """kind gated: b_gate, r_mag, b_mag, each [d_sae]."""
     router: dict[str, Tensor] = field(default_factory=dict)
     """kind switch: W_router [num_experts, d_in], b_router [d_in]."""
-    W_skip: Float[Tensor, "d_out d_in"] | None = None
+    W_skip: Float[Tensor, "_d_out _d_in"] | None = None
     transcoder: bool = False
     """True if y_hat is something else than x."""
     every_layer: bool = False

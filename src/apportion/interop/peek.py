@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from apportion.disk import read_json
 from apportion.trust import MOST_TEXT, check_regular, read_text
@@ -119,7 +119,7 @@ def _instructions(file: Path) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
                 yield from _of_pickles(stream, 1)
 
 
-def _of_pickles(stream: IO[bytes], pickles: int) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+def _of_pickles(stream: Any, pickles: int) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
     """The instructions of pickles that follow each other, as far as they are worth a look."""
     beginning = io.BytesIO(stream.read(LONGEST))
     try:

@@ -11,7 +11,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ def _check_archive(file: Path) -> None:
                     _check_array(array, entry)
 
 
-def _check_array(array: IO[bytes], entry: zipfile.ZipInfo) -> None:
+def _check_array(array: Any, entry: zipfile.ZipInfo) -> None:
     """ValueError for an array that is not as large as its header says; numpy would make room for it first."""
     versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(array)
@@ -134,7 +134,7 @@ class Tensors:
     Tensors come in float32 at least, so that scales can be folded into them; `dtype` says what they were stored in.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], file: Path, **sizes: int | None) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], file: Path, **sizes: Any) -> None:
         self.left, self.file, self.names = dict(tensors), file, sorted(tensors)
         self.sizes = {name: size for name, size in sizes.items() if size is not None}
         self.dtype: torch.dtype | None = None

@@ -20,6 +20,8 @@ VARIABLE = "APPORTION_KERNELS"
 TRITON_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 """Those that the Triton kernels take; tensors of others run on torch in any case."""
 
+DENSE_SHARE = 0.2
+"""Share of active entries above which dense row blocks are faster than lists of matches (benchmarks/dense_share.py)."""
 _forced: Backend | None = None
 
 
@@ -65,8 +67,6 @@ def _checked(name: str) -> Backend:
 
 def explain() -> list[str]:
     """What runs where, in lines to print."""
-    from apportion.kernels.sparse import DENSE_SHARE
-
     lines = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         backend, why = _choice(device)

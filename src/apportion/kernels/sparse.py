@@ -28,11 +28,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apportion.blocks import block_rows
+from apportion.kernels import dispatch
 from apportion.kernels.primitives import dot_products, weighted_sums
 from apportion.latents import Latents
-
-DENSE_SHARE = 0.2
-"""Share of active entries above which dense row blocks are faster than lists of matches (benchmarks/dense_share.py)."""
 
 LOCAL_SHARE = 0.25
 """Share of all latents within which those of a token must lie, in the mean, for the order of tokens to matter."""
@@ -139,7 +137,7 @@ def match_products(latents: Latents, g: Float[Tensor, "tokens d"], table: Float[
 
 
 def _is_dense(latents: Latents) -> bool:
-    return latents.nnz > DENSE_SHARE * latents.tokens * latents.d_sae
+    return latents.nnz > dispatch.DENSE_SHARE * latents.tokens * latents.d_sae
 
 
 def _is_local(latents: Latents) -> bool:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 TEXT_FIELD = "text"
 ID_FIELDS = ("input_ids", "tokens")
@@ -41,7 +41,7 @@ NOTHING = ("null", "empty")
 """Reasons for which no request is wrong: the next row may hold a document."""
 
 
-def document_in(row: Any, field: str) -> str | Int[np.ndarray, " n"]:
+def document_in(row: Any, field: str) -> str | Integer[np.ndarray, " n"]:
     """The text of a row or its token ids; raises `Broken`."""
     if isinstance(row, Broken):
         raise row
@@ -81,7 +81,7 @@ def is_null(value: Any) -> bool:
     return value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and value != value)
 
 
-def _ids_of(value: Any) -> Int[np.ndarray, " n"] | None:
+def _ids_of(value: Any) -> Integer[np.ndarray, " n"] | None:
     """Token ids as an array, None if these are none."""
     if isinstance(value, list | tuple):
         if not value:
@@ -136,7 +136,7 @@ class Reading:
     """Rows left out because they are of the wrong kind, not because there is nothing in them."""
     _problem: str = ""
 
-    def take(self, row: Any, field: str, place: str) -> str | Int[np.ndarray, " n"] | None:
+    def take(self, row: Any, field: str, place: str) -> str | Integer[np.ndarray, " n"] | None:
         """The document of a row; None, and counted, if it holds none."""
         try:
             document = document_in(row, field)

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 from apportion.about import About
@@ -42,6 +42,7 @@ RowsOf = Callable[[Tensor], Tensor | None]
 """The rows of x that take part; None if all do."""
 
 
+@runtime_checkable
 class SparseCode(Protocol):
     """What `steer` reads of a code: see `apportion.latents.Latents`."""
 
@@ -53,11 +54,17 @@ class SparseCode(Protocol):
 
 @runtime_checkable
 class Codec(Protocol):
-    """What counts as an SAE here."""
+    """What counts as an SAE here. It is spared rows that its filter leaves out, if it says where its rows come from, as
+    `source` or under `info["source"]`."""
 
     def encode(self, x: Float[Tensor, "*lead d_in"]) -> Any: ...
 
     def decode(self, latents: Any, x: Float[Tensor, "*lead d_in"]) -> Float[Tensor, "*lead d_in"]: ...
+
+
+def _about(sae: Any) -> About:
+    said = getattr(sae, "source", None)
+    return said if isinstance(said, About) else About.from_json(getattr(sae, "info", {}).get("source", {}))
 
 
 @contextmanager
@@ -100,13 +107,13 @@ def splice(
 
 
 def _spliced(
-    y: Float[Tensor, "*lead d_out"],
+    y: Real[Tensor, "*lead d_out"],
     sae: Codec | Callable[[Tensor], Tensor],
     edit: Callable[[Any], Any] | None,
     keep_error: bool,
     rows_of: RowsOf,
     source: _Source | None,
-) -> Float[Tensor, "*lead d_out"]:
+) -> Real[Tensor, "*lead d_out"]:
     """What takes the place of the activations y."""
     if source is None:
         return on_rows(y, rows_of(y), lambda part: reconstruct(part, sae, edit, keep_error))
@@ -168,7 +175,7 @@ def rows_at(
     place = str(Hookpoint.parse(hookpoint))
     token_filter = None
     if isinstance(mask, str):
-        token_filter = trained_filter(getattr(sae, "source", About()), place)
+        token_filter = trained_filter(_about(sae), place)
     with watched(model, place) as watch:
         if token_filter is not None:
             yield partial(_filtered, token_filter=token_filter, watch=watch)
@@ -199,13 +206,13 @@ def _attended(x: Tensor, mask: Mask | None, watch: Watch) -> Bool[Tensor, "*lead
 
 
 def reconstruct(
-    x: Float[Tensor, "*lead d_in"],
+    x: Real[Tensor, "*lead d_in"],
     sae: Codec | Callable[[Tensor], Tensor],
     edit: Callable[[Any], Any] | None,
     keep_error: bool,
     source: Float[Tensor, "*lead d_source"] | None = None,
-) -> Float[Tensor, "*lead d_in"]:
-    """What takes the place of x; `source` is what the SAE encodes, if not x."""
+) -> Real[Tensor, "*lead d_out"]:
+    """What takes the place of x, if its width is that of x; `source` is what the SAE encodes, if not x."""
     if not isinstance(sae, Codec):
         return x if keep_error else sae(x)
     read = x if source is None else source
@@ -218,7 +225,7 @@ def reconstruct(
 
 
 def on_rows(
-    x: Float[Tensor, "*lead d_in"],
+    x: Real[Tensor, "*lead d_in"],
     rows: Bool[Tensor, "*lead"] | None,
     change: Callable[..., Tensor],
     *more: Float[Tensor, "*lead d"],

@@ -45,7 +45,7 @@ class LivePosition(NamedTuple):
 class _Rows:
     """Filtered rows with their labels."""
 
-    x: Float[Tensor, "n d_in"]
+    x: Float[Tensor, " n *row"]
     tokens: Int[Tensor, " n"]
     positions: Int[Tensor, " n"]
 
@@ -74,7 +74,7 @@ class LiveSource:
         model: Any,
         tokenizer: Any,
         hookpoint: str,
-        contexts: Int[Tensor, "num_contexts context_tokens"],
+        contexts: Any,
         *,
         buffer_tokens: int = 1 << 17,
         batch_contexts: int = 16,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from apportion.about import TextRecord
 from apportion.extras import need
@@ -50,7 +50,7 @@ class Piece(NamedTuple):
 
     text: str
     first: bool
-    ids: Int[np.ndarray, " n"] | None = None
+    ids: Integer[np.ndarray, " n"] | None = None
     place: str = ""
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from apportion.disk import check_may_open
 from apportion.extras import need
@@ -95,7 +95,7 @@ def _bytes_of(file: Path) -> Any:
     return file.open("rb")
 
 
-def open_text(file: Path, newline: str | None = None) -> TextIO:
+def open_text(file: Path, newline: str | None = None) -> io.TextIOWrapper:
     """A file as text, whatever its packing and encoding; ValueError if it looks like no text at all."""
     stream = _bytes_of(file)
     try:
@@ -159,7 +159,7 @@ def _json_rows(file: Path, field: str) -> Iterator[Row]:
             yield from _line_rows(file, head, stream, field)
 
 
-def _line_rows(file: Path, head: str, stream: TextIO, field: str) -> Iterator[Row]:
+def _line_rows(file: Path, head: str, stream: io.TextIOBase, field: str) -> Iterator[Row]:
     """One row per line; or, if the first line is no more than an opening brace, the whole file as one value."""
     lines = _lines(head, stream)
     first = next(lines)
@@ -170,7 +170,7 @@ def _line_rows(file: Path, head: str, stream: TextIO, field: str) -> Iterator[Ro
             yield from _column_or_row(_parsed(line), field, f"{file}:{number}")
 
 
-def _lines(head: str, stream: TextIO) -> Iterator[str]:
+def _lines(head: str, stream: io.TextIOBase) -> Iterator[str]:
     """The lines of `head` and what follows it in the stream."""
     *whole, cut = head.split("\n")
     for line in whole:
@@ -198,7 +198,7 @@ def _column_or_row(value: Any, field: str, place: str) -> Iterator[Row]:
         yield place, value
 
 
-def _array_rows(file: Path, rest: str, stream: TextIO) -> Iterator[Row]:
+def _array_rows(file: Path, rest: str, stream: io.TextIOBase) -> Iterator[Row]:
     """The elements of an array one by one; what follows an element that is not JSON cannot be found again."""
     decoder, number, at, ended = json.JSONDecoder(), 1, 0, False
     while True:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from torch import Tensor
 
 from apportion.language.documents import FIRST_ROWS, Broken, Reading, as_array
@@ -89,7 +89,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self._many = any(base.__module__.startswith("transformers.") for base in type(tokenizer).__mro__)
 
-    def __call__(self, pieces: list[Piece], reading: Reading) -> list[Int[np.ndarray, " n"] | None]:
+    def __call__(self, pieces: list[Piece], reading: Reading) -> list[Integer[np.ndarray, " n"] | None]:
         """The ids of each piece; None, and counted, for a piece that the tokenizer refuses."""
         if self._many:
             try:
@@ -98,12 +98,12 @@ class Encoder:
                 pass
         return [self._alone(piece, reading) for piece in pieces]
 
-    def _together(self, texts: list[str]) -> list[Int[np.ndarray, " n"] | None]:
+    def _together(self, texts: list[str]) -> list[Integer[np.ndarray, " n"] | None]:
         quiet = {"return_attention_mask": False, "verbose": False}
         encoded = self.tokenizer(texts, add_special_tokens=False, **quiet)["input_ids"]
         return [np.asarray(ids, dtype=np.int64) for ids in encoded]
 
-    def _alone(self, piece: Piece, reading: Reading) -> Int[np.ndarray, " n"] | None:
+    def _alone(self, piece: Piece, reading: Reading) -> Integer[np.ndarray, " n"] | None:
         try:
             ids = self._together([piece.text])[0] if self._many else self._one(piece.text)
         except Exception as error:  # whatever a tokenizer raises
@@ -114,7 +114,7 @@ class Encoder:
             return None
         return ids
 
-    def _one(self, text: str) -> Int[np.ndarray, " n"]:
+    def _one(self, text: str) -> Integer[np.ndarray, " n"]:
         try:
             encoded = self.tokenizer(text, add_special_tokens=False)
         except TypeError:  # it has no such argument
@@ -146,7 +146,7 @@ class PackedContexts:
         self.bos_prepended = self.first is not None
         self.num_contexts, self._num_tokens = 0, 0
 
-    def __iter__(self) -> Iterator[Int[np.ndarray, "n context_tokens"]]:
+    def __iter__(self) -> Iterator[Integer[np.ndarray, "n context_tokens"]]:
         pieces = self.source.pieces(self.reading)
         head = list(islice(pieces, PIECES_AT_ONCE))
         whole = bool(head) and all(p.ids is not None and len(p.ids) == self.context_tokens for p in head)
@@ -157,7 +157,7 @@ class PackedContexts:
         if self.num_contexts == 0:
             raise self._nothing()
 
-    def _as_given(self, pieces: Iterable[Piece]) -> Iterator[Int[np.ndarray, "n context_tokens"]]:
+    def _as_given(self, pieces: Iterable[Piece]) -> Iterator[Integer[np.ndarray, "n context_tokens"]]:
         """Documents that are contexts already."""
         self.bos_prepended = True  # so far
         pieces = iter(pieces)
@@ -171,13 +171,13 @@ class PackedContexts:
                 raise ValueError("bos='always', but the contexts given do not begin with BOS: put it there, or drop it")
             yield packed
 
-    def _context(self, piece: Piece) -> Int[np.ndarray, " context_tokens"] | None:
+    def _context(self, piece: Piece) -> Integer[np.ndarray, " context_tokens"] | None:
         if piece.ids is None or len(piece.ids) != self.context_tokens:
             self.reading.skip(Broken("of another length than the contexts before"), piece.place)
             return None
         return piece.ids if self._are_tokens(piece.ids, piece.place) else None
 
-    def _packed(self, pieces: Iterable[Piece]) -> Iterator[Int[np.ndarray, "n context_tokens"]]:
+    def _packed(self, pieces: Iterable[Piece]) -> Iterator[Integer[np.ndarray, "n context_tokens"]]:
         rest = np.empty(0, dtype=np.int32)
         for ids in self._token_stream(pieces):
             self._num_tokens += len(ids)
@@ -187,7 +187,7 @@ class PackedContexts:
                 packed, rest = rest[: full * self.body].reshape(full, self.body), rest[full * self.body :]
                 yield packed if self.first is None else np.insert(packed, 0, self.first, axis=1)
 
-    def _token_stream(self, pieces: Iterable[Piece]) -> Iterator[Int[np.ndarray, " n"]]:
+    def _token_stream(self, pieces: Iterable[Piece]) -> Iterator[Integer[np.ndarray, " n"]]:
         """The tokens of all pieces in order, in blocks, with EOS between documents; many pieces at a time for speed."""
         pieces, encode = iter(pieces), Encoder(self.tokenizer)
         eos, begun = getattr(self.tokenizer, "eos_token_id", None), False
@@ -202,7 +202,7 @@ class PackedContexts:
                 begun = eos is None or piece.ids is None or ids[-1] != eos  # ids may bring their EOS
             yield np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int32)
 
-    def _ids_of(self, block: list[Piece], encode: Encoder) -> list[Int[np.ndarray, " n"] | None]:
+    def _ids_of(self, block: list[Piece], encode: Encoder) -> list[Integer[np.ndarray, " n"] | None]:
         """The ids of each piece, given or encoded."""
         texts = [piece for piece in block if piece.ids is None]
         if texts and self.tokenizer is None:
@@ -213,7 +213,7 @@ class PackedContexts:
         encoded = iter(encode(texts, self.reading) if texts else [])
         return [next(encoded) if piece.ids is None else piece.ids for piece in block]
 
-    def _are_tokens(self, ids: Int[np.ndarray, " n"], place: str) -> bool:
+    def _are_tokens(self, ids: Integer[np.ndarray, " n"], place: str) -> bool:
         """Whether the model knows all of them: before the first context a ValueError, later such a document is left
         out."""
         try:

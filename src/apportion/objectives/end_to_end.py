@@ -30,6 +30,7 @@ from apportion.architectures import SAE
 from apportion.group import Group
 from apportion.language.upper import Above, UpperLayers
 from apportion.rows.batch import Batch
+from apportion.settings import settle
 from apportion.training.objective import Objective, TrainingContext, add_terms
 
 
@@ -48,8 +49,7 @@ class EndToEndConfig:
     the last)."""
 
     def __post_init__(self) -> None:
-        if self.loss not in ("kl", "ce"):
-            raise ValueError(f'loss must be "kl" or "ce", got {self.loss!r}.')
+        settle(self)
         weights = {n: getattr(self, n) for n in ("output_weight", "downstream_weight", "local_weight")}
         if min(weights.values()) < 0 or not any(weights.values()):
             raise ValueError(f"The weights must not be negative, and one of them must be positive; got {weights}.")

@@ -32,6 +32,7 @@ from torch import Tensor
 from apportion.architectures import SAE
 from apportion.matching import directions, nearest_rows, one_to_one, pair_cosines
 from apportion.rows.batch import Batch
+from apportion.settings import settle
 from apportion.training.objective import Objective, TrainingContext, local_reconstruction
 
 if TYPE_CHECKING:
@@ -54,9 +55,7 @@ class MutualConfig:
     """redraw = "sae": draw anew above mean_j (|r_j - r| / r)^3, with firing rates r_j and r = k / d_sae."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("matching", ("max", "one_to_one")), ("redraw", ("none", "idle", "sae"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        settle(self)
         if self.weight < 0 or not 0 <= self.weight_warmup_share <= 1:
             raise ValueError(
                 f"weight must not be negative and weight_warmup_share is a share of the run, "

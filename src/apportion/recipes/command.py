@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -12,6 +12,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from apportion.answers import answered
 
 
+@runtime_checkable
 class Recipe(Protocol):
     """A dataclass whose fields are the options."""
 

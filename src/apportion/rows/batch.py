@@ -133,6 +133,16 @@ class RowStore(Protocol):
     def describe(self) -> About: ...
 
 
+CHUNK = 4096
+"""Rows that are worked on together."""
+
+
+def chunks(store: RowStore, rows: Int[Tensor, " n"], size: int | None = None) -> Iterator[Batch]:
+    """These rows of a store, a part at a time, each with its index and whether it takes part."""
+    for indices in rows.split(size or CHUNK) if len(rows) else ():
+        yield replace(store.batch(indices), index=indices, mask=store.mask[indices])
+
+
 def read_held_out(
     gather: Callable[[Tensor], Batch], rows: Int[Tensor, " n"], max_rows: int, chunk: int, seed: int
 ) -> Iterator[Batch]:

@@ -58,7 +58,7 @@ def sample_sha256_of(file: Path) -> str:
 class ShardedRows:
     """One tensor [rows, ...] that lies in several memory-mapped files of `shard_rows` rows each."""
 
-    def __init__(self, parts: Sequence[Shaped[Tensor, "rows ..."]], shard_rows: int) -> None:
+    def __init__(self, parts: Sequence[Shaped[Tensor, "_ ..."]], shard_rows: int) -> None:
         self._parts, self.shard_rows = list(parts), shard_rows
 
     def gather(self, indices: Int[Tensor, " n"]) -> Shaped[Tensor, "n ..."]:

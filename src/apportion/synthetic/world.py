@@ -18,13 +18,14 @@ Magnitudes fall linearly with the rank of the probability. Directions are random
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.rows.order import seeded
+from apportion.settings import settle
 
 Layout = Literal["row", "sites", "target"]
 MAX_SHARED = 0.9
@@ -79,6 +80,7 @@ class GroundTruthConfig:
     """Seed of the world: directions, loadings. Rows have a seed of their own."""
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in ("d_in", "num_features"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -103,8 +105,6 @@ class GroundTruthConfig:
                 f"{self.num_roots} trees of {self.tree_size} features do not fit into num_features = "
                 f"{self.num_features}. Lower num_roots, branching or depth."
             )
-        if self.layout not in get_args(Layout):
-            raise ValueError(f'layout must be "row", "sites" or "target", got {self.layout!r}.')
 
     @property
     def levels(self) -> tuple[float, ...]:

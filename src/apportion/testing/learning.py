@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,10 +25,8 @@ ROWS, BATCH, STEPS = 8192, 128, 120
 """Of a training run: under a second."""
 
 
-class Terms(Protocol):
-    """All loss terms of parameters as they are; with a name, those that the term's finite differences are made of."""
-
-    def __call__(self, of: str | None = None, /) -> dict[str, Tensor]: ...
+Terms = Callable[..., dict[str, Tensor]]
+"""All loss terms of parameters as they are; with a name, those that the term's finite differences are made of."""
 
 
 def gradients_of_losses(s: Subject) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apportion.architectures import SAE
-from apportion.architectures.files import load
+from apportion.architectures.loading import load
 from apportion.disk import json_text, plain, read_json, whole_folder, write_json, write_tensors
 from apportion.rows.batch import Source
 
@@ -32,8 +32,6 @@ class Checkpoint(NamedTuple):
 
 
 def write_checkpoint(folder: Path, trainer: Trainer, source: Source) -> None:
-    from apportion.training.run import subfolders
-
     tensors, values = trainer.state()
     with whole_folder(folder, last=[VALUES]) as partial:
         for sae, name in zip(trainer.saes, subfolders(trainer), strict=True):
@@ -47,8 +45,6 @@ def write_checkpoint(folder: Path, trainer: Trainer, source: Source) -> None:
 
 def read_checkpoint(folder: Path, trainer: Trainer) -> Checkpoint:
     """All of it, checked; any exception for one that is damaged, incomplete, or does not fit the trainer."""
-    from apportion.training.run import subfolders
-
     values = read_json(folder / VALUES)
     for name, wanted in values.get("crc32", {}).items():  # older versions did not write them
         found = _own_checksum(values) if name == VALUES else _checksum(folder / name)
@@ -79,3 +75,8 @@ def _own_checksum(record: dict[str, Any]) -> str:
     """Of what the record says, apart from this."""
     others = {name: found for name, found in record["crc32"].items() if name != VALUES}
     return f"{zlib.crc32(json_text({**record, 'crc32': others}).encode()):08x}"
+
+
+def subfolders(trainer: Trainer) -> list[str]:
+    """Where the SAEs of a run lie in its folder: a single one right in it."""
+    return ["."] if len(trainer.saes) == 1 else [f"sae-{i}" for i in range(len(trainer.saes))]

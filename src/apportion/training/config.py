@@ -66,10 +66,6 @@ class TrainConfig(metaclass=_Named):
         for name in ("dead_window_tokens", "density_window_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}.")
-        if self.screen not in (None, "bfloat16"):
-            raise ValueError(f'screen must be None or "bfloat16", got {self.screen!r}.')
         if self.screen and self.dtype != "float32":
             raise ValueError(f"screen = {self.screen!r} needs dtype float32, got {self.dtype!r}. Drop one of the two.")
         if self.total_tokens is not None and self.total_tokens < self.batch_tokens:

@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 from apportion.answers import out_of_memory
 from apportion.architectures import SAE
-from apportion.architectures.files import load
+from apportion.architectures.loading import load
 from apportion.disk import naming, occupied, plain, read_json, read_record, write_json, write_text
 from apportion.durable import remove, sweep, sync_folder
 from apportion.locks import LOCK, Lock
 from apportion.rows.batch import Source
-from apportion.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from apportion.training.checkpoint import Checkpoint, read_checkpoint, subfolders, write_checkpoint
 from apportion.training.same import check_same
 from apportion.training.verdict import Verdict
 from apportion.trust import expanded
@@ -244,15 +244,11 @@ def step_of(line: bytes) -> int | None:
         found = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
-    return found.get("step") if isinstance(found, dict) else None
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def restore(sae: SAE, saved: SAE) -> None:
     """Give an SAE the weights and the info of one that was saved."""
     sae.load_state_dict(saved.state_dict())
     sae.info |= saved.info
-
-
-def subfolders(trainer: Trainer) -> list[str]:
-    """Where the SAEs of a run lie in its folder: a single one right in it."""
-    return ["."] if len(trainer.saes) == 1 else [f"sae-{i}" for i in range(len(trainer.saes))]

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from apportion.architectures import SAE, SAES
@@ -95,7 +94,7 @@ class Trainer:
         return any(learner.trains for learner in self.learners)
 
     @usual(learning=True)
-    def step(self, batch: Batch | Float[Tensor, "*lead d_in"]) -> dict[str, Tensor]:
+    def step(self, batch: Any) -> dict[str, Tensor]:
         """One optimiser step on the whole batch; a plain tensor or array counts as already filtered.
 
         Returns 0-d tensors: loss, each weighted term, fvu_batch, l0, dead (share), grad_norm, lr. With several SAEs
@@ -150,7 +149,7 @@ class Trainer:
                     f"or lr = {self.config.lr:g} is too high."
                 )
 
-    def _accept(self, batch: Batch | Tensor) -> Batch:
+    def _accept(self, batch: Any) -> Batch:
         row = self.sae.row_shape
         if not isinstance(batch, Batch):
             batch = as_tensor(batch)
@@ -187,7 +186,7 @@ class Trainer:
     @usual(learning=True)
     def fit(
         self,
-        source: Source | Tensor | Iterable[Any],
+        source: Source | Batch | Tensor | Iterable[Any],
         out: str | Path | None = None,
         *,
         resume: bool = False,

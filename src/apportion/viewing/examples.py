@@ -21,11 +21,9 @@ from torch import Tensor
 
 from apportion.architectures import SAE
 from apportion.language.model import load_tokenizer
-from apportion.rows.batch import RowStore
+from apportion.rows.batch import RowStore, chunks
 from apportion.rows.order import seeded
 from apportion.viewing.units import Units, units_of
-
-CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -150,9 +148,10 @@ def activations_on(
     """What `latents` do on `rows` of a store, in eval mode; 0 on rows that take no part."""
     parts = []
     with sae.in_eval_mode():
-        for ids in rows.split(CHUNK):
-            codes = sae.encode(store.batch(ids).x.to(sae.device)).select(latents.to(sae.device))
-            parts.append(codes.dense().cpu() * store.mask[ids][:, None])
+        for batch in chunks(store, rows):
+            assert batch.mask is not None
+            codes = sae.encode(batch.x.to(sae.device)).select(latents.to(sae.device))
+            parts.append(codes.dense().cpu() * batch.mask[:, None])
     return torch.cat(parts)
 
 
