@@ -296,7 +296,9 @@ def test_every_sae_fits_into_the_family_as_it_is_by_default(family: Family) -> N
     everything = dataclasses.replace(
         family, saes=tuple(SAES), truth=TruthPart(), cache=dataclasses.replace(family.cache, k=32, d_sae=4608)
     )
-    for experiment in everything.experiments():
+    experiments = everything.experiments()
+    assert [one.limit for one in experiments] == pytest.approx([1.1 * 4, 1.1 * 32])
+    for experiment in experiments:
         experiment.check()
 
 

@@ -125,13 +125,9 @@ def notes(part: Part, name: str) -> Iterator[str]:
     sae = new_sae(part, name, seed=0)
     if isinstance(part, Caches) and (kind := kind_here(sae)) != "one":
         first, second = part.hookpoints[kind]
-        yield (
-            f"`{name}` "
-            + {
-                "pair": f"reads {first} and predicts {second}, which FVU and ΔCE are about.",
-                "sites": f"takes {first} and {second}; FVU is over both, ΔCE is of one place and not measured.",
-            }[kind]
-        )
+        both = f"takes {first} and {second}; FVU is over both, ΔCE is of one place and not measured."
+        one = f"reads {first} and predicts {second}, which FVU and ΔCE are about."
+        yield f"`{name}` {one if kind == 'pair' else both}"
     if sae.row_kind == "layers":
         yield f"`{name}`, made for all layers together, sees one here."
     if num_latents := SAES[name].architecture.d_sae_for(part.d_in):

@@ -23,7 +23,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,8 @@ class Objectives:
     def run(self) -> None:
         if self.mutual_weights[0] != 0:
             raise ValueError(f"The first of mutual_weights has to be 0, got {self.mutual_weights}.")
-        parts = {"mutual": self.mutual, "objectives": self.objectives, "layers": self.layers}
-        results = {name: part() for name, part in parts.items()}
+        results = {"mutual": self.mutual(), "objectives": self.objectives()}
+        results |= {"layers": self.once("mlsae", self.on_all_layers)}
         write_json(self.out / "results.json", {"settings": self.settings(), **results})
         text = self.tables(results)
         write_text(self.out / "table.md", text)
@@ -130,17 +130,9 @@ class Objectives:
         """A cache of the same contexts at every layer."""
         folder = self.out / "acts"
         if not folder.exists():
-            layers = self.place.rpartition(".")[0] + ".*"
-            contexts = self.source.contexts
-            collect(
-                *self.lm,
-                layers,
-                self.text or stories(),
-                tokens=contexts.numel(),
-                out=folder,
-                context_tokens=self.context_tokens,
-                keep_interrupted=False,
-            )
+            layers, tokens = self.place.rpartition(".")[0] + ".*", self.source.contexts.numel()
+            how = {"context_tokens": self.context_tokens, "keep_interrupted": False}
+            collect(*self.lm, layers, self.text or stories(), tokens=tokens, out=folder, **how)
         return folder
 
     def new(self, name: str, seed: int) -> SAE:
@@ -170,10 +162,8 @@ class Objectives:
         start = self.once("start", lambda folder: {"objective": "start", **self.in_model(load(self.start))})
         best = []
         for preset in PRESETS:
-            runs = [
-                self.once(f"{preset}-lr{lr:g}", lambda folder, p=preset, lr=lr: self.further(folder, p, lr))
-                for lr in self.further_lrs
-            ]
+            further = partial(self.further, preset)
+            runs = [self.once(f"{preset}-lr{lr:g}", partial(further, lr)) for lr in self.further_lrs]
             best.append(min(runs, key=lambda r: r["chosen_by"]["delta_ce"]))
         return [start, *best]
 
@@ -182,7 +172,7 @@ class Objectives:
         """The SAE that all objectives start from."""
         return self.out / "runs" / "mutual-0" / "sae-0"
 
-    def further(self, folder: Path, preset: str, lr: float) -> dict[str, Any]:
+    def further(self, preset: str, lr: float, folder: Path) -> dict[str, Any]:
         """One objective at one learning rate, on contexts in a new order."""
         config = self.config(lr, self.further_tokens)
         trainer = Trainer(load(self.start), config, EndToEnd(self.lm[0], self.place, preset))
@@ -203,9 +193,6 @@ class Objectives:
             found.append({key: result[key] for key in ("fvu", "l0", "dead", "tokens")} | entropies.of("sae"))
         return {**found[1], "chosen_by": found[0]}
 
-    def layers(self) -> dict[str, Any]:
-        return self.once("mlsae", self.on_all_layers)
-
     def on_all_layers(self, folder: Path) -> dict[str, Any]:
         stores = open_stores(self.acts)
         trainer = Trainer(self.new("mlsae", self.seed), self.config(self.lr, len(stores) * self.tokens))
@@ -221,9 +208,9 @@ class Objectives:
         }
 
     def mutual(self) -> list[dict[str, Any]]:
-        return [self.once(f"mutual-{w:g}", lambda f, w=w: self.side_by_side(f, w)) for w in self.mutual_weights]
+        return [self.once(f"mutual-{w:g}", partial(self.side_by_side, w)) for w in self.mutual_weights]
 
-    def side_by_side(self, folder: Path, weight: float) -> dict[str, Any]:
+    def side_by_side(self, weight: float, folder: Path) -> dict[str, Any]:
         store = ActivationStore(self.acts, self.place)
         objective = MutualFeatureRegularisation(MutualConfig(weight=weight))
         pair = [self.new(self.sae, self.seed + i) for i in range(2)]
@@ -262,7 +249,7 @@ class Objectives:
 def shown(result: dict[str, Any], figures: Sequence[Figure]) -> list[str]:
     """These figures as they are written; of a pair of SAEs both."""
     values = {f: result[f.key] if isinstance(result[f.key], list) else [result[f.key]] for f in figures}
-    return [" / ".join(map(figure.written, values[figure])) for figure in figures]
+    return [" / ".join(figure.written(v).removeprefix("+") for v in values[figure]) for figure in figures]
 
 
 if __name__ == "__main__":
