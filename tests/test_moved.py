@@ -10,6 +10,14 @@ import apportion as ap
 from apportion import activations, language, rows, synthetic
 
 
+def test_training_has_its_objectives():
+    from apportion import objectives, training
+
+    assert training.EndToEnd is objectives.EndToEnd and training.MutualConfig is objectives.MutualConfig
+    with pytest.raises(AttributeError, match="no attribute 'Nobody'"):
+        training.Nobody  # noqa: B018
+
+
 def test_the_old_room_has_its_names():
     for room in (rows, language, synthetic):
         for name in vars(room):

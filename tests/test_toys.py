@@ -5,6 +5,7 @@ Rules and named SAEs on the command line are in test_conformance.py, measures an
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -213,6 +214,13 @@ def test_what_is_no_objective_is_refused() -> None:
         return {}
 
     with_attributes.whole_contexts = True
+
+    @functools.wraps(local_reconstruction.__call__)
+    def decorated(*given):
+        return local_reconstruction(*given)
+
+    for fine in (decorated, functools.partial(decorated), local_reconstruction.__call__):
+        ap.Trainer(ap.create("topk", d_in=8, d_sae=32, k=3), objective=fine).step(X[:64])
     for wrong in (with_attributes, "local", Quiet):
         with pytest.raises(ValueError, match=r"subclass of apportion\.training\.Objective, or a plain function"):
             ap.Trainer(ap.create("topk", d_in=8, d_sae=32, k=3), objective=wrong)  # type: ignore[arg-type]

@@ -23,6 +23,6 @@ fi
 "$folder/bin/pip" check
 echo "$floors"
 "$folder/bin/python" -m pytest -m "" tests/architectures tests/interop tests/training tests/evals \
-  tests/rows tests/language tests/synthetic \
+  tests/rows tests/language tests/synthetic tests/objectives tests/viewing tests/test_group.py tests/test_about.py \
   tests/test_cli.py tests/test_disk.py tests/test_answers.py tests/test_extras.py tests/test_torch_state.py \
   -k "not TestPush and not test_upper and not test_a_full_disk"

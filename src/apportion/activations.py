@@ -4,8 +4,9 @@ import sys
 from importlib import import_module
 
 FILES = {
-    "rows": "arrays batch filter manifest order sites source store stream writer",
-    "language": "collect contexts documents fingerprint hookpoints live model passes text text_files tokens upper",
+    "rows": "arrays batch filter manifest order sane shards sites source store stream writer",
+    "language": "collect contexts documents effect fingerprint hookpoints live model passes text text_files "
+    "text_streams tokens upper",
     "synthetic": "ground_truth world",
 }
 for _name, _files in FILES.items():

@@ -269,7 +269,7 @@ EDITS: list[tuple[str, Any]] = [
     *((f"hookpoints.{A}.filter.special_ids", value) for value in ([2**40], [-1], "1", [1.5])),
     *((f"hookpoints.{A}.filter.{name}", "no") for name in ("special_tokens", "first_position", "norm_outlier")),
     *((f"hookpoints.{A}.filtered", value) for value in ([], {"special": "many"})),
-    *((f"hookpoints.{A}.filtered_share", value) for value in ("half", None)),
+    *((f"hookpoints.{A}.filtered_share", value) for value in ("half", [])),
     *(("hookpoints", value) for value in ({}, [], {A: 1}, "all")),
     *(("shards", value) for value in ([], {}, [1, 2], None)),
     *(("shards.0.rows", value) for value in (99, 101, -1, "100", 10**18)),

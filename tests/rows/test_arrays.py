@@ -144,3 +144,54 @@ def test_train_eval_and_report_on_a_file(file: Path, tmp_path: Path, capsys: pyt
     sae = ap.load(run)
     assert sae.hookpoint is None and sae.source.kind == "array" and isinstance(rows_for(sae), ArrayStore)
     assert not isinstance(rows_for(sae), ActivationStore)
+
+
+def test_a_mask_is_true_or_false_and_groups_have_any_names() -> None:
+    x = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    kept = np.arange(400) % 2 == 1
+    assert ArrayStore(x, mask=kept).mask.sum() == 200
+    with pytest.raises(ValueError, match=r"True or False; got torch\.int64"):
+        ArrayStore(x, mask=torch.arange(400) % 2)
+    for names in (
+        np.arange(400) // 10 * 10**12,
+        [f"patient {i // 10}" for i in range(400)],
+        np.arange(400) // 10 - 7.5,
+    ):
+        source = CacheSource(ArrayStore(x, groups=names))
+        assert source.num_rows == 360 and sum(len(batch.x) for batch in source.held_out(1000)) == 20
+    with pytest.raises(ValueError, match="has no rows to train on"):
+        CacheSource(ArrayStore(x[:0]))
+
+
+def test_rows_are_places_or_marks() -> None:
+    x = torch.randn(9000, 4, generator=torch.Generator().manual_seed(0))
+    sae = ap.create("topk", d_in=4, d_sae=16, k=2, seed=0)
+    wanted = ap.evaluate(sae, x, torch.arange(0, 9000, 3))
+    for rows in (np.arange(9000) % 3 == 0, list(range(0, 9000, 3)), np.arange(0, 9000, 3)):
+        assert ap.evaluate(sae, x, rows) == wanted
+
+
+def test_an_sae_of_all_layers_takes_rows_of_a_file(file: Path, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    sizes = ["--k", "4", "--d-sae", "64", "--batch-tokens", "256"]
+    assert main(["train", str(file), "--sae", "mlsae", *sizes, "--out", run]) == 0
+    assert main(["eval", run]) == 0 and main(["report", run, "--out", str(tmp_path / "report")]) == 0
+
+
+def test_what_an_evaluator_lacks_shows_before_rows_are_encoded(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sae = ap.create("topk", d_in=16, d_sae=64, k=4, seed=0)
+    sae.save(tmp_path / "sae")
+    monkeypatch.setattr(ap.SAE, "encode", lambda *_: pytest.fail("too late"))
+    assert main(["eval", str(tmp_path / "sae"), "--acts", str(file), "--on", "recovery"]) == 2
+    assert "needs labels" in capsys.readouterr().err
+
+
+def test_every_site_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(500, 2, 4, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "sites.npy", x.numpy())
+    ap.create("crosscoder", d_in=4, d_sae=16, k=2, seed=0).save(tmp_path / "sae")
+    assert main(["eval", str(tmp_path / "sae"), "--acts", str(tmp_path / "sites.npy")]) == 0
+    shown = capsys.readouterr().out
+    assert "site 0 " in shown and "site 1 " in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +47,7 @@ class Eval:
 
     def run(self) -> None:
         from apportion.disk import check_may_write, write_json
-        from apportion.evals.evaluator import known
+        from apportion.evals.evaluator import Subject, evaluators, known
         from apportion.evals.plots import save_plots
         from apportion.evals.table import print_table
         from apportion.interop.load import load
@@ -71,8 +72,10 @@ class Eval:
             raise ValueError("The same run is named twice. Name each once.")
         for sae in saes.values():
             self._check_hookpoint(sae)
-            if not in_model:
-                self._folder(sae)
+            folder = None if in_model else self._folder(sae)
+            if self._evals:
+                store = None if folder is None else self._store(folder, sae)
+                evaluators(self._evals, Subject(sae, store, model=True if in_model else None))
         loaded = self._load(saes) if in_model else None
         results, table, measurements = {}, {}, {}
         for name, sae in saes.items():
@@ -119,6 +122,7 @@ class Eval:
         """Measurement, figures, and rows of the table besides: one for each layer or site."""
         from apportion.evals import evaluate_layers, evaluate_rows
         from apportion.evals.rows import halves, recalibrate, unseen_rows
+        from apportion.rows import SitesStore
 
         folder = self._folder(sae)
         store = self._store(folder, sae)
@@ -129,15 +133,19 @@ class Eval:
         if self.recalibrate:
             calibrate, rows = halves(store, rows)
             recalibrate(sae, store, calibrate)
-        if sae.row_kind == "layers" and self.hookpoint is None:
+        if sae.row_kind == "layers" and isinstance(store, SitesStore):
             found = evaluate_layers(sae, store, rows)
             layers = {hookpoint: one.result() for hookpoint, one in found.layers.items()}
             figures = found.pooled.result() | {"layers": layers, "layer_statistics": found.statistics.result()}
             return found.pooled, figures | {"rows": what} | self._others(sae, store=store, rows=rows), layers
         measurement = evaluate_rows({sae.name: sae}, store, rows)[sae.name]
         figures = measurement.result() | {"rows": what} | self._others(sae, store=store, rows=rows)
-        each = enumerate(zip((store.hookpoint or "").split(","), figures.get("fvu_sites", []), strict=False))
-        sites = {f"site {i}, {name}": {**figures, "fvu": fvu, "fvu_unfiltered": None} for i, (name, fvu) in each}
+        names = (store.hookpoint or "").split(",") if store.hookpoint else []
+        each = enumerate(zip_longest(figures.get("fvu_sites", []), names[: len(figures.get("fvu_sites", []))]))
+        sites = {
+            f"site {i}" + f", {name}" * (name is not None): {**figures, "fvu": fvu, "fvu_unfiltered": None}
+            for i, (fvu, name) in each
+        }
         return measurement, figures, sites
 
     def _folder(self, sae: Any) -> Path:
@@ -154,13 +162,13 @@ class Eval:
 
     def _store(self, folder: str | Path, sae: Any) -> Any:
         """What to evaluate on; for an SAE of all layers its layers side by side, because that is how they are read."""
-        from apportion.rows import ActivationStore
+        from apportion.rows import ActivationStore, LayersStore
         from apportion.rows.opening import joined, rows_for
 
         if self.hookpoint is not None:
             return ActivationStore(folder, self.hookpoint)
         store: Any = rows_for(sae, self.acts)
-        return joined("sites", store.stores) if sae.row_kind == "layers" else store
+        return joined("sites", store.stores) if isinstance(store, LayersStore) else store
 
     # Inside the language model
 

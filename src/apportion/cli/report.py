@@ -149,6 +149,7 @@ class Report:
         import torch
 
         from apportion.evals.rows import unseen_rows
+        from apportion.rows import LayersStore
         from apportion.rows.opening import rows_for
 
         first = next(iter(saes.values()))
@@ -163,6 +164,6 @@ class Report:
         if not len(rows):
             raise ValueError(f"Every row of {cache} was used to train one of the SAEs. Give --text or --acts.")
         length = store.describe().lm.context_tokens or 1
-        if first.row_kind == "layers":  # a token is a row at each of them
+        if isinstance(store, LayersStore):  # a token is a row at each of them
             length *= len(store.stores)
         return store, rows[: max(1, self.tokens // length) * length]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apportion.architectures import SAE
 from apportion.evals.evaluator import Subject, evaluators, figures_of
-from apportion.evals.rows import as_store, evaluate_rows
+from apportion.evals.rows import as_store, chosen_rows, evaluate_rows
 from apportion.rows.batch import RowStore
 
 
@@ -19,7 +19,7 @@ def evaluate(
     on: RowStore | Float[Tensor, " n *row"] | Any,
     rows: Int[Tensor, " n"] | None = None,
     *,
-    evals: Sequence[str] = (),
+    evals: str | Sequence[str] = (),
     model: Any = None,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -28,8 +28,10 @@ def evaluate(
     `evals` names evaluators (`EVALS`, or of installed packages) whose figures are added; some need the language
     `model` that the rows come from. ValueError for one that lacks what it needs, before anything is run.
     """
-    subject = Subject(sae, as_store(on), rows, model, progress)
-    chosen = evaluators(evals, subject)
+    store = as_store(on)
+    rows = None if rows is None else chosen_rows(rows, store)
+    subject = Subject(sae, store, rows, model, progress)
+    chosen = evaluators([evals] if isinstance(evals, str) else evals, subject)
     found = evaluate_rows({"sae": sae}, subject.store, rows, progress=progress)["sae"].result()
     for evaluator in chosen:
         found |= figures_of(evaluator, subject)

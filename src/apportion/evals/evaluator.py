@@ -114,8 +114,9 @@ def evaluators(names: Iterable[str], subject: Subject) -> list[Evaluator]:
 
 def known(names: Iterable[str]) -> list[str]:
     """These names; ValueError for one of which there is no evaluator."""
-    load_others()
-    for name in (names := list(names)):
+    if names := list(names):
+        load_others()
+    for name in names:
         if name not in EVALS:
             raise ValueError(f"There is no evaluator {name!r}; {nearest(name, EVALS)}")
     return names

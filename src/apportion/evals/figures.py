@@ -66,7 +66,7 @@ add_figures(
     Figure("delta_ce", "ΔCE", "+.4f", f"CE, spliced - CE: what the model loses, {OF_CE}", "lower"),
     Figure("recovered_zero", "recovered (zero)", ".4f", "share of the loss by zeros avoided", "higher", "rec.0"),
     Figure("recovered_mean", "recovered (mean)", ".4f", "share of the loss by the mean avoided", "higher", "rec.µ"),
-    Figure("l0_difficulty_correlation", "r(L0, CE)", ".2f", "correlation of a token's L0 with the CE there"),
+    Figure("l0_difficulty_correlation", "r(L0, CE)", ".2f", "of a token's L0 with the CE there", column="r(L0,CE)"),
     Figure(
         "l0_distance_correlation", "r(L0, distance)", ".2f", "of its L0 with its distance from the mean", column=None
     ),

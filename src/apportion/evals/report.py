@@ -30,7 +30,7 @@ from apportion.evals.sweep import sweep
 from apportion.extras import need
 from apportion.progress import progress_bar
 from apportion.rows.batch import RowStore
-from apportion.rows.sites import PairStore
+from apportion.rows.sites import LayersStore, PairStore
 from apportion.rows.store import ActivationStore
 from apportion.torch_state import usual
 from apportion.viewing.examples import LatentExamples, find_examples
@@ -109,7 +109,7 @@ def make_report(
     for name, sae in saes.items():
         methods[name] |= {"settings": sae.settings(), "training": sae.info.get("training", {})}
     units, latents = units_of(store, tokenizer), dict[str, list[LatentExamples]]()
-    if kind != "layers":  # rows of several layers are no text
+    if not isinstance(store, LayersStore):  # rows of several layers are no text
         with progress_bar("finding examples", len(rows) * len(saes), show=progress) as show:
             for number, (name, sae) in enumerate(saes.items(), 1):
                 latents[name] = find_examples(sae, store, rows, spread_latents(measurements[name]), units)

@@ -104,6 +104,14 @@ def as_store(on: RowStore | Float[Tensor, " n *row"] | Any) -> RowStore:
     return ArrayStore(on)
 
 
+def chosen_rows(rows: Any, store: RowStore) -> Int[Tensor, " n"]:
+    """Which rows: all for None, those that a mask marks, or those at these places."""
+    if rows is None:
+        return torch.arange(store.rows)
+    rows = torch.as_tensor(rows)
+    return rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows.long()
+
+
 @usual()
 def evaluate_rows(
     saes: Mapping[str, SAE],
@@ -118,7 +126,7 @@ def evaluate_rows(
     Transcoders are measured on a `PairStore`, crosscoders on a `SitesStore` (rows/sites.py).
     """
     store = as_store(store)
-    rows = (torch.arange(store.rows) if rows is None else rows)[:max_tokens]
+    rows = chosen_rows(rows, store)[:max_tokens]
     measurements = {name: Measurement(sae) for name, sae in saes.items()}
     with progress_bar("evaluating", len(rows), show=progress) as show:
         done = 0

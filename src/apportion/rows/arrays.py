@@ -41,16 +41,21 @@ class ArrayStore:
         *,
         labels: Mapping[str, Any] | None = None,
         groups: Int[Tensor, " n"] | Any = None,
-        file: Path | None = None,
     ) -> None:
         self.x: Tensor | np.ndarray = x if isinstance(x, np.memmap) else as_tensor(x)
         if self.x.ndim < 2:
             raise ValueError(f"x has shape {tuple(self.x.shape)}: give rows [n, d_in], or [n, num_sites, d_in].")
         self.target = None if target is None else as_tensor(target)
-        self.rows, self.d_in, self.file = len(self.x), self.x.shape[-1], file
-        self.mask = torch.ones(self.rows, dtype=torch.bool) if mask is None else mask.cpu()
+        self.rows, self.d_in = len(self.x), self.x.shape[-1]
+        self.file: Path | None = None
+        """Where a mapped array lies."""
+        self.mask = torch.ones(self.rows, dtype=torch.bool) if mask is None else torch.as_tensor(mask).cpu()
+        if self.mask.dtype != torch.bool:
+            raise ValueError(f"mask says of each row whether it takes part, True or False; got {self.mask.dtype}.")
         self.labels = dict(labels or {})
-        self.groups = torch.arange(self.rows) if groups is None else torch.as_tensor(groups)
+        self.groups = torch.arange(self.rows)
+        if groups is not None:  # whatever they are called: numbers from 0 on
+            self.groups = torch.from_numpy(np.unique(np.asarray(groups), return_inverse=True)[1])
         columns = {"mask": self.mask, "target": self.target, "groups": self.groups, **self.labels}
         for name, column in columns.items():
             if column is not None and len(column) != self.rows:
@@ -105,4 +110,6 @@ def open_array(file: str | Path) -> ArrayStore:
         raise ValueError(f"{file} holds {x.dtype}: rows of activations are numbers, best float32 or float16.")
     if x.ndim < 2 or not x.size:
         raise ValueError(f"{file} has shape {x.shape}: rows are [n, d_in], or [n, num_sites, d_in].")
-    return ArrayStore(x, file=file)
+    store = ArrayStore(x)
+    store.file = file
+    return store

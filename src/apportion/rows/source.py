@@ -31,6 +31,8 @@ class CacheSource:
 
     def __init__(self, store: RowStore, held_out_share: float = 0.1, seed: int = 0) -> None:
         self.store, self.held_out_share, self.seed = store, held_out_share, seed
+        if not store.rows:
+            raise ValueError(f"{store.folder} has no rows to train on.")
         groups = store.groups
         held_out = held_out_groups(int(groups.max()) + 1, held_out_share)
         self._held_out = (store.mask & split_held_out(held_out)[0][groups]).nonzero().squeeze(1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from torch import Tensor
@@ -105,6 +104,9 @@ class LocalReconstruction(Objective):
 local_reconstruction = LocalReconstruction()
 
 
+OF_OBJECTIVES = ("whole_contexts", "reconstructs", "after_step", "describe")
+
+
 @final
 class OfFunction(Objective):
     """The objective that a plain function is."""
@@ -117,12 +119,13 @@ class OfFunction(Objective):
 
 
 def as_objective(given: Objective | Losses) -> Objective:
-    """ValueError for what is neither an Objective nor a function: what else it has would go unnoticed."""
+    """ValueError for what is neither an Objective nor a function: what else it has of one would go unnoticed."""
     if isinstance(given, Objective):
         return given
-    if isinstance(given, FunctionType) and not vars(given):
+    own = [name for name in OF_OBJECTIVES if hasattr(given, name)]
+    if callable(given) and not isinstance(given, type) and not own:
         return OfFunction(given)
-    what = "function with attributes" if isinstance(given, FunctionType) else type(given).__name__
+    what = f"{type(given).__name__} with {', '.join(own)}" if own else type(given).__name__
     raise ValueError(f"An objective is a subclass of apportion.training.Objective, or a plain function; got a {what}.")
 
 
