@@ -17,7 +17,7 @@ from apportion.rows.batch import RowStore
 def evaluate(
     sae: SAE,
     on: RowStore | Float[Tensor, " n *row"] | Any,
-    rows: Int[Tensor, " n"] | None = None,
+    rows: Int[Tensor, " n"] | Any = None,
     *,
     evals: str | Sequence[str] = (),
     model: Any = None,

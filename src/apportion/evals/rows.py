@@ -116,7 +116,7 @@ def chosen_rows(rows: Any, store: RowStore) -> Int[Tensor, " n"]:
 def evaluate_rows(
     saes: Mapping[str, SAE],
     store: RowStore | Float[Tensor, " n *row"],
-    rows: Int[Tensor, " n"] | None = None,
+    rows: Int[Tensor, " n"] | Any = None,
     *,
     max_tokens: int | None = None,
     progress: bool = True,

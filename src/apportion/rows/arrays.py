@@ -36,7 +36,7 @@ class ArrayStore:
     def __init__(
         self,
         x: Float[Tensor, " n *sites d_in"] | Any,
-        mask: Bool[Tensor, " n"] | None = None,
+        mask: Bool[Tensor, " n"] | Any = None,
         target: Float[Tensor, "n d_out"] | Any = None,
         *,
         labels: Mapping[str, Any] | None = None,
