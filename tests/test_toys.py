@@ -292,3 +292,11 @@ def test_a_source_is_one_class(tmp_path: Path) -> None:
     )
     assert sae.source.kind == "counting" and ap.load(tmp_path / "run").source == sae.source
     assert ap.evaluate(sae, X)["l0"] == pytest.approx(3, rel=0.1)
+
+
+def test_a_source_that_describes_itself_otherwise_is_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counting, "describe", lambda self: {"kind": "counting"})
+    monkeypatch.setattr(Counting, "sample", lambda *_: pytest.fail("too late"))
+    config = ap.TrainConfig(batch_tokens=128, total_tokens=1280)
+    with pytest.raises(ValueError, match=r"Counting\.describe\(\) returns a dict, and should return an About"):
+        ap.Trainer(ap.create("topk", d_in=8, d_sae=32, k=3), config).fit(Counting())

@@ -13,7 +13,7 @@ import apportion as ap
 from apportion.about import About
 from apportion.language.collect import collect
 from apportion.language.hookpoints import capture
-from apportion.language.intervene import ablate, latent_column, splice, steer
+from apportion.language.intervene import _about, ablate, latent_column, splice, steer
 from apportion.language.model import load_model, width_at
 from apportion.latents import Latents
 from apportion.rows import TokenFilter
@@ -626,3 +626,11 @@ def test_a_layer_that_is_run_again_for_its_gradients_has_the_same_tokens() -> No
             model(input_ids=IDS, use_cache=False).logits.logsumexp(-1).sum().backward()
         found.append(model.model.layers[0].mlp.up_proj.weight.grad)
     assert torch.allclose(found[0], found[1], atol=1e-5) and found[0].abs().sum() > 0
+
+
+def test_what_else_a_foreign_codec_says_of_its_source_is_its_own_affair():
+    class Foreign:
+        info = {"source": {"model": "gpt2", "text": 3, "filter": TokenFilter(norm_outlier=0.0).to_dict()}}  # noqa: RUF012
+
+    said = _about(Foreign())
+    assert said.filter == Foreign.info["source"]["filter"] and said.language is None

@@ -64,7 +64,10 @@ class Codec(Protocol):
 
 def _about(sae: Any) -> About:
     said = getattr(sae, "source", None)
-    return said if isinstance(said, About) else About.from_json(getattr(sae, "info", {}).get("source", {}))
+    if isinstance(said, About):
+        return said
+    said = getattr(sae, "info", {}).get("source", {})  # of somebody else's: nothing but the filters has to be ours
+    return About.from_json({key: said[key] for key in ("filter", "sites") if key in said})
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.about import About
 from apportion.architectures import SAE, SAES
 from apportion.architectures.inputs import as_tensor
 from apportion.disk import all_finite
@@ -326,7 +327,13 @@ class Trainer:
                 f"The source has {source.num_rows} training rows, fewer than batch_tokens = "
                 f"{self.config.batch_tokens}. Collect more tokens or lower batch_tokens."
             )
-        if source.describe().rows_calibrate == 0:
+        about = source.describe()
+        if not isinstance(about, About):
+            raise ValueError(
+                f"{type(source).__name__}.describe() returns a {type(about).__name__}, and should return an About "
+                "(apportion.about); About.from_json makes one of a dict."
+            )
+        if about.rows_calibrate == 0:
             raise ValueError("The source keeps no rows held out, and calibration at the end needs some.")
         return total
 
