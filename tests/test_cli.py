@@ -398,7 +398,8 @@ def test_too_little_disk(
 MORE_MISTAKES = {
     "infinite tokens": (["--tokens", "inf"], "inf"),
     "unknown device": (["--device", "nowhere"], "nowhere"),
-    "text for a cache": (["--text", "x.txt"], "holds rows: their text and filter were chosen"),
+    "text for a cache": (["--text", "x.txt"], "holds rows: their text, contexts and filter were chosen"),
+    "contexts for a cache": (["--context-tokens", "32"], "holds rows: their text, contexts and filter"),
     "nothing held out": (["--held-out-share", "0"], "held-out-share"),
     "batch larger than the cache": (["--batch-tokens", "100000"], "100000"),
 }

@@ -16,10 +16,11 @@ import apportion as ap
 from apportion.architectures import calibrate
 from apportion.cli import main
 from apportion.evals import Measurement, held_out_rows
+from apportion.evals.language_model import evaluate_cache_in_model
 from apportion.evals.table import off_budget, print_table
 from apportion.language import load_model
 from apportion.language.collect import collect
-from apportion.rows import ActivationStore, CacheSource, TokenFilter, batch
+from apportion.rows import ActivationStore, CacheSource, SitesStore, TokenFilter, batch
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
 POINT, OTHER = "model.layers.1", "model.layers.2"
@@ -256,6 +257,19 @@ def test_a_model_of_another_width_is_refused_in_words(
     assert "width 16" in capsys.readouterr().err
 
 
+def test_an_evaluator_that_runs_the_model(home: Path, tmp_path: Path, tiny_model_dir: Path, capsys: Any) -> None:
+    """On a cache, with the model of the cache."""
+    words = [str(home / "topk"), "--acts", str(home / "new"), "--on", "language_model"]
+    found = evaluated(home, *words, out=tmp_path)
+    store = ActivationStore(home / "new", POINT)
+    model = load_model(tiny_model_dir)[0]
+    _, entropies = evaluate_cache_in_model({"it": ap.load(home / "topk")}, store, torch.arange(store.rows), model)
+    assert found["delta_ce"] == pytest.approx(entropies.of("it")["delta_ce"], abs=1e-6)
+    assert evaluated(home, *words, "--model", str(tiny_model_dir), out=tmp_path) == found
+    assert main(["eval", *words[:-1], "geometry", "--model", str(tiny_model_dir)]) == 2
+    assert "--model is used together with" in capsys.readouterr().err
+
+
 def test_an_encoder_has_no_cross_entropy(home: Path, tmp_path: Path, tiny_model_dir: Path, caplog: Any) -> None:
     """A checkpoint without a head gets no random one, and no figures from it."""
     from transformers import BertConfig, BertModel
@@ -314,6 +328,22 @@ def test_a_report_of_every_kind_of_sae(home: Path, tmp_path: Path, sae: str, mor
     assert method["l0"] > 0 and len(found["sweeps"][sae]) >= 1
     assert ("delta_ce" in method) == (sae in ("transcoder", "gated"))
     assert bool(found["latents"]) == (sae != "mlsae")
+
+
+def test_a_report_on_the_two_caches_of_a_crosscoder(home: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Each with one of its hookpoints, as of a base model and the chat model made from it."""
+    model, tokenizer = load_model(tiny_model_dir)
+    stores = []
+    for point in (POINT, OTHER):
+        collect(model, tokenizer, [point], home / "train.txt", tokens=3000, out=tmp_path / point, context_tokens=32)
+        stores.append(ActivationStore(tmp_path / point))
+    sae = ap.create("crosscoder", d_in=32, num_sites=2, d_sae=64, k=4, seed=0)
+    config = ap.TrainConfig(batch_tokens=256, total_tokens=2560)
+    ap.Trainer(sae, config).fit(CacheSource(SitesStore(stores)), tmp_path / "run", progress=False)
+    found = report([str(tmp_path / "run")], tmp_path / "out")
+    figures = evaluated(home, str(tmp_path / "run"), out=tmp_path)
+    (of_run,) = found["methods"].values()
+    assert of_run["fvu_sites"] == pytest.approx(figures["fvu_sites"])
 
 
 def test_a_report_leaves_other_peoples_folders_alone(

@@ -15,6 +15,8 @@ import apportion as ap
 from apportion.allocation import Selection, StepContext
 from apportion.architectures import SAE, SAES
 from apportion.group import Group
+from apportion.kernels.product import Product
+from apportion.kernels.select import _Scan
 from apportion.training import TrainingContext, local_reconstruction
 
 RANKS, ROWS, D_IN, D_SAE, K = 3, 48, 8, 32, 4
@@ -153,3 +155,19 @@ def test_the_comparison_would_notice_a_local_choice(monkeypatch):
     monkeypatch.setattr(OneOfMany, "joined", lambda self, part: (part, slice(None)))
     with pytest.raises(AssertionError):
         test_several_processes_make_the_step_of_one("mutual_choice", None)
+
+
+def test_one_process_that_gives_up_the_screen_moves_the_bounds_of_all():
+    """Else it alone would look again, and the others would wait for it for ever."""
+    sae = new({"name": "mutual_choice"}).float()
+    x = [part.float() for part in rows(sae, ROWS).split(SHARES)]
+    bounds = torch.tensor(0.5)
+
+    def look(rank: int, group: Group) -> Tensor | None:
+        selection = Selection(sae.allocation, bounds, screen="bfloat16", group=group)
+        scan = _Scan(Product(x[rank], sae.W_enc.detach(), sae.b_enc.detach()), selection)
+        if rank == 1:
+            scan.rows = lambda at, rows=scan.rows: (setattr(scan, "screened", False), rows(at))[1]
+        return scan.look(bounds)[1]
+
+    assert {float(found) for found in together(look) if found is not None} == {0.5}

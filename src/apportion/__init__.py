@@ -49,8 +49,7 @@ LATER = {
 
 def __dir__() -> list[str]:
     """The public names, and no others."""
-    names = {"SAE", "SAES", "Batch", "Latents", "TrainConfig", "Trainer", "create", "to_jumprelu", *LATER}
-    return sorted(names - {"activations"})  # the old room
+    return sorted({"SAE", "SAES", "Batch", "Latents", "TrainConfig", "Trainer", "create", "to_jumprelu", *LATER})
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from apportion.evals import (
     add_evaluator,
     add_measure,
     evaluate_rows,
+    evaluator,
     recovery,
 )
 from apportion.evals.figures import FIGURES, Figure, add_figures, columns_of
@@ -31,6 +33,7 @@ from apportion.evals.measure import MEASURES
 from apportion.evals.report import make_report
 from apportion.evals.table import print_table
 from apportion.interop.card import model_card
+from apportion.rows import ArrayStore
 from apportion.synthetic import GroundTruthConfig, GroundTruthSource
 
 X = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
@@ -148,10 +151,59 @@ def test_what_an_evaluator_needs_is_asked_for_before_anything_is_run(monkeypatch
             ap.evaluate(sae(), X, evals=[name])
 
 
-def test_an_evaluator_yields_figures_only(loudness, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Loudness, "run", lambda self, subject: iter([Found("volume", 1.0, 1, "eval mode")]))
-    with pytest.raises(ValueError, match="yields 'volume'"):
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("volume", 1.0, "yields 'volume', which nobody has defined"),
+        ("loudest", "very", "yields 'loudest' = 'very', and a figure is a number or None"),
+        ("fvu", 0.5, "yields 'fvu', which is known already and has another value"),
+    ],
+)
+def test_an_evaluator_yields_figures_only(loudness, monkeypatch: pytest.MonkeyPatch, key, value, said):
+    monkeypatch.setattr(Loudness, "run", lambda self, subject: iter([Found(key, value, 1, "eval mode")]))
+    with pytest.raises(ValueError, match=said):
         ap.evaluate(sae(), X, evals=["loudness"])
+
+
+def test_figures_are_plain_numbers(loudness, monkeypatch: pytest.MonkeyPatch):
+    """Whatever an evaluator computes with."""
+    for given, wanted in ((torch.tensor(2.5), 2.5), (np.float32(2.5), 2.5), (float("nan"), None)):
+        found = [Found("loudest", given, 1, "eval mode")]
+        monkeypatch.setattr(Loudness, "run", lambda self, subject, found=found: iter(found))
+        value = ap.evaluate(sae(), X, evals=["loudness"])["loudest"]
+        assert value == wanted and not isinstance(value, torch.Tensor | np.generic)
+
+
+def test_a_name_is_given_once(loudness, toy):
+    add_evaluator(Loudness)
+    add_measure(Shrinkage)
+    with pytest.raises(ValueError, match="There is an evaluator 'loudness' already"):
+        add_evaluator(type("Louder", (Loudness,), {}))
+    with pytest.raises(ValueError, match="There is a measure 'Shrinkage' already"):
+        add_measure(type("Shrinkage", (Measure,), {"__module__": "elsewhere"}))
+
+
+def test_a_package_whose_evaluator_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch):
+    broken = [EntryPoint("odd", "nobody.here:Odd", "apportion.evals")]
+    monkeypatch.setattr(evaluator, "entry_points", lambda group: broken)
+    evaluator.load_others.cache_clear()
+    with pytest.raises(ValueError, match=r"'odd' \(nobody\.here:Odd\) cannot be loaded: No module named 'nobody'"):
+        ap.evaluate(sae(), X, evals=["geometry"])
+
+
+def test_of_equal_rows_there_is_nothing_to_explain():
+    for rows in (X[:1], X[:1].expand(30, 8)):
+        assert ap.evaluate(sae(), rows)["fvu"] is None
+        with pytest.raises(ValueError, match="rows are equal"):
+            make_report({"mine": sae()}, rows, progress=False)
+
+
+def test_a_target_of_another_width_is_refused():
+    made = ap.create("transcoder", d_in=8, d_out=6, d_sae=16, k=2)
+    made.fit_input(X, X[:, :6])
+    assert ap.evaluate(made, ArrayStore(X, target=X[:, :6]))["fvu"] < 1.5
+    with pytest.raises(ValueError, match=r"transcoder predicts rows \[6\], got targets \[7\]"):
+        ap.evaluate(made, ArrayStore(X, target=X[:, :7]))
 
 
 def test_recovery_as_an_evaluator_is_recovery():

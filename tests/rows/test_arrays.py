@@ -139,6 +139,8 @@ def test_train_eval_and_report_on_a_file(file: Path, tmp_path: Path, capsys: pyt
     np.save(tmp_path / "changed.npy", changed)
     assert main(["train", str(tmp_path / "changed.npy"), *train[2:], "--requeue"]) == 2
     capsys.readouterr()
+    assert main(["train", str(file), "--out", str(tmp_path / "none"), "--hookpoint", "model.layers.1"]) == 2
+    assert "holds rows of no hookpoint" in capsys.readouterr().err
     assert main(["train", str(tmp_path / "nothing.npy"), "--out", str(tmp_path / "none")]) == 2
     assert "nothing.npy" in capsys.readouterr().err
     sae = ap.load(run)

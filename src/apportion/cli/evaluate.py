@@ -21,7 +21,8 @@ class Eval:
     run_folders: Annotated[Positional[tuple[str, ...]], arg(name="runs")]
     """Run folders or saved SAEs, one or several to compare."""
     model: str | None = None
-    """The language model for cross-entropy; default: the one the SAE was trained on. Used together with --text."""
+    """The language model for cross-entropy; default: the one the SAE was trained on. Used together with --text, or
+    with an evaluator that runs it."""
     other_model: bool = False
     """Take another model than the SAE was trained on, such as the chat model made from its base model: the figures then
     say how well the SAE does there."""
@@ -47,7 +48,7 @@ class Eval:
 
     def run(self) -> None:
         from apportion.disk import check_may_write, write_json
-        from apportion.evals.evaluator import Subject, evaluators, known
+        from apportion.evals.evaluator import EVALS, Subject, evaluators, known
         from apportion.evals.plots import save_plots
         from apportion.evals.table import print_table
         from apportion.interop.load import load
@@ -62,9 +63,10 @@ class Eval:
         known(self._evals)
         if in_model and self.acts is not None:
             raise ValueError("Give either --acts (a cache) or --text / --dataset (inside the model), not both.")
-        if self.model is not None and not in_model:
+        takes_model = in_model or any("model" in EVALS[name].needs for name in self._evals)
+        if self.model is not None and not takes_model:
             raise ValueError("--model is used together with --text or --dataset: on which text shall it run?")
-        packages = ["transformers", *self.corpus.packages] if in_model else []
+        packages = ["transformers", *self.corpus.packages] if takes_model else []
         need("This evaluation", *packages, *([] if self.plots is None else ["matplotlib"]))
         device = best_device(self.loading.device)
         saes = {folder: load(folder).to(device) for folder in self.run_folders}
@@ -75,11 +77,11 @@ class Eval:
             folder = None if in_model else self._folder(sae)
             if self._evals:
                 store = None if folder is None else self._store(folder, sae)
-                evaluators(self._evals, Subject(sae, store, model=True if in_model else None))
-        loaded = self._load(saes) if in_model else None
+                evaluators(self._evals, Subject(sae, store, model=True if takes_model else None))
+        loaded = self._load(saes) if takes_model else (None, None, "")
         results, table, measurements = {}, {}, {}
         for name, sae in saes.items():
-            measurement, figures, others = self._on_rows(sae) if loaded is None else self._in_model(sae, *loaded)
+            measurement, figures, others = self._in_model(sae, *loaded) if in_model else self._on_rows(sae, loaded[0])
             figures |= {"hookpoint": self.hookpoint or sae.hookpoint, "recalibrated": self.recalibrate}
             if sae.needs_target:
                 figures |= {"target_hookpoint": sae.target_hookpoint}
@@ -110,15 +112,15 @@ class Eval:
     def _evals(self) -> list[str]:
         return [name.strip() for name in (self.on or "").split(",") if name.strip()]
 
-    def _others(self, sae: Any, **on: Any) -> dict[str, Any]:
+    def _others(self, sae: Any, store: Any, rows: Any, model: Any) -> dict[str, Any]:
         """What the evaluators of --on find."""
         from apportion.evals.evaluator import Subject, figures_by
 
-        return figures_by(self._evals, Subject(sae, progress=True, **on))
+        return figures_by(self._evals, Subject(sae, store, rows, model, progress=True))
 
     # On rows of a cache
 
-    def _on_rows(self, sae: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    def _on_rows(self, sae: Any, model: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """Measurement, figures, and rows of the table besides: one for each layer or site."""
         from apportion.evals import evaluate_layers, evaluate_rows
         from apportion.evals.rows import halves, recalibrate, unseen_rows
@@ -137,9 +139,9 @@ class Eval:
             found = evaluate_layers(sae, store, rows)
             layers = {hookpoint: one.result() for hookpoint, one in found.layers.items()}
             figures = found.pooled.result() | {"layers": layers, "layer_statistics": found.statistics.result()}
-            return found.pooled, figures | {"rows": what} | self._others(sae, store=store, rows=rows), layers
+            return found.pooled, figures | {"rows": what} | self._others(sae, store, rows, model), layers
         measurement = evaluate_rows({sae.name: sae}, store, rows)[sae.name]
-        figures = measurement.result() | {"rows": what} | self._others(sae, store=store, rows=rows)
+        figures = measurement.result() | {"rows": what} | self._others(sae, store, rows, model)
         names = (store.hookpoint or "").split(",") if store.hookpoint else []
         each = enumerate(zip_longest(figures.get("fvu_sites", []), names[: len(figures.get("fvu_sites", []))]))
         sites = {
@@ -185,7 +187,8 @@ class Eval:
             )
         if any(sae.hookpoint is None for sae in saes.values()):
             raise ValueError("This SAE does not say which model and hookpoint it belongs to. Give --model.")
-        self.corpus.source()  # mistakes show before the model is loaded
+        if self.corpus != Text():
+            self.corpus.source()  # mistakes show before the model is loaded
         name = self.model or model_to_follow(names.pop(), saes)
         dtypes = {sae.source.lm.model_dtype for sae in saes.values()}
         model, tokenizer = self.loading.load(name, dtypes.pop() if len(dtypes) == 1 else None)
@@ -225,5 +228,5 @@ class Eval:
         )
         measurement = found[sae.name]
         seen = ", which the SAE was trained on" if same_text(trained_on.lm.text, text.describe()) else ""
-        what = {"rows": f"text {text.where}{seen}", "model": name} | self._others(sae, model=model)
+        what = {"rows": f"text {text.where}{seen}", "model": name} | self._others(sae, None, None, model)
         return measurement, measurement.result() | entropies.of(sae.name) | what, {}

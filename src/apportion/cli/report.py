@@ -153,7 +153,7 @@ class Report:
         from apportion.rows.opening import rows_for
 
         first = next(iter(saes.values()))
-        store: Any = rows_for(first, cache)
+        store: Any = rows_for(first, None if self.acts is None and self.corpus == Text() else cache)
         check_same_model(first.source.lm.model, store.describe().lm.model, str(cache), self.other_model)
         unseen = torch.ones(store.rows, dtype=torch.bool)
         for sae in saes.values():

@@ -160,8 +160,10 @@ class TrainBase:
         if holds_rows(self.source):
             if self._whole_contexts:
                 raise ValueError(f"{self.training_objective} runs the language model: give a model, not a cache.")
-            if self.corpus != Text() or self.filter != Filter():
-                raise ValueError(f"{self.source} holds rows: their text and filter were chosen before.")
+            if self.corpus != Text() or self.filter != Filter() or self.context_tokens != TrainBase.context_tokens:
+                raise ValueError(f"{self.source} holds rows: their text, contexts and filter were chosen before.")
+            if holds_array(self.source) and self.hookpoint is not None:
+                raise ValueError(f"{self.source} holds rows of no hookpoint: leave --hookpoint out.")
             target = getattr(self, "target_hookpoint", None)
             store = open_rows(self.source, kind, self.hookpoint, target, self.sae)
             return CacheSource(store, self.held_out_share, self.seed)

@@ -34,5 +34,5 @@ def evaluate(
     chosen = evaluators([evals] if isinstance(evals, str) else evals, subject)
     found = evaluate_rows({"sae": sae}, subject.store, rows, progress=progress)["sae"].result()
     for evaluator in chosen:
-        found |= figures_of(evaluator, subject)
+        found |= figures_of(evaluator, subject, found)
     return found

@@ -22,7 +22,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from apportion.architectures import SAE
-from apportion.evals.figures import FIGURES, Figure, add_figures
+from apportion.disk import plain
+from apportion.evals.figures import FIGURES, Figure, add_figures, is_number
 from apportion.settings import nearest
 
 Need = Literal["rows", "model", "labels"]
@@ -56,7 +57,7 @@ class Found:
 
     key: str
     value: float | None
-    """None where it does not exist for this SAE."""
+    """None where it does not exist for this SAE; NaN and numbers of torch and numpy are made plain."""
     tokens: int
     """Over how many rows."""
     mode: str
@@ -96,7 +97,10 @@ def found_in(
 
 
 def add_evaluator(evaluator: AnyEvaluator) -> AnyEvaluator:
-    """Put it into the table; also as a decorator."""
+    """Put it into the table; also as a decorator. ValueError for a name that another one has."""
+    other = EVALS.get(evaluator.name, evaluator)
+    if (other.__module__, other.__qualname__) != (evaluator.__module__, evaluator.__qualname__):
+        raise ValueError(f"There is an evaluator {evaluator.name!r} already ({other.__module__}). Choose another name.")
     add_figures(*evaluator.figures)
     EVALS[evaluator.name] = evaluator
     return evaluator
@@ -126,18 +130,33 @@ def known(names: Iterable[str]) -> list[str]:
 def load_others() -> None:
     """Evaluators of packages that are installed."""
     for entry in entry_points(group="apportion.evals"):
-        add_evaluator(entry.load())
+        try:
+            add_evaluator(entry.load())
+        except Exception as error:
+            raise ValueError(
+                f"The evaluator {entry.name!r} ({entry.value}) cannot be loaded: {error}. Mend its package, or remove it."
+            ) from error
 
 
 def figures_by(names: Iterable[str], subject: Subject) -> dict[str, Any]:
     """What these evaluators find, by key; all that can be wrong shows before the first is run."""
-    return {key: value for one in evaluators(names, subject) for key, value in figures_of(one, subject).items()}
+    found: dict[str, Any] = {}
+    for one in evaluators(names, subject):
+        found |= figures_of(one, subject, found)
+    return found
 
 
-def figures_of(evaluator: Evaluator, subject: Subject) -> dict[str, Any]:
-    """What it finds, by key. ValueError for a figure that nobody has defined."""
-    found = list(evaluator.run(subject))
-    for one in found:
+def figures_of(evaluator: Evaluator, subject: Subject, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What it finds, by key. ValueError for what is no number, and for a figure that nobody has defined, or that is
+    known already with another value."""
+    found: dict[str, Any] = {}
+    for one in evaluator.run(subject):
+        said, value = f"The evaluator {evaluator.name} yields {one.key!r}", plain(one.value)
         if one.key not in FIGURES:
-            raise ValueError(f"The evaluator {evaluator.name} yields {one.key!r}, which nobody has defined.")
-    return {one.key: one.value for one in found}
+            raise ValueError(f"{said}, which nobody has defined.")
+        if value is not None and not is_number(value):
+            raise ValueError(f"{said} = {value!r}, and a figure is a number or None.")
+        if (known or {}).get(one.key) not in (None, value):
+            raise ValueError(f"{said}, which is known already and has another value. Choose another key.")
+        found[one.key] = value
+    return found

@@ -58,7 +58,7 @@ OF_CE = "in nats per predicted token"
 add_figures(
     Figure("k", "k", "g", "the budget: active latents per token that were asked for"),
     Figure("fvu", "FVU", ".4f", "fraction of variance unexplained: sum ‖error‖² / sum ‖x - mean x‖²", "lower"),
-    Figure("fvu_unfiltered", "FVU, all tokens", ".4f", "with the tokens that are filtered out", "lower", "unfilt."),
+    Figure("fvu_unfiltered", "FVU, all tokens", ".4f", "FVU with the tokens that are filtered out", "lower", "unfilt."),
     Figure("l0", "L0", ".2f", "mean number of active latents per token"),
     Figure("dead", "dead", ".2%", "share of latents that were active on none of these tokens", "lower"),
     Figure("ce_clean", "CE", ".4f", f"cross-entropy of the language model as it is, {OF_CE}", column=None),

@@ -62,7 +62,10 @@ AnyMeasure = TypeVar("AnyMeasure", bound=Measure)
 
 
 def add_measure(measure: type[AnyMeasure]) -> type[AnyMeasure]:
-    """Have it measured, too; also as a decorator."""
+    """Have it measured, too; also as a decorator. ValueError for a name that another one has."""
+    other = MEASURES.get(measure.__name__, measure)
+    if (other.__module__, other.__qualname__) != (measure.__module__, measure.__qualname__):
+        raise ValueError(f"There is a measure {measure.__name__!r} already ({other.__module__}). Name yours otherwise.")
     add_figures(*measure.figures)
     MEASURES[measure.__name__] = measure
     return measure
@@ -109,6 +112,8 @@ class Measurement:
         with self.sae.in_eval_mode():
             latents = self.sae.encode(x)
             y_hat = self.sae.decode(latents, x)
+        if y.shape != y_hat.shape:
+            raise ValueError(f"{self.sae.name} predicts rows {[*y_hat.shape[1:]]}, got targets {[*y.shape[1:]]}.")
         self.record(Seen(x, mask, latents, y, y_hat, difficulty))
         return y_hat
 

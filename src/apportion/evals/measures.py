@@ -39,8 +39,8 @@ class Reconstruction(Measure):
                 fvu.add(y[mask, site], y_hat[mask, site])
 
     def result(self, activations: Activations) -> dict[str, Any]:
-        sites = {"fvu_sites": [fvu.value() for fvu in self.sites]} if self.sites else {}
-        return {"fvu": self.filtered.value(), "fvu_unfiltered": self.unfiltered.value()} | sites
+        sites = {"fvu_sites": [known(fvu.value()) for fvu in self.sites]} if self.sites else {}
+        return {"fvu": known(self.filtered.value()), "fvu_unfiltered": known(self.unfiltered.value())} | sites
 
 
 @final
@@ -99,9 +99,13 @@ class Distance(Measure):
 def _l0_against(activations: Activations, other: Float[Tensor, " n"] | None) -> float | None:
     if other is None:
         return None
-    known = ~other.isnan()
-    r = correlation(activations.l0()[known].double(), other[known])
-    return None if r != r else r
+    there = ~other.isnan()
+    return known(correlation(activations.l0()[there].double(), other[there]))
+
+
+def known(value: float) -> float | None:
+    """None for NaN, which is no figure: of rows that are all equal there is nothing to explain."""
+    return None if value != value else value
 
 
 def _zipf(activations: Activations) -> dict[str, float] | None:

@@ -93,6 +93,8 @@ def make_report(
     kind = next(iter(saes.values())).row_kind
     measurements = evaluate_rows(saes, store, rows, progress=progress)
     methods = {name: m.result() for name, m in measurements.items()}
+    if any(figures["fvu"] is None for figures in methods.values()):
+        raise ValueError(f"All of the {len(rows)} rows are equal, and leave nothing to explain. Give more rows.")
     pca = pca_curve(store, rows).tolist() if kind == "one" else []
     baselines: dict[str, Any] = {"pca": _pca(pca, {m["k"] for m in methods.values()})}
     in_model = None

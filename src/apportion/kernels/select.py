@@ -161,12 +161,17 @@ class _Scan:
     def look(self, bounds: Tensor | None) -> tuple[_Found, Tensor | None]:
         """In full precision: what may be chosen; and bounds, of which no cut above them leaves any out.
 
-        Bounds are None where every row had its own.
+        Bounds are the same in all processes, and None where every row had its own.
         """
-        cold = bounds is None and self.rule.row_limit is None
-        found, bounds = self.rows(bounds)
-        if cold:  # each process has guessed its own
+        differ = self.rule.row_limit is None and (self.screened or bounds is None)
+        found, bounds = self.reach(bounds)
+        if differ:  # each process has guessed its own, or given up the screen
             bounds = self.selection.group.highest(self.x.new_zeros(()) if bounds is None else bounds)
+        return found, bounds
+
+    def reach(self, bounds: Tensor | None) -> tuple[_Found, Tensor | None]:
+        """What this process finds, and its own bounds."""
+        found, bounds = self.rows(bounds)
         self.rough_next = None
         if not self.screened:
             return found, bounds
