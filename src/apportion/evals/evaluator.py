@@ -134,7 +134,7 @@ def load_others() -> None:
             add_evaluator(entry.load())
         except Exception as error:
             raise ValueError(
-                f"The evaluator {entry.name!r} ({entry.value}) cannot be loaded: {error}. Mend its package, or remove it."
+                f"The evaluator {entry.name!r} ({entry.value}) cannot be loaded: {error}. Mend or remove its package."
             ) from error
 
 
