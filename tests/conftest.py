@@ -5,6 +5,7 @@ import os
 import signal
 from collections import defaultdict
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -29,6 +30,18 @@ OUTCOMES: dict[str, dict[str, int]] = defaultdict(lambda: {"tried": 0, "survived
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults-json", metavar="FILE", help="write how many trials of each family there were, and held")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked few(n) n cases run always, which their names decide, and the others are slow."""
+    cases = defaultdict(list)
+    for item in items:
+        if (mark := item.get_closest_marker("few")) and not item.get_closest_marker("slow"):
+            cases[item.nodeid.partition("[")[0], mark.args[0]].append(item)
+    for (_, n), of in cases.items():
+        for item in sorted(of, key=lambda item: crc32(item.name.encode()))[n:]:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

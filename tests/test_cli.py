@@ -514,6 +514,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_that_is_a_whole_number_takes_counts(name: str) -> None:
     argv = [name.split()[0], *COMMANDS[name]]

@@ -124,6 +124,7 @@ def test_a_report_on_text_leaves_out_what_training_left_out(home: Path, tmp_path
     assert json.loads((tmp_path / "out" / "report.json").read_text())["methods"]["topk"]["filtered_share"] == 0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("where", ["text", "acts"])
 def test_recalibrated_on_half_the_text(
     where: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -259,14 +260,13 @@ def test_a_model_of_another_width_is_refused_in_words(
 
 def test_an_evaluator_that_runs_the_model(home: Path, tmp_path: Path, tiny_model_dir: Path, capsys: Any) -> None:
     """On a cache, with the model of the cache."""
-    words = [str(home / "topk"), "--acts", str(home / "new"), "--on", "language_model"]
+    words = [str(home / "topk"), "--acts", str(home / "new"), "--on", "language_model", "--tokens", "640"]
     found = evaluated(home, *words, out=tmp_path)
-    store = ActivationStore(home / "new", POINT)
-    model = load_model(tiny_model_dir)[0]
-    _, entropies = evaluate_cache_in_model({"it": ap.load(home / "topk")}, store, torch.arange(store.rows), model)
+    store, model = ActivationStore(home / "new", POINT), load_model(tiny_model_dir)[0]
+    _, entropies = evaluate_cache_in_model({"it": ap.load(home / "topk")}, store, torch.arange(640), model)
     assert found["delta_ce"] == pytest.approx(entropies.of("it")["delta_ce"], abs=1e-6)
     assert evaluated(home, *words, "--model", str(tiny_model_dir), out=tmp_path) == found
-    assert main(["eval", *words[:-1], "geometry", "--model", str(tiny_model_dir)]) == 2
+    assert main(["eval", *words[:-3], "geometry", "--model", str(tiny_model_dir)]) == 2
     assert "--model is used together with" in capsys.readouterr().err
 
 
@@ -309,6 +309,7 @@ def report(words: list[str], out: Path) -> dict[str, Any]:
     return json.loads((out / "report.json").read_text())
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("sae", "more"),
     [

@@ -29,8 +29,12 @@ def subject(name: str) -> Subject:
     return Subject(partial(ap.create, name))
 
 
+FIRST = ("topk", "mutual_choice", "feature_choice", "jumprelu", "switch", "crosscoder", "transcoder")
+"""Of each kind one; the others are slow."""
+
+
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", SAES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FIRST else pytest.mark.slow) for n in SAES])
 def test_conformance(name: str, check: str) -> None:
     CHECKS[check](subject(name))
 
@@ -42,6 +46,7 @@ OF_SETTINGS = [
 """What settings could spoil."""
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("rule", [name for name in rule_choices() if "k" in RULES[name].Config.__dataclass_fields__])
 @pytest.mark.parametrize("name", [name for name, entry in SAES.items() if entry.any_rule])
 def test_any_rule_goes_with_the_architectures_that_take_one(name: str, rule: str) -> None:
@@ -70,6 +75,7 @@ REFUSED = {
 """What these SAEs cannot be told, and what they say."""
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("name", SAES)
 def test_conformance_with_other_settings(name: str, settings: str) -> None:

@@ -84,6 +84,7 @@ def test_a_demo_that_was_stopped_while_it_collected_collects_again(
     assert (manifest["ended"], manifest["rows"]) == ("complete", 8000)
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_goes_on(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = dataclasses.replace(demo, out=tmp_path / "stopped")
     steps, step = [], Trainer.step

@@ -132,6 +132,7 @@ def test_draw_follows_the_probabilities() -> None:
     assert 0 <= int(last) < 5, "rounding must not lead past the last token"
 
 
+@pytest.mark.slow
 def test_the_corpus_is_reproducible_ended_and_without_duplicates(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,6 +95,7 @@ def train(name: str) -> dict[str, Tensor]:
     return {**sae.state_dict(), "values": latents.values.detach(), "x_hat": x_hat.detach(), "loss": metrics["loss"]}
 
 
+@pytest.mark.few(14)
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("name", ["topk", "mutual_choice", "feature_choice", "relu", "gated", "jumprelu", "switch"])
 def test_training_is_the_same_in_every_state(name: str, state: str) -> None:

@@ -167,6 +167,7 @@ def test_the_screen_misses_nothing_that_bfloat16_can_tell(p, make, block):
         check(p, make(k, len(p.W)), screen="bfloat16")
 
 
+@pytest.mark.few(50)
 @pytest.mark.parametrize("p", SMALL.values(), ids=list(SMALL))
 @pytest.mark.parametrize("make", COUPLED.values(), ids=list(COUPLED))
 def test_warm_starts_change_nothing(p, make, block):
@@ -343,6 +344,7 @@ def test_real_numbers(make, dtype, block):
     assert torch.allclose(found.values.double(), codes[S], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("make", RULES.values(), ids=list(RULES))
 @pytest.mark.parametrize("norms", [False, True])
 def test_the_screen_on_real_numbers(make, norms, block):

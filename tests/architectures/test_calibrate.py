@@ -58,6 +58,7 @@ def ways(xs: Tensor) -> dict[str, Any]:
     }
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize("held", [1 << 26, 0], ids=["all fits", "little fits"])
 @pytest.mark.parametrize("name", COUPLED)
 @pytest.mark.parametrize("way", [*ways(torch.zeros(40, D_IN))])

@@ -45,6 +45,7 @@ def fvu(x_hat: torch.Tensor, x: torch.Tensor) -> float:
     return float((x - x_hat.detach()).square().sum() / (x - x.mean(0)).square().sum())
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("affinity", ["code", "code_times_decoder_norm"])
 @pytest.mark.parametrize(
     ("name", "settings"),
@@ -69,6 +70,7 @@ def test_codes_are_kept(name, settings, affinity, trained):
     assert fvu(form(x), x) == pytest.approx(fvu(sae(x), x), rel=1e-4)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("affinity", ["code", "code_times_decoder_norm"])
 @pytest.mark.parametrize("name", ["topk", "multi_topk"])
 def test_topk_keeps_l0_and_fvu(name, affinity, trained):

@@ -244,6 +244,7 @@ def test_recovers_which_model_has_which_feature() -> None:
     assert sum(right) >= 22 and int((similarity > 0.9).sum()) >= 22, (right, similarity, diff.counts())
 
 
+@pytest.mark.slow
 def test_the_documented_comparison_of_two_models(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -220,6 +220,7 @@ def trained(steps: int = 300, k: float = 3, **settings: object) -> ap.SAE:
     return sae.eval()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("k", [3, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 5))])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_reaches_the_set_point_with_thresholds_of_their_own(objective, k):

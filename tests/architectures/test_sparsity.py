@@ -118,6 +118,7 @@ def test_its_whole_state_is_in_its_buffers() -> None:
     assert torch.equal(whole.value, rest.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["relu", pytest.param("gated", marks=pytest.mark.slow)])
 def test_trained_saes_have_the_l0_that_was_asked_for(name: str) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -124,6 +124,7 @@ def test_a_damaged_tokenizer_is_one_sentence(name: str, folder: Path, tmp_path: 
         assert "cannot be loaded (" in caplog.text and str(folder) in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.fault("broken model folders")
 @pytest.mark.parametrize("name", trials(["model.safetensors", "config.json", "tokenizer.json"], 1))
 def test_a_file_that_may_not_be_read_is_not_called_damaged(name: str, folder: Path, tmp_path: Path) -> None:

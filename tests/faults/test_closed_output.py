@@ -25,7 +25,7 @@ WAYS = {
 
 
 @pytest.mark.fault("closed output")
-@pytest.mark.parametrize("name", trials(list(WAYS), 3))
+@pytest.mark.parametrize("name", trials(list(WAYS), 1))
 def test_output_that_nobody_takes(name: str, tmp_path: Path) -> None:
     ap.create("topk", d_in=4, d_sae=8, k=2).save(tmp_path / "sae")
     places = {"sae": tmp_path / "sae", "out": tmp_path / "run", "cache": tmp_path / "acts", "python": sys.executable}
@@ -37,6 +37,7 @@ def test_output_that_nobody_takes(name: str, tmp_path: Path) -> None:
     assert len(said) == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("closed output")
 @pytest.mark.parametrize("where", trials(["2>&-", "2>/dev/full", ">&- 2>&-"], 1))
 def test_with_nowhere_to_complain_the_exit_code_is_left(where: str, tmp_path: Path) -> None:
@@ -51,6 +52,7 @@ def test_training_does_not_need_stderr(where: str, tmp_path: Path) -> None:
     assert ap.load(tmp_path / "run").hookpoint == "model.layers.1"
 
 
+@pytest.mark.few(1)
 @pytest.mark.fault("closed output")
 @pytest.mark.parametrize("redirect", trials(["> {log}", ">> {log}", "| cat >> {log}"], 1))
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1"])

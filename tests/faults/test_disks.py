@@ -149,7 +149,7 @@ FULL = [(f"{name} on {size} KiB", name, size) for name in COMMANDS for size in S
 
 
 @pytest.mark.fault("full disk")
-@pytest.mark.parametrize("case", trials(FULL, 5))
+@pytest.mark.parametrize("case", trials(FULL, 2))
 def test_a_full_disk(case: tuple[str, str, int], confined: Confined, made: Path) -> None:
     _, name, size = case
     try_it(confined, name, made, f"size={size + (32 if name == 'save' else 0)}k", "size=64m")
@@ -217,6 +217,7 @@ SECRET = {"cache": "acts/model.layers.1/00000.safetensors", "tokens": "acts/toke
           "run": "run", "folder": "acts"}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.fault("read-only")
 @pytest.mark.parametrize("name", trials(list(SECRET), 1))
 def test_what_may_not_be_read_is_not_called_damaged(name: str, made: Path) -> None:

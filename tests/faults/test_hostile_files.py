@@ -176,6 +176,7 @@ WEIGHT_FILES = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.fault("file attacks")
 @pytest.mark.parametrize("attack", trials(WEIGHT_FILES, short=5))
 @pytest.mark.parametrize("format", [None, "dictionary_learning"])
@@ -190,6 +191,7 @@ def test_weights_that_are_none_are_refused_at_once(
         assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("file attacks")
 @pytest.mark.parametrize(
     "attack",

@@ -84,6 +84,7 @@ MOMENTS = {at_step: 8, while_saving: 6, while_calibrating: STEPS, at_the_end: No
 """When the signal comes, and the step that is on the disk then."""
 
 
+@pytest.mark.few(4)
 @pytest.mark.fault("signals")
 @pytest.mark.parametrize("trial", trials([(s.name, s, m) for s, m in product(SIGNALS, MOMENTS)], short=8))
 def test_told_to_end(trial: tuple[str, signal.Signals, Callable[..., None]], tmp_path: Path, whole: dict) -> None:

@@ -147,6 +147,7 @@ def the_others(count: int) -> list[int]:
 some = pytest.mark.parametrize("chosen", [a_few, pytest.param(the_others, marks=pytest.mark.slow)])
 
 
+@pytest.mark.few(2)
 @pytest.mark.fault("SIGKILL before every change of the file system")
 @some
 @pytest.mark.parametrize("name", WORK)

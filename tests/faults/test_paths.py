@@ -225,6 +225,7 @@ COMMANDS: dict[str, list[str]] = {
 }
 
 
+@pytest.mark.few(15)
 @pytest.mark.fault("mistyped paths")
 @pytest.mark.parametrize("name", trials([m for m in MISTYPED if m != "runs/" and "no-such" not in m], short=5))
 @pytest.mark.parametrize("command", COMMANDS)

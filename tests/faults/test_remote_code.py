@@ -204,6 +204,7 @@ def test_a_dataset_that_is_a_program_is_refused(
     assert not marker.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("remote code")
 @pytest.mark.parametrize("attack", trials([evil_model]))
 def test_yes_on_stdin_is_not_read(

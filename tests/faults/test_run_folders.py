@@ -104,6 +104,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", trials(list(DAMAGE), short=12))
 def test_a_damaged_newest_checkpoint(
     name: str, begun: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

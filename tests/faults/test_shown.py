@@ -68,7 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.fault("markup and escapes")
-@pytest.mark.parametrize("name", trials([n for n in NAMES if "/" not in n] + ["[/x]"], short=6))
+@pytest.mark.parametrize("name", trials([n for n in NAMES if "/" not in n] + ["[/x]"], short=3))
 def test_a_run_of_any_name_is_evaluated_and_drawn(
     name: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -214,6 +214,7 @@ class TestWeights:
             file.write_bytes(content)
             refused(tmp_path, made)
 
+    @pytest.mark.few(6)
     @everything
     def test_a_tensor_is_missing_or_another(self, made, tmp_path):
         for name, tensor in made.tensors.items():
@@ -361,6 +362,7 @@ class TestSettings:
         for lie in (None, *LIES):
             loads_or_is_refused(made.write(tmp_path, **{made.k: lie}), made)
 
+    @pytest.mark.few(3)
     @with_settings
     def test_any_setting_can_be_anything(self, made, tmp_path):
         within = made.config

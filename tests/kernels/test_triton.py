@@ -118,6 +118,7 @@ SUMS = {  # lengths of the groups, entries of the table, d
 }
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SUMS.values(), ids=list(SUMS))
 def test_weighted_sums(case, dtype):
@@ -200,6 +201,7 @@ MASKS = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("case", MASKS)
 def test_gradients_equal_float64_autograd(case, dtype, monkeypatch, launched):
@@ -273,6 +275,7 @@ BOUNDS = {
 }
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bounds", BOUNDS.values(), ids=list(BOUNDS))
 def test_above(monkeypatch, bounds, dtype):
@@ -308,6 +311,7 @@ RULES = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("screen", [None, "bfloat16"])
 @pytest.mark.parametrize("make", RULES.values(), ids=list(RULES))
 def test_choose_equals_torch(make, screen, launched):
@@ -407,6 +411,7 @@ def test_the_optimiser_equals_its_path_in_blocks(launched):
 # A training step
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("screen", [None, "bfloat16"])
 def test_training_steps_equal_those_in_torch(screen, launched):
     """With an auxiliary loss, for the first steps: rounding grows from one to the next."""
@@ -500,6 +505,7 @@ assert everything - compiled == {"_add_matches", "_count_bits"}, everything - co
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU has compiled them already")
 def test_kernels_compile_for_hopper(tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

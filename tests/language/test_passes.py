@@ -202,6 +202,7 @@ def test_after_a_pass_that_failed_counting_begins_anew() -> None:
         model(torch.zeros(3, 4))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_models_are_hooked_as_if_they_were_not() -> None:
     model = make("llama")

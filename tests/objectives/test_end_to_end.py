@@ -192,6 +192,7 @@ def test_the_preset_local_is_plain_reconstruction(lm):
     assert terms["reconstruction"].item() == plain["reconstruction"].item()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", ["topk", "mutual_choice", *sorted({"relu", "gated", "jumprelu"} & ap.SAES.keys())])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_whole_runs(lm, name, preset, tmp_path):
@@ -231,6 +232,7 @@ def test_whole_runs(lm, name, preset, tmp_path):
         t.fit(source(lm), tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_training_end_to_end_changes_the_model_less_at_the_same_l0(lm):
     kl, fvu = {}, {}
     for preset in ("local", "e2e"):

@@ -270,6 +270,7 @@ def features(n: int, d: int = 16, num_features: int = 32, active: int = 3) -> to
     return (torch.rand(n, active, 1, generator=g) * directions[chosen]).sum(1)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("kind", "figures"), [("max", ("mmcs_ab", "mmcs_ba")), ("one_to_one", ("one_to_one",))])
 def test_the_penalty_raises_similarity_between_saes(kind, figures):
     x, found = features(2000), []

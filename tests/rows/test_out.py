@@ -185,6 +185,7 @@ collect(*lm, "model.layers.1", ["the cat sat on the mat " * 50], tokens=96, cont
 """
 
 
+@pytest.mark.slow
 def test_a_mount_point(tiny_model_dir: Path, tmp_path: Path) -> None:
     """A disk of its own, which no rename can replace and none can reach."""
     own = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
@@ -210,6 +211,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("limit", "exists"), [(100, False), (4000, True), (20_000, False)])
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     limit: int, exists: bool, tiny_model_dir: Path, tmp_path: Path
@@ -292,6 +294,7 @@ def test_what_is_collected_is_kept(
     assert store.manifest["contexts"] == contexts and names(tmp_path) == ["acts", "whole"]
 
 
+@pytest.mark.slow
 def test_a_stop_while_the_text_is_waited_for(lm: tuple[Any, Any], tmp_path: Path) -> None:
     def slow() -> Any:
         yield from TEXT * 40

@@ -162,6 +162,7 @@ def spike(batch):
     return replace(batch, x=100 * batch.x)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -189,6 +190,7 @@ def test_the_step_after_resuming_is_exact_even_with_an_unusual_gradient(name, se
     assert unusual > 10 * usual, "it is clipped"
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("at", [1, 7, 20])
 def test_ctrl_c_finishes_the_step_and_can_be_resumed(case, at, tmp_path):
     trainer(case).fit(Source(), tmp_path / "whole")
@@ -482,6 +484,7 @@ def fvu(sae: ap.SAE, x: torch.Tensor) -> float:
     return measure.value()
 
 
+@pytest.mark.few(2)
 def test_training_lowers_fvu(case):
     x, test = synthetic(8000, 0), synthetic(2000, 1)
     settings = {"lr": 1e-2, "batch_tokens": 128, "total_tokens": 128 * 300, "dead_window_tokens": 2000}
