@@ -87,7 +87,8 @@ class Copy:
 
     def run(self, tests: list[str], seconds: float) -> tuple[str, str]:
         """passed, failed or timed out; and the first test that failed."""
-        command = [sys.executable, "-m", "pytest", "-n0", "-x", "--no-header", "-p", "no:cacheprovider", *tests]
+        options = ["-n0", "-x", "-m", "", "--no-header", "-p", "no:cacheprovider"]  # slow ones, too
+        command = [sys.executable, "-m", "pytest", *options, *tests]
         environment = os.environ | {"PYTHONPATH": str(self.root / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
         process = subprocess.Popen(
             command, cwd=self.root, env=environment, text=True, start_new_session=True,
