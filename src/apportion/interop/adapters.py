@@ -99,10 +99,8 @@ class SaeBenchSAE(nn.Module):
             self.register_buffer("norms", norms)
         if parts.threshold is not None:
             self.threshold = nn.Parameter(parts.threshold * norms)
-        for name, tensor in parts.gate.items():
-            setattr(self, name, nn.Parameter(tensor if name == "r_mag" else tensor * norms))
-        for name, tensor in parts.router.items():
-            setattr(self, name, nn.Parameter(tensor))
+        for name, tensor in (parts.gate | parts.router).items():
+            setattr(self, name, nn.Parameter(tensor * norms if name in ("b_gate", "b_mag") else tensor))
         self.input = InputDescription((cfg.d_in,), parts.input_norm, "mean")
         self.encoded: Tensor | None = None
         """The rows that were last encoded, where `decode` needs them."""

@@ -115,10 +115,8 @@ def _metrics(metrics: Mapping[str, Any]) -> str:
     others = {f"`{n}`": v for n, v in metrics.items() if n not in FIGURES.keys() | SAID_ELSEWHERE and is_number(v)}
     if not rows and not others:
         return ""
-    over = [
-        f"{_count(metrics['tokens'])} tokens" if is_number(metrics.get("tokens")) else "",
-        str(metrics.get("mode", "")),
-    ]
+    over = [f"{_count(metrics['tokens'])} tokens"] if is_number(metrics.get("tokens")) else []
+    over.append(str(metrics.get("mode", "")))
     if is_number(metrics.get("filtered_share")):
         over.append(f"{metrics['filtered_share']:.2%} of tokens filtered out")
     lines = ["## Metrics", ", ".join(part for part in over if part)]

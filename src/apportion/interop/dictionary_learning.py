@@ -31,7 +31,7 @@ from apportion.interop.hook_names import LAYERS, about_model, family_of, hub_nam
 from apportion.interop.parts import Parts
 from apportion.interop.peek import first_file, names_in, settings_in
 from apportion.interop.reading import Tensors, read_pt, tensor_dict
-from apportion.interop.writing import SAVE, carried, check_fits, layer_of, model_of, over, stored
+from apportion.interop.writing import SAVE, carried, check_fits, dict_of, layer_of, model_of, over, stored
 
 FILES = ["ae.pt", "ae_*.pt"]
 CLASSES = {
@@ -49,11 +49,9 @@ UNIT = 5e-6
 
 
 def recognises(path: Path) -> bool:
-    file = first_file(path, FILES)
-    if file is None:
-        return False
-    names = names_in(file)
-    return any(tensors <= names for tensors in CLASSES.values()) or _trainer(file).get("dict_class") in CLASSES
+    names = names_in(file := first_file(path, FILES))
+    known = any(tensors <= names for tensors in CLASSES.values())
+    return known or (file is not None and _trainer(file).get("dict_class") in CLASSES)
 
 
 def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
@@ -62,7 +60,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
         raise ValueError(f"{path} has no ae.pt.")
     content, trainer, factor = read_pt(file, trust), _trainer(file), 1.0
     if isinstance(content, Mapping) and "ae" in content:
-        trainer = trainer or _dict(content.get("config"))
+        trainer = trainer or dict_of(content.get("config"))
         factor = content.get("norm_factor") or 1.0
         if not isinstance(factor, int | float) or not isfinite(factor) or factor <= 0:
             raise ValueError(f"{file}: norm_factor must be a positive number, got {factor!r}.")
@@ -79,11 +77,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
 def _trainer(file: Path) -> dict[str, Any]:
     """What config.json says of the training, beside the file or above its folder of checkpoints; empty if nothing."""
     folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-    return _dict(settings_in(folder / "config.json").get("trainer"))
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else {}
+    return dict_of(settings_in(folder / "config.json").get("trainer"))
 
 
 def _class_of(trainer: dict[str, Any], tensors: Mapping[str, Any], file: Path) -> str:
@@ -106,28 +100,21 @@ def _class_of(trainer: dict[str, Any], tensors: Mapping[str, Any], file: Path) -
 def _parts(name: str, stored: dict[str, Any], trainer: dict[str, Any], file: Path) -> Parts:
     sizes = {ours: trainer.get(theirs) for ours, theirs in (("d_in", "activation_dim"), ("d_sae", "dict_size"))}
     tensors = Tensors(stored, file, **sizes)
-    if "W_enc" in CLASSES[name]:
-        W_enc = tensors.take("W_enc", "d_in", "d_sae").T.contiguous()
-        W_dec = tensors.take("W_dec", "d_sae", "d_in")
-    else:
-        W_enc = tensors.take("encoder.weight", "d_sae", "d_in")
-        W_dec = tensors.take("decoder.weight", "d_in", "d_sae").T.contiguous()
-    bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
+    b_enc = None if name == "GatedAutoEncoder" else "encoder.bias"
+    weights = (
+        ("W_enc.T", "W_dec", "b_enc") if "W_enc" in CLASSES[name] else ("encoder.weight", "decoder.weight.T", b_enc)
+    )
+    b_dec = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
     parts = Parts(
         kind="relu",
-        W_enc=W_enc,
-        W_dec=W_dec,
-        b_enc=W_enc.new_zeros(len(W_enc)),
-        b_dec=tensors.take(bias.get(name, "b_dec"), "d_in"),
+        **tensors.weights(*weights, b_dec.get(name, "b_dec")),
         subtract_b_dec=name not in ("AutoEncoderNew", "JumpReluAutoEncoder"),
     )
     if name == "GatedAutoEncoder":
         parts.kind = "gated"
         names = {"b_gate": "gate_bias", "r_mag": "r_mag", "b_mag": "mag_bias"}
         parts.gate = {ours: tensors.take(theirs, "d_sae") for ours, theirs in names.items()}
-    else:
-        parts.b_enc = tensors.take("b_enc" if "b_enc" in CLASSES[name] else "encoder.bias", "d_sae")
-    if name == "JumpReluAutoEncoder":
+    elif name == "JumpReluAutoEncoder":
         parts.kind, parts.threshold = "jumprelu", tensors.take("threshold", "d_sae")
     elif "TopK" in name:
         _budget(parts, name, tensors, trainer)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from apportion.interop import (
@@ -39,40 +40,32 @@ class Format:
     name: str
     recognises: Callable[[Path], bool]
     read: Callable[[Path, dict[str, Any], bool], Parts]
-    write: Callable[[Parts, Path], None] | None = None
-    files: str = ""
+    write: Callable[[Parts, Path], None] | None
+    files: str
     """What it is recognised by; for messages."""
+
+
+def _format(module: ModuleType, files: str) -> Format:
+    """The format of a file of this folder, under its name."""
+    name = module.__name__.rpartition(".")[2]
+    return Format(name, module.recognises, module.read, getattr(module, "write", None), files)
 
 
 FORMATS: dict[str, Format] = {
     known.name: known
     for known in (
-        Format(
-            "sae_lens", sae_lens.recognises, sae_lens.read, sae_lens.write, files="cfg.json and sae_weights.safetensors"
-        ),
-        Format(
-            "dictionary_learning",
-            dictionary_learning.recognises,
-            dictionary_learning.read,
-            dictionary_learning.write,
-            files="ae.pt",
-        ),
-        Format("sparsify", sparsify.recognises, sparsify.read, sparsify.write, files="cfg.json and sae.safetensors"),
-        Format("openai", openai.recognises, openai.read, files="a .pt with pre_bias and latent_bias"),
-        Format(
-            "gemma_scope",
-            gemma_scope.recognises,
-            gemma_scope.read,
-            gemma_scope.write,
-            files="params.npz or params.safetensors",
-        ),
-        Format("llama_scope", llama_scope.recognises, llama_scope.read, files="hyperparams.json and checkpoints/"),
-        Format("llamascopium", llamascopium.recognises, llamascopium.read, files="config.json with an sae_type"),
-        Format("mlsae", mlsae.recognises, mlsae.read, files="config.json and model.safetensors with pre_encoder_bias"),
-        Format("switch_sae", switch_sae.recognises, switch_sae.read, files="ae.pt with router.weight"),
-        Format("e2e_sae", e2e_sae.recognises, e2e_sae.read, files="samples_*.pt"),
-        Format("batchtopk_repo", batchtopk_repo.recognises, batchtopk_repo.read, files="sae.pt and config.json"),
-        Format("circuit_tracer", circuit_tracer.recognises, circuit_tracer.read, files="layer_N.safetensors"),
+        _format(sae_lens, "cfg.json and sae_weights.safetensors"),
+        _format(dictionary_learning, "ae.pt"),
+        _format(sparsify, "cfg.json and sae.safetensors"),
+        _format(openai, "a .pt with pre_bias and latent_bias"),
+        _format(gemma_scope, "params.npz or params.safetensors"),
+        _format(llama_scope, "hyperparams.json and checkpoints/"),
+        _format(llamascopium, "config.json with an sae_type"),
+        _format(mlsae, "config.json and model.safetensors with pre_encoder_bias"),
+        _format(switch_sae, "ae.pt with router.weight"),
+        _format(e2e_sae, "samples_*.pt"),
+        _format(batchtopk_repo, "sae.pt and config.json"),
+        _format(circuit_tracer, "layer_N.safetensors"),
     )
 }
 """In the order in which they are asked."""

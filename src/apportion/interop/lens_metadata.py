@@ -21,11 +21,7 @@ from apportion.interop.writing import carried, dict_of, model_of
 logger = logging.getLogger(__name__)
 
 MODEL_CLASSES = ("HookedTransformer", "AutoModelForCausalLM")
-RENAMED = {
-    "hook_point": "hook_name",
-    "hook_point_head_index": "hook_head_index",
-    "activation_fn_str": "activation_fn",
-}
+RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 """Names before version 6, and since."""
 STRUCTURE = {
     *("architecture", "d_in", "d_sae", "d_out", "dtype", "device", "apply_b_dec_to_input", "normalize_activations"),

@@ -24,13 +24,16 @@ LONGEST = MOST_TEXT
 """Bytes of a header or a pickle that are worth a look."""
 MOST_INSTRUCTIONS = 100_000
 """In a pickle, of which a state dict has some ten for each tensor."""
-NAME = re.compile(r"[\w-]+")
+NAMED = re.compile(r"([\w-]+):([ \t].*)")
+"""A value at the top of a YAML file."""
 PICKLES = 5
 """torch.save of before 1.6 wrote this many one after the other; the fourth holds the names, and so may the last."""
 
 
-def names_in(file: Path) -> frozenset[str]:
+def names_in(file: Path | None) -> frozenset[str]:
     """Names of the tensors of a .safetensors or .npz; every string in the pickle of a .pt or .pth, keys among them."""
+    if file is None:
+        return frozenset()
     try:
         check_regular(file)
         if file.suffix == ".safetensors":
@@ -59,11 +62,7 @@ def yaml_in(file: Path) -> dict[str, str]:
         lines = read_text(file).splitlines()
     except (OSError, ValueError):
         return {}
-    found = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        if NAME.fullmatch(name) and value[:1] in (" ", "\t"):
-            found[name] = _plain_value(value.strip(" \t"))
+    found = {named[1]: _plain_value(named[2].strip(" \t")) for line in lines if (named := NAMED.fullmatch(line))}
     return {name: value for name, value in found.items() if value is not None}
 
 

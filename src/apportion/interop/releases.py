@@ -51,10 +51,8 @@ def _gpt2() -> dict[str, Release]:
     for place in ("resid-mid", "resid-post", "attn-out", "mlp-out"):
         for width in ("32k", "128k"):
             path = f"v5_{width}_layer_{{layer}}{'.pt' if (place, width) == ('resid-post', '32k') else ''}"
-            found[f"gpt2-small-{place}-v5-{width}"] = Release(
-                f"jbloom/GPT2-Small-OAI-v5-{width}-{place}-SAEs",
-                {f"blocks.{{layer}}.hook_{place.replace('-', '_')}": path},
-            )
+            hook, repo = f"blocks.{{layer}}.hook_{place.replace('-', '_')}", f"GPT2-Small-OAI-v5-{width}-{place}-SAEs"
+            found[f"gpt2-small-{place}-v5-{width}"] = Release(f"jbloom/{repo}", {hook: path})
     return found
 
 
@@ -77,16 +75,8 @@ def _pythia() -> dict[str, Release]:
 
 def _gemma_scope() -> dict[str, Release]:
     found = {}
-    for model in (
-        "2b-pt-res",
-        "2b-pt-mlp",
-        "2b-pt-att",
-        "9b-pt-res",
-        "9b-pt-mlp",
-        "9b-pt-att",
-        "9b-it-res",
-        "27b-pt-res",
-    ):
+    models = [f"{size}-pt-{place}" for size in ("2b", "9b") for place in ("res", "mlp", "att")]
+    for model in (*models, "9b-it-res", "27b-pt-res"):
         name, folder = f"gemma-scope-{model}", "layer_{layer}/width_{width}"
         embedding = "embedding/width_{width}/average_l0_{l0}"
         found[name] = Release(f"google/{name}", _same(f"{folder}/average_l0_{{l0}}", embedding))
@@ -136,17 +126,13 @@ def _llama_scope() -> dict[str, Release]:
 
 
 def _matryoshka() -> dict[str, Release]:
-    hook, owner = "blocks.{layer}.hook_resid_post", "chanind/"
-    small = f"{owner}gemma-2-2b-batch-topk-matryoshka-saes-w-32k-l0-40"
+    hook, kind = "blocks.{layer}.hook_resid_post", "batch-topk-matryoshka-saes-w-32k"
+    small = f"chanind/gemma-2-2b-{kind}-l0-40"
     return {
         "gemma-2-2b-res-matryoshka-dc": Release(small, {hook: f"standard/{hook}"}),
         "gemma-2-2b-res-snap-matryoshka-dc": Release(small, {hook: f"snap/{hook}"}),
-        "gemma-2-9b-res-matryoshka-dc": Release(
-            f"{owner}gemma-2-9b-batch-topk-matryoshka-saes-w-32k-l0-60", _same(hook)
-        ),
-        "gemma-3-1b-res-matryoshka-dc": Release(
-            f"{owner}gemma-3-1b-batch-topk-matryoshka-saes-w-32k-l0-40", _same(hook)
-        ),
+        "gemma-2-9b-res-matryoshka-dc": Release(f"chanind/gemma-2-9b-{kind}-l0-60", _same(hook)),
+        "gemma-3-1b-res-matryoshka-dc": Release(f"chanind/gemma-3-1b-{kind}-l0-40", _same(hook)),
     }
 
 
