@@ -30,13 +30,7 @@ from apportion.about import About
 from apportion.allocation import Rule, Screen, Selection, StepContext
 from apportion.architectures.calibrate import calibrate
 from apportion.architectures.files import save
-from apportion.architectures.inputs import (
-    PER_TOKEN,
-    Centre,
-    InputDescription,
-    InputNorm,
-    as_tensor,
-)
+from apportion.architectures.inputs import PER_TOKEN, Centre, InputDescription, InputNorm, as_tensor
 from apportion.group import ALONE, Group
 from apportion.latents import Latents
 from apportion.settings import settle
@@ -126,7 +120,8 @@ class SAE(nn.Module, ABC):
 
     @property
     def k(self) -> float | None:
-        return self.allocation.k
+        """Active latents per token that were asked for: the budget of the rule, or what sparsity is steered to."""
+        return getattr(self.config, "k", self.allocation.k)
 
     @property
     def source(self) -> About:
