@@ -188,18 +188,7 @@ def dot_products(
 
 
 @triton.jit(do_not_specialize=["nnz"])  # it changes from step to step
-def _dot_products(
-    rows,
-    indices,
-    g,
-    table,
-    out,
-    nnz,
-    d,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def _dot_products(rows, indices, g, table, out, nnz, d, DEPTH: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr):
     """DEPTH consecutive matches, WIDTH columns at a time."""
     match = tl.program_id(0).to(tl.int64) * DEPTH + tl.arange(0, DEPTH)
     inside = match < nnz
@@ -288,14 +277,11 @@ def _mark_above(
 
 
 @triton.jit
-def _write_positions(
-    marks,
-    ends,  # [rows * across], marks up to the end of each tile
-    out,
-    d_sae,
-    WORDS: tl.constexpr,
-):
-    """The marks of one tile as positions. Each turn takes the lowest mark of every word; few words have two."""
+def _write_positions(marks, ends, out, d_sae, WORDS: tl.constexpr):
+    """The marks of one tile as positions. Each turn takes the lowest mark of every word; few words have two.
+
+    `ends` [rows * across] are the marks up to the end of each tile.
+    """
     row = tl.program_id(0).to(tl.int64)
     tile = row * tl.num_programs(1) + tl.program_id(1)
     lane = tl.arange(0, WORDS)
