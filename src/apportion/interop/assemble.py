@@ -75,17 +75,9 @@ def assemble(parts: Parts, dtype: torch.dtype | None = None) -> SAE:
 def _name(parts: Parts) -> str:
     if parts.transcoder:
         return "transcoder" if parts.W_skip is None else "skip_transcoder"
-    return "mlsae" if parts.every_layer else NAMES[parts.kind]
-
-
-NAMES = {
-    "relu": "relu",
-    "topk": "topk",
-    "batch_topk": "mutual_choice",
-    "jumprelu": "jumprelu",
-    "gated": "gated",
-    "switch": "switch",
-}
+    if parts.kind == "batch_topk":
+        return "mutual_choice"
+    return "mlsae" if parts.every_layer else parts.kind
 
 
 def _rule(parts: Parts) -> dict[str, Any]:

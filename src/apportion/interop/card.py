@@ -97,7 +97,7 @@ def _data(source: About) -> dict[str, Any]:
         "rows to train on": _count(source.rows_train),
         "rows to calibrate": _count(source.rows_calibrate),
         "tokens per context": source.lm.context_tokens,
-        "tokens filtered out": _share(source.filtered_share),
+        "tokens filtered out": None if source.filtered_share is None else f"{source.filtered_share:.2%}",
         "filter": ", ".join(f"{k} = {v}" for k, v in (source.filter or {}).items() if not isinstance(v, list)),
         "dtype of the activations": source.dtype,
     }
@@ -155,10 +155,6 @@ def _code(value: object) -> str | None:
 
 def _count(value: object) -> str | None:
     return f"{value:,}" if isinstance(value, int) else None
-
-
-def _share(value: object) -> str | None:
-    return f"{value:.2%}" if isinstance(value, int | float) else None
 
 
 def _shown(value: object) -> str:

@@ -44,6 +44,10 @@ CLASSES = {
     "AutoEncoder": {"encoder.weight", "encoder.bias", "decoder.weight", "bias"},
 }
 """Tensors of each class, those first that would pass for another."""
+B_DEC = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
+"""Its names of b_dec where it is not called so."""
+GATE = {"b_gate": "gate_bias", "r_mag": "r_mag", "b_mag": "mag_bias"}
+"""Our names of the tensors of a gate, and its own."""
 UNIT = 5e-6
 """How far norms may lie from 1 and still be left alone by its `normalize_decoder`."""
 
@@ -104,16 +108,14 @@ def _parts(name: str, stored: dict[str, Any], trainer: dict[str, Any], file: Pat
     weights = (
         ("W_enc.T", "W_dec", "b_enc") if "W_enc" in CLASSES[name] else ("encoder.weight", "decoder.weight.T", b_enc)
     )
-    b_dec = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
     parts = Parts(
         kind="relu",
-        **tensors.weights(*weights, b_dec.get(name, "b_dec")),
+        **tensors.weights(*weights, B_DEC.get(name, "b_dec")),
         subtract_b_dec=name not in ("AutoEncoderNew", "JumpReluAutoEncoder"),
     )
     if name == "GatedAutoEncoder":
         parts.kind = "gated"
-        names = {"b_gate": "gate_bias", "r_mag": "r_mag", "b_mag": "mag_bias"}
-        parts.gate = {ours: tensors.take(theirs, "d_sae") for ours, theirs in names.items()}
+        parts.gate = {ours: tensors.take(theirs, "d_sae") for ours, theirs in GATE.items()}
     elif name == "JumpReluAutoEncoder":
         parts.kind, parts.threshold = "jumprelu", tensors.take("threshold", "d_sae")
     elif "TopK" in name:
@@ -162,20 +164,16 @@ def write(parts: Parts, folder: Path) -> None:
     check_fits(parts, "dictionary_learning", ("relu", "topk", "jumprelu", "gated"))
     name = _class_for(parts)
     fold_b_dec(parts, name not in ("AutoEncoderNew", "JumpReluAutoEncoder"))
-    encoder = {"encoder.weight": parts.W_enc, "decoder.weight": parts.W_dec.T}
-    counts = {"k": torch.tensor(int(parts.k or 0), dtype=torch.int)}
-    if name == "GatedAutoEncoder":
-        gate = {"gate_bias": parts.gate["b_gate"], "mag_bias": parts.gate["b_mag"], "r_mag": parts.gate["r_mag"]}
-        tensors = encoder | gate | {"decoder_bias": parts.b_dec}
-    elif name == "JumpReluAutoEncoder":
-        tensors = {"W_enc": parts.W_enc.T, "b_enc": parts.b_enc, "W_dec": parts.W_dec, "b_dec": parts.b_dec}
-        tensors["threshold"] = _threshold(parts)
-    elif name in ("AutoEncoderTopK", "BatchTopKSAE"):
-        threshold = torch.tensor(-1.0) if parts.kind == "topk" else _threshold(parts)[0]
-        tensors = encoder | {"encoder.bias": parts.b_enc, "b_dec": parts.b_dec, "threshold": threshold} | counts
+    tensors = {B_DEC.get(name, "b_dec"): parts.b_dec}
+    if name == "JumpReluAutoEncoder":
+        tensors |= {"W_enc": parts.W_enc.T, "b_enc": parts.b_enc, "W_dec": parts.W_dec, "threshold": _threshold(parts)}
     else:
-        bias = "bias" if name == "AutoEncoder" else "decoder.bias"
-        tensors = encoder | {"encoder.bias": parts.b_enc, bias: parts.b_dec}
+        tensors |= {"encoder.weight": parts.W_enc, "decoder.weight": parts.W_dec.T}
+        gate = {GATE[ours]: tensor for ours, tensor in parts.gate.items()}
+        tensors |= gate or {"encoder.bias": parts.b_enc}
+    if "TopK" in name:
+        tensors["k"] = torch.tensor(int(parts.k or 0), dtype=torch.int)
+        tensors["threshold"] = torch.tensor(-1.0) if parts.kind == "topk" else _threshold(parts)[0]
     with replacing(folder / "ae.pt") as partial:
         torch.save(stored(tensors), partial)
     trainer = over(carried(parts, "dictionary_learning"), _settings(parts, name))

@@ -14,24 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from apportion.interop import (
-    batchtopk_repo,
-    circuit_tracer,
-    dictionary_learning,
-    e2e_sae,
-    gemma_scope,
-    llama_scope,
-    llamascopium,
-    mlsae,
-    openai,
-    sae_lens,
-    sparsify,
-    switch_sae,
-)
 from apportion.interop.parts import Parts
 
 
@@ -45,27 +31,27 @@ class Format:
     """What it is recognised by; for messages."""
 
 
-def _format(module: ModuleType, files: str) -> Format:
-    """The format of a file of this folder, under its name."""
-    name = module.__name__.rpartition(".")[2]
+def _format(name: str, files: str) -> Format:
+    """That of the file of this name in this folder."""
+    module = import_module(f"apportion.interop.{name}")
     return Format(name, module.recognises, module.read, getattr(module, "write", None), files)
 
 
 FORMATS: dict[str, Format] = {
-    known.name: known
-    for known in (
-        _format(sae_lens, "cfg.json and sae_weights.safetensors"),
-        _format(dictionary_learning, "ae.pt"),
-        _format(sparsify, "cfg.json and sae.safetensors"),
-        _format(openai, "a .pt with pre_bias and latent_bias"),
-        _format(gemma_scope, "params.npz or params.safetensors"),
-        _format(llama_scope, "hyperparams.json and checkpoints/"),
-        _format(llamascopium, "config.json with an sae_type"),
-        _format(mlsae, "config.json and model.safetensors with pre_encoder_bias"),
-        _format(switch_sae, "ae.pt with router.weight"),
-        _format(e2e_sae, "samples_*.pt"),
-        _format(batchtopk_repo, "sae.pt and config.json"),
-        _format(circuit_tracer, "layer_N.safetensors"),
-    )
+    name: _format(name, files)
+    for name, files in {
+        "sae_lens": "cfg.json and sae_weights.safetensors",
+        "dictionary_learning": "ae.pt",
+        "sparsify": "cfg.json and sae.safetensors",
+        "openai": "a .pt with pre_bias and latent_bias",
+        "gemma_scope": "params.npz or params.safetensors",
+        "llama_scope": "hyperparams.json and checkpoints/",
+        "llamascopium": "config.json with an sae_type",
+        "mlsae": "config.json and model.safetensors with pre_encoder_bias",
+        "switch_sae": "ae.pt with router.weight",
+        "e2e_sae": "samples_*.pt",
+        "batchtopk_repo": "sae.pt and config.json",
+        "circuit_tracer": "layer_N.safetensors",
+    }.items()
 }
 """In the order in which they are asked."""

@@ -42,7 +42,8 @@ def names_in(file: Path | None) -> frozenset[str]:
             with zipfile.ZipFile(file) as archive:
                 return frozenset(name.removesuffix(".npy") for name in archive.namelist())
         if file.suffix in (".pt", ".pth"):
-            return frozenset(_pickled_words(file))
+            instructions = islice(_instructions(file), MOST_INSTRUCTIONS)
+            return frozenset(arg for code, arg in instructions if "UNICODE" in code.name and arg)
     except Exception:
         return frozenset()
     return frozenset()
@@ -99,11 +100,6 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
 def endless(file: Path) -> bool:
     """True for a .pt or .pth with more instructions than a state dict has; it would take minutes to read them."""
     return sum(1 for _ in islice(_instructions(file), MOST_INSTRUCTIONS)) == MOST_INSTRUCTIONS
-
-
-def _pickled_words(file: Path) -> Iterator[str]:
-    """Strings in the pickles of a file."""
-    return (arg for code, arg in islice(_instructions(file), MOST_INSTRUCTIONS) if "UNICODE" in code.name and arg)
 
 
 def _instructions(file: Path) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:

@@ -77,7 +77,8 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     folder = path if path.is_dir() else path.parent
     file = file_in(folder, WEIGHTS)
     original = read_json(file_in(folder, CONFIG))
-    settings = current_settings(original) | _taken(config, "k", "model_from_pretrained_kwargs")
+    settings = current_settings(original)
+    settings |= {name: config.pop(name) for name in ("k", "model_from_pretrained_kwargs") if name in config}
     kind = _kind(settings, file)
     parts = _weights(settings, kind, file)
     scale = _scale(folder, config)
@@ -94,10 +95,6 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
         places = (settings.get("hook_name"), settings.get("hook_name_out"))
         centre(parts, settings.get("model_name"), *places, file)
     return parts
-
-
-def _taken(config: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: config.pop(name) for name in names if name in config}
 
 
 def current_settings(original: dict[str, Any]) -> dict[str, Any]:
