@@ -75,9 +75,9 @@ def assemble(parts: Parts, dtype: torch.dtype | None = None) -> SAE:
 def _name(parts: Parts) -> str:
     if parts.transcoder:
         return "transcoder" if parts.W_skip is None else "skip_transcoder"
-    if parts.kind == "batch_topk":
-        return "mutual_choice"
-    return "mlsae" if parts.every_layer else parts.kind
+    if parts.every_layer:
+        return "mlsae"
+    return "mutual_choice" if parts.kind == "batch_topk" else parts.kind
 
 
 def _rule(parts: Parts) -> dict[str, Any]:

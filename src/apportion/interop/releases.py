@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any
 
 CANONICAL_L0 = 100
@@ -58,14 +59,12 @@ def _gpt2() -> dict[str, Release]:
 
 def _pythia() -> dict[str, Release]:
     hooks = {"res": "hook_resid_post", "att": "hook_attn_out", "mlp": "hook_mlp_out"}
-    found = {
-        f"pythia-70m-deduped-{place}-sm": Release(
-            f"ctigges/pythia-70m-deduped__{place}-sm_processed",
-            {f"blocks.{{layer}}.{hook}": f"{{layer}}-{place}-sm"}
-            | ({"blocks.0.hook_resid_pre": "e-res-sm"} if place == "res" else {}),
-        )
-        for place, hook in hooks.items()
-    }
+    found = {}
+    for place, hook in hooks.items():
+        rules = {f"blocks.{{layer}}.{hook}": f"{{layer}}-{place}-sm"}
+        if place == "res":
+            rules["blocks.0.hook_resid_pre"] = "e-res-sm"
+        found[f"pythia-70m-deduped-{place}-sm"] = Release(f"ctigges/pythia-70m-deduped__{place}-sm_processed", rules)
     hook, path = "blocks.{layer}.hook_resid_post__trainer_{trainer}", "resid_post_layer_{layer}/trainer_{trainer}"
     for sweep in ("standard_ctx128_0712", "topk_ctx128_0730", "gated_ctx128_0730", "panneal_ctx128_0730"):
         name = f"pythia70m_sweep_{sweep}"
@@ -105,23 +104,18 @@ def _gemma_scope_2() -> dict[str, Release]:
 
 
 def _llama_scope() -> dict[str, Release]:
-    found = {
-        f"llama_scope_lx{place.lower()}_{factor}x": Release(
-            f"fnlp/Llama3_1-8B-Base-LX{place}-{factor}x",
-            {f"l{{layer}}{place.lower()}_{factor}x": f"Llama3_1-8B-Base-L{{layer}}{place}-{factor}x"},
-        )
-        for place in "RAM"
-        for factor in (8, 32)
-    }
+    found = {}
+    for place, factor in product("RAM", (8, 32)):
+        name, base = f"{place.lower()}_{factor}x", "Llama3_1-8B-Base-L"
+        rules = {f"l{{layer}}{name}": f"{base}{{layer}}{place}-{factor}x"}
+        found[f"llama_scope_lx{name}"] = Release(f"fnlp/{base}X{place}-{factor}x", rules)
     mixtures = {
         "800m_slimpajama": "800M-Slimpajama-0-OpenR1-Math-220k",
         "400m_slimpajama_400m_openr1_math": "400M-Slimpajama-400M-OpenR1-Math-220k",
         "800m_openr1_math": "0-Slimpajama-800M-OpenR1-Math-220k",
     }
-    found["llama_scope_r1_distill"] = Release(
-        "fnlp/Llama-Scope-R1-Distill",
-        {f"l{{layer}}r_{name}": f"{folder}/L{{layer}}R" for name, folder in mixtures.items()},
-    )
+    rules = {f"l{{layer}}r_{name}": f"{folder}/L{{layer}}R" for name, folder in mixtures.items()}
+    found["llama_scope_r1_distill"] = Release("fnlp/Llama-Scope-R1-Distill", rules)
     return found
 
 

@@ -152,10 +152,10 @@ def _weights(settings: dict[str, Any], kind: Kind, file: Path) -> Parts:
     )
     if kind == "gated":
         parts.gate = {name: tensors.take(name, "d_sae") for name in ("b_gate", "r_mag", "b_mag")}
-    if kind == "jumprelu":
-        logarithms = "log_threshold" in tensors
-        parts.threshold = tensors.take("log_threshold" if logarithms else "threshold", "d_sae")
-        parts.threshold = parts.threshold.exp() if logarithms else parts.threshold
+    if kind == "jumprelu" and "log_threshold" in tensors:
+        parts.threshold = tensors.take("log_threshold", "d_sae").exp()
+    elif kind == "jumprelu":
+        parts.threshold = tensors.take("threshold", "d_sae")
     if kind == "batch_topk" and (theta := tensors.number("topk_threshold")) > 0:
         parts.threshold = parts.b_enc.new_tensor(theta)
     if "skip" in settings["architecture"]:

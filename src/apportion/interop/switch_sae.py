@@ -35,7 +35,7 @@ def recognises(path: Path) -> bool:
 def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     file = path / "ae.pt" if (path / "ae.pt").is_file() else only_file(path, "*.pt")
     settings = dict_of(settings_in(beside(file, "config.json")).get("trainer"))
-    settings = settings | {name: config.pop(name) for name in ("k", "experts", "heaviside") if name in config}
+    settings |= {name: config.pop(name) for name in ("k", "experts", "heaviside") if name in config}
     sizes = {"d_in": "activation_dim", "d_sae": "dict_size", "experts": "experts"}
     sizes = {ours: settings.get(theirs) for ours, theirs in sizes.items()}
     tensors = Tensors(tensor_dict(read_pt(file, trust), file), file, **sizes)

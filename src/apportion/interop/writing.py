@@ -71,7 +71,7 @@ def over(original: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, 
 
 
 def dict_of(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def empty_folder(folder: str | Path) -> Path:
