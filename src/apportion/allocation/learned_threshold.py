@@ -14,13 +14,10 @@ from math import log
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from apportion.allocation import reference
-from apportion.allocation.base import Candidates, Settled
-from apportion.allocation.threshold import ThresholdInEval
-from apportion.group import Group
+from apportion.allocation.threshold import ThresholdAlways
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +26,8 @@ class LearnedThresholdConfig:
 
 
 @final
-class LearnedThreshold(ThresholdInEval):
+class LearnedThreshold(ThresholdAlways):
     Config = LearnedThresholdConfig
-    batch_coupled = False
     not_to_train = "learns by gradients that only the SAE jumprelu gives its thresholds: use that"
 
     def __init__(self, config: LearnedThresholdConfig, d_sae: int) -> None:
@@ -42,18 +38,6 @@ class LearnedThreshold(ThresholdInEval):
     def threshold(self) -> Float[Tensor, " d_sae"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """theta; no gradients."""
         return self.log_threshold.detach().exp()
-
-    def budget(self, tokens: int) -> None:
-        return None
-
-    def bounds(self, warm: Tensor | None) -> Tensor:
-        return self.threshold
-
-    def settle(self, candidates: Candidates, budget: int | Tensor | None, group: Group) -> Settled:
-        return Settled(keep=torch.ones_like(candidates.affinity, dtype=torch.bool))
-
-    def reference(self, affinity: Float[Tensor, "tokens d_sae"]) -> Bool[Tensor, "tokens d_sae"]:
-        return reference.threshold(affinity, self.threshold)
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:

@@ -38,10 +38,27 @@ class ThresholdInEval(Rule):
         return Threshold.at(threshold, self.d_sae)
 
 
-@final
-class Threshold(ThresholdInEval):
-    Config = ThresholdConfig
+class ThresholdAlways(ThresholdInEval):
+    """Base of the rules that in train mode do so, too."""
+
     batch_coupled = False
+
+    def budget(self, tokens: int) -> None:
+        return None
+
+    def bounds(self, warm: Tensor | None) -> Tensor:
+        return self.threshold.clamp_min(0)
+
+    def settle(self, candidates: Candidates, budget: int | Tensor | None, group: Group) -> Settled:
+        return Settled(keep=torch.ones_like(candidates.affinity, dtype=torch.bool))
+
+    def reference(self, affinity: Float[Tensor, "tokens d_sae"]) -> Bool[Tensor, "tokens d_sae"]:
+        return reference.threshold(affinity, self.threshold)
+
+
+@final
+class Threshold(ThresholdAlways):
+    Config = ThresholdConfig
     not_to_train = (
         "has no budget, so that nothing would make codes sparse (loaded SAEs have it): train with a rule that has k, "
         "or use relu, gated or jumprelu"
@@ -57,15 +74,3 @@ class Threshold(ThresholdInEval):
         rule = Threshold(ThresholdConfig(), d_sae)
         rule.threshold = threshold
         return rule
-
-    def budget(self, tokens: int) -> None:
-        return None
-
-    def bounds(self, warm: Tensor | None) -> Tensor:
-        return self.threshold.clamp_min(0)
-
-    def settle(self, candidates: Candidates, budget: int | Tensor | None, group: Group) -> Settled:
-        return Settled(keep=torch.ones_like(candidates.affinity, dtype=torch.bool))
-
-    def reference(self, affinity: Float[Tensor, "tokens d_sae"]) -> Bool[Tensor, "tokens d_sae"]:
-        return reference.threshold(affinity, self.threshold)

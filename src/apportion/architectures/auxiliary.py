@@ -16,7 +16,6 @@ from torch import Tensor
 
 from apportion import losses
 from apportion.allocation import Rule, Selection, StepContext, TokenChoice
-from apportion.allocation.token_choice import TokenChoiceConfig
 from apportion.allocation.zipf import NOISE_SHARE, fit_zipf, zipf_densities
 from apportion.architectures.affine import Affine, AffineConfig
 from apportion.architectures.base import Pass
@@ -81,7 +80,7 @@ class AffineWithAuxiliary(Affine):
         if silent is None or not silent.numel():
             return {}
         limit = self.config.aux_matches
-        rule = TokenChoice(TokenChoiceConfig(k=min(limit, silent.numel())), silent.numel())
+        rule = TokenChoice(TokenChoice.Config(k=min(limit, silent.numel())), silent.numel())
         # Not screened: with few columns the full product costs less than looking twice.
         chosen = self.encode_silent(x, Selection(rule, group=context.group), silent)
         error_hat = decode_matches(chosen, self.W_dec.flatten(1))

@@ -13,8 +13,8 @@ and `fold_in`; if it needs to, `prepare` (targets), `forward_scaled`, `reconstru
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from math import prod
@@ -30,13 +30,7 @@ from apportion.about import About
 from apportion.allocation import Rule, Screen, Selection, StepContext
 from apportion.architectures.calibrate import calibrate
 from apportion.architectures.files import save
-from apportion.architectures.inputs import (
-    PER_TOKEN,
-    Centre,
-    InputDescription,
-    InputNorm,
-    as_tensor,
-)
+from apportion.architectures.inputs import PER_TOKEN, Centre, InputDescription, InputNorm, as_tensor
 from apportion.group import ALONE, Group
 from apportion.latents import Latents
 from apportion.settings import settle
@@ -126,7 +120,8 @@ class SAE(nn.Module, ABC):
 
     @property
     def k(self) -> float | None:
-        return self.allocation.k
+        """Active latents per token that were asked for: the budget of the rule, or what sparsity is steered to."""
+        return getattr(self.config, "k", self.allocation.k)
 
     @property
     def source(self) -> About:
@@ -358,11 +353,9 @@ class SAE(nn.Module, ABC):
         copy.config = replace(self.config, input_norm="none")
         return copy
 
-    @contextmanager
-    def in_eval_mode(self) -> Iterator[None]:
+    def in_eval_mode(self) -> AbstractContextManager[None]:
         """Eval mode within the block; the mode is restored at its end."""
-        with in_eval_mode(self):
-            yield
+        return in_eval_mode(self)
 
     def settings(self) -> dict[str, Any]:
         """Everything `create` needs to build it again (`architectures.rebuild`, if the rule is not for training)."""

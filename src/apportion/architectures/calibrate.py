@@ -109,7 +109,7 @@ def _pool(sae: SAE, rows: Rows, total: int | None, reserve: float, held: int) ->
     """The best matches of all rows, as many as are wanted and more."""
     pool = _Growing(sae, total, reserve, held)
     for x in rows():
-        size = len(x) if pool.has_floor else max(1, AT_ONCE // sae.d_sae)
+        size = len(x) if bool((pool.floor > 0).any()) else max(1, AT_ONCE // sae.d_sae)
         for part in x.split(size) if len(x) else ():
             pool.add(part)
     return pool.finish()
@@ -125,10 +125,6 @@ class _Growing:
         self.latents: list[Int[Tensor, " n"]] = []
         self.affinity: list[Float[Tensor, " n"]] = []
         self.held = 0
-
-    @property
-    def has_floor(self) -> bool:
-        return bool((self.floor > 0).any())
 
     def add(self, x: Float[Tensor, " n *row"]) -> None:
         found = self.sae.encode_scaled(x, self.sae.selection(rule=self.sae.allocation.in_eval(self.floor)))

@@ -27,8 +27,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apportion.allocation import LearnedThreshold, MutualChoice
-from apportion.allocation.learned_threshold import LearnedThresholdConfig
-from apportion.allocation.mutual_choice import MutualChoiceConfig
 from apportion.architectures.affine import Affine, AffineConfig
 from apportion.architectures.base import SAE
 from apportion.architectures.jumprelu import JumpReLU, JumpReLUConfig
@@ -52,7 +50,7 @@ def to_jumprelu(sae: SAE, xs: Float[Tensor, "*lead d_in"] | Iterable[Tensor] | N
     if rule.eval_form == "topk":
         if xs is None:
             raise ValueError("A TopK SAE has no thresholds: call to_jumprelu(sae, xs) with some 100,000 activations.")
-        by_threshold = MutualChoice(MutualChoiceConfig(k=rule.k), source.d_sae)
+        by_threshold = MutualChoice(MutualChoice.Config(k=rule.k), source.d_sae)
         source.allocation = by_threshold.to(source.mean).eval()
     if xs is not None:
         source.calibrate(xs)
@@ -77,7 +75,7 @@ def _log_from_below(theta: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
 def _with_thresholds(source: Affine, theta: Float[Tensor, " d_sae"]) -> JumpReLU:
     shared = {f.name: getattr(source.config, f.name) for f in fields(AffineConfig)}
     config = JumpReLUConfig(**shared | {"affinity": "code", "k": source.k})
-    sae = JumpReLU(config, LearnedThreshold(LearnedThresholdConfig(), source.d_sae))
+    sae = JumpReLU(config, LearnedThreshold(LearnedThreshold.Config(), source.d_sae))
     sae.name = "jumprelu"
     sae.to(source.device, source.dtype)
     for part in ("W_enc", "b_enc", "W_dec", "b_dec"):

@@ -62,10 +62,6 @@ class Gated(Affine):
         initial = 0.1 * (config.d_in * config.initial_k) ** -0.5
         self.coefficient = SparsityCoefficient(config.k, config.coefficient, initial=initial)
 
-    @property
-    def k(self) -> float | None:
-        return self.config.k
-
     def begin_step(self, context: StepContext) -> None:
         super().begin_step(context)
         self.coefficient.begin_step(context)

@@ -130,10 +130,6 @@ class JumpReLU(AffineWithAuxiliary):
         self.coefficient = SparsityCoefficient(config.k, config.coefficient, initial=initial)
 
     @property
-    def k(self) -> float | None:
-        return self.config.k
-
-    @property
     def log_threshold(self) -> nn.Parameter:
         """t; theta = exp(t)."""
         return self.allocation.log_threshold

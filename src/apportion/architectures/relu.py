@@ -87,10 +87,6 @@ class ReLU(Affine):
         self.register_buffer("compensation", torch.tensor(1.0))
         self._next_p = 1.0
 
-    @property
-    def k(self) -> float | None:
-        return self.config.k
-
     def unit_rows(self) -> list[nn.Parameter]:
         return []
 

@@ -84,6 +84,11 @@ def rule_name(rule: type[Rule]) -> str:
     return next(name for name, known in RULES.items() if known is rule)
 
 
+def _any_rule(architecture: type[SAE], summary: str, rule: str = "topk", **defaults: Any) -> NamedSAE:
+    """An SAE whose rule is a setting."""
+    return NamedSAE(architecture, RULES[rule], summary, defaults, any_rule=True)
+
+
 SAES: dict[str, NamedSAE] = {
     "topk": NamedSAE(Plain, RULES["topk"], "every token keeps its k strongest latents"),
     "mutual_choice": NamedSAE(
@@ -101,44 +106,31 @@ SAES: dict[str, NamedSAE] = {
     "multi_topk": NamedSAE(
         MultiTopK, RULES["topk"], "every token keeps its k strongest latents, and could use more: 4 k are trained too"
     ),
-    "matryoshka": NamedSAE(
+    "matryoshka": _any_rule(
         Matryoshka,
-        RULES["mutual_choice"],
         "nested SAEs of growing width in one: the first latents alone reconstruct as well as they can",
-        any_rule=True,
+        rule="mutual_choice",
     ),
-    "transcoder": NamedSAE(
-        Transcoder,
-        RULES["topk"],
-        "codes of a module's input predict its output; every token keeps its k strongest latents",
-        any_rule=True,
+    "transcoder": _any_rule(
+        Transcoder, "codes of a module's input predict its output; every token keeps its k strongest latents"
     ),
-    "skip_transcoder": NamedSAE(
+    "skip_transcoder": _any_rule(
         Transcoder,
-        RULES["topk"],
         "a transcoder with a dense linear map beside the latents, which need not spend themselves on what is linear",
-        {"skip": True},
-        any_rule=True,
+        skip=True,
     ),
-    "crosscoder": NamedSAE(
+    "crosscoder": _any_rule(
         Crosscoder,
-        RULES["topk"],
         "one code for several layers or models; every token keeps the k latents that write most to all of them",
-        {"affinity": "code_times_decoder_norm", "subtract_b_dec": False},
-        any_rule=True,
+        affinity="code_times_decoder_norm",
+        subtract_b_dec=False,
     ),
-    "mlsae": NamedSAE(
+    "mlsae": _any_rule(
         MLSAE,
-        RULES["topk"],
         "one SAE for all layers: every (token, layer) is a row, standardised alone, and keeps its k strongest latents",
-        any_rule=True,
     ),
-    "switch": NamedSAE(
-        Switch,
-        RULES["topk"],
-        "a router sends each token to one of several small SAEs, of which only that one is computed",
-        {"aux": "none"},
-        any_rule=True,
+    "switch": _any_rule(
+        Switch, "a router sends each token to one of several small SAEs, of which only that one is computed", aux="none"
     ),
     "relu": NamedSAE(
         ReLU, RULES["threshold"], "every positive latent is kept, and an L1 penalty makes codes small until k are left"
@@ -154,40 +146,28 @@ SAES: dict[str, NamedSAE] = {
         "every latent has a threshold of its own, which is learned: tokens take as many latents as exceed theirs",
         {"aux": "none"},
     ),
-    "frozen_decoder": NamedSAE(
+    "frozen_decoder": _any_rule(
         Frozen,
-        RULES["topk"],
         "baseline: decoder directions are random and never trained, every token keeps its k strongest latents",
-        {"frozen": "decoder"},
-        any_rule=True,
+        frozen="decoder",
     ),
-    "soft_frozen_decoder": NamedSAE(
+    "soft_frozen_decoder": _any_rule(
         Frozen,
-        RULES["topk"],
         "baseline: decoder directions stay near a random start, every token keeps its k strongest latents",
-        {"frozen": "soft_decoder"},
-        any_rule=True,
+        frozen="soft_decoder",
     ),
-    "frozen_encoder": NamedSAE(
+    "frozen_encoder": _any_rule(
         Frozen,
-        RULES["topk"],
         "baseline: encoder directions are random and never trained, every token keeps its k strongest latents",
-        {"frozen": "encoder"},
-        any_rule=True,
+        frozen="encoder",
     ),
-    "pca": NamedSAE(
-        FixedBasis,
-        RULES["topk"],
-        "baseline: nothing is trained, every token keeps its k largest principal components",
-        {"basis": "pca"},
-        any_rule=True,
+    "pca": _any_rule(
+        FixedBasis, "baseline: nothing is trained, every token keeps its k largest principal components", basis="pca"
     ),
-    "neurons": NamedSAE(
+    "neurons": _any_rule(
         FixedBasis,
-        RULES["topk"],
         "baseline: nothing is trained, every token keeps its k largest activations as they are",
-        {"basis": "neurons"},
-        any_rule=True,
+        basis="neurons",
     ),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation, Overflow
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from apportion.about import Site
+from apportion.about import ModelRecord, Site
 from apportion.trust import expanded, shown
 
 
@@ -41,13 +41,13 @@ def parse_count(text: str) -> int:
     return number
 
 
-def spelled(read: Callable[[str], int], name: str) -> PrimitiveConstructorSpec[int]:
-    """An option that takes one number, read by `read`."""
+def spelled(read: Callable[[str], Any], name: str, kind: type = int) -> PrimitiveConstructorSpec[Any]:
+    """An option that takes one word, read by `read`."""
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=name,
         instance_from_str=lambda words: read(words[0]),
-        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+        is_instance=lambda value: isinstance(value, kind) and not isinstance(value, bool),
         str_from_instance=lambda value: [str(value)],
     )
 
@@ -67,15 +67,7 @@ def _whole_numbers(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] |
 @OPTIONS.primitive_rule
 def _paths(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
     """Every option that is a path knows ~, also where the shell does not see it (--out=~/runs)."""
-    if option.type is not Path:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: expanded(words[0]),
-        is_instance=lambda value: isinstance(value, Path),
-        str_from_instance=lambda value: [str(value)],
-    )
+    return spelled(expanded, "PATH", Path) if option.type is Path else None
 
 
 @dataclass(kw_only=True)
@@ -162,15 +154,9 @@ class Model:
         """The model and its tokenizer; `dtype` is the precision unless an option says otherwise."""
         from apportion.language import load_model
 
-        return load_model(
-            name,
-            self.model_dtype or dtype or "float32",
-            device=best_device(self.device),
-            device_map=self.device_map,
-            attn_implementation=self.attn_implementation,
-            auto_class=self.auto_class,
-            trust_remote_code=self.trust_remote_code,
-        )
+        options = ("device_map", "attn_implementation", "auto_class", "trust_remote_code")
+        given: dict[str, Any] = {option: getattr(self, option) for option in options}
+        return load_model(name, self.model_dtype or dtype or "float32", device=best_device(self.device), **given)
 
 
 def best_device(name: str) -> str:
@@ -185,14 +171,10 @@ def best_device(name: str) -> str:
     return name
 
 
-def check_same_model(ours: Any, theirs: Any, where: str, allowed: bool = False) -> None:
-    """Refuse activations of another model than the SAE was trained on; if it is `allowed`, say what that means.
-
-    Both are records of models, or what has one as "model".
-    """
+def check_same_model(ours: ModelRecord, theirs: ModelRecord, where: str, allowed: bool = False) -> None:
+    """Refuse activations of another model than the SAE was trained on; if it is `allowed`, say what that means."""
     from apportion.same_model import model_difference
 
-    ours, theirs = (one["model"] if isinstance(one, Mapping) else one for one in (ours, theirs))
     difference = model_difference(ours, theirs)
     if difference is None:
         return

@@ -61,16 +61,6 @@ class Collect:
         source = self.corpus.source(self.model)
         check_out(self.out)
         model, tokenizer = self.loading.load(self.model)
-        return collect(
-            model,
-            tokenizer,
-            self.hookpoint,
-            source,
-            tokens=self.tokens,
-            out=self.out,
-            context_tokens=self.context_tokens,
-            batch_contexts=self.batch_contexts,
-            dtype=self.dtype,
-            bos=self.bos,
-            token_filter=self.filter.token_filter(),
-        )
+        options = ("tokens", "out", "context_tokens", "batch_contexts", "dtype", "bos")
+        given = {name: getattr(self, name) for name in options}
+        return collect(model, tokenizer, self.hookpoint, source, **given, token_filter=self.filter.token_filter())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -39,19 +39,9 @@ class Demo:
         from apportion.evals.table import print_table
         from apportion.recipes import demo
 
-        request = demo.Demo(
-            model=self.model,
-            out=self.out,
-            text=None if self.corpus == Text() else self.corpus.source(),
-            hookpoint=self.hookpoint,
-            tokens=self.tokens,
-            k=self.k,
-            d_sae=self.d_sae,
-            lr=self.lr,
-            seed=self.seed,
-            device=best_device(self.loading.device),
-            load=self.loading.load,
-        )
+        shared = {f.name: getattr(self, f.name) for f in fields(demo.Demo) if hasattr(self, f.name)}
+        text = None if self.corpus == Text() else self.corpus.source()
+        request = demo.Demo(**shared, text=text, device=best_device(self.loading.device), load=self.loading.load)
         try:
             report = request.run()
         except KeyboardInterrupt:

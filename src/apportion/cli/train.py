@@ -242,9 +242,6 @@ def chosen_sae(argv: list[str]) -> tuple[str, str | None, str]:
 
 def given_value(argv: list[str], name: str) -> str | None:
     """What stands after the last --name, or None."""
-    given = [word.partition("=")[2] or following for word, following in pairwise([*argv, ""]) if is_flag(word, name)]
+    words = [(*word.partition("="), following) for word, following in pairwise([*argv, ""])]
+    given = [value or following for flag, _, value, following in words if flag == f"--{name}"]
     return given[-1] if given else None
-
-
-def is_flag(word: str, name: str) -> bool:
-    return word.partition("=")[0] == f"--{name}"

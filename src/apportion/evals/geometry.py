@@ -75,16 +75,12 @@ def geometry(rows: Float[Tensor, " n *row"], num_experts: int, *, seed: int = 0)
     """
     nearest = nearest_cosines(rows, num_experts)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(rows.device)
-    at_random = similarity(nearest_cosines(rows[order], num_experts))
     elsewhere = torch.where(_own(nearest), -torch.inf, nearest)
-    within, between = _within_and_between(similarity(nearest))
     return Geometry(
-        duplicated=duplicated(nearest).double().mean().item(),
-        duplicated_elsewhere=duplicated(elsewhere).double().mean().item(),
-        within=within,
-        between=between,
-        within_at_random=_within_and_between(at_random)[0],
-        between_at_random=_within_and_between(at_random)[1],
+        duplicated(nearest).double().mean().item(),
+        duplicated(elsewhere).double().mean().item(),
+        *_within_and_between(nearest),
+        *_within_and_between(nearest_cosines(rows[order], num_experts)),
     )
 
 
@@ -118,7 +114,8 @@ def _own(nearest: Float[Tensor, "n num_experts"]) -> Bool[Tensor, "n num_experts
     return expert.repeat_interleave(n // num_experts)[:, None] == expert
 
 
-def _within_and_between(similar: Float[Tensor, "num_experts num_experts"]) -> tuple[float, float]:
+def _within_and_between(nearest: Float[Tensor, "n num_experts"]) -> tuple[float, float]:
+    similar = similarity(nearest)
     own = torch.eye(len(similar), dtype=torch.bool, device=similar.device)
     within, between = (similar[part].mean().item() for part in (own, ~own))
     return within if within > -torch.inf else float("nan"), between

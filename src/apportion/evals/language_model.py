@@ -105,7 +105,7 @@ def evaluate_model(
         logger.warning("%s does not predict the next token: there is no cross-entropy", type(model).__name__)
     measurements = {name: Measurement(sae) for name, sae in saes.items()}
     entropies = CrossEntropies()
-    total = _Sum()
+    sums: list[Float[Tensor, " d"]] = []
     kept = torch.ones_like(contexts, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     batches = list(zip(contexts.split(batch_contexts), kept.split(batch_contexts), strict=True))
     masks: list[Bool[Tensor, "n context_tokens"]] = []
@@ -120,7 +120,7 @@ def evaluate_model(
             for name, one in filters.items():
                 mask &= one.mask(seen[name], ids.to(x.device), positions)
             masks.append(mask)
-            total.add(y[mask])
+            sums.append(y[mask].double().sum(0))
             difficulty = None
             if losses is not None:
                 entropies.add("clean", losses)
@@ -134,7 +134,7 @@ def evaluate_model(
                     entropies.add(f"sae:{name}", _replaced(model, ids, attended, replaced, mask, y_hat))
             done += ids.numel() * (len(saes) + 1 if predicts else 1)
             show(done)
-        mean = total.mean()
+        mean = _mean_row(sums, masks)
         for (ids, attended), mask in zip(batches if predicts else (), masks if predicts else (), strict=True):
             for name, vector in (("zero", torch.zeros_like(mean)), ("mean", mean)):
                 entropies.add(name, _replaced(model, ids, attended, replaced, mask, vector))
@@ -220,20 +220,12 @@ def recalibrate_in_model(
     return sae.calibrate(Anew(rows))
 
 
-class _Sum:
-    """Mean of rows, summed in float64."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.sum: Tensor | float = 0.0
-
-    def add(self, x: Float[Tensor, "n d"]) -> None:
-        self.sum, self.rows = self.sum + x.double().sum(0), self.rows + len(x)
-
-    def mean(self) -> Float[Tensor, " d"]:
-        if not self.rows or not isinstance(self.sum, Tensor):
-            raise ValueError("Nothing to evaluate: no row passed the token filter. Give more text.")
-        return (self.sum / self.rows).float()
+def _mean_row(sums: list[Float[Tensor, " d"]], masks: list[Bool[Tensor, "n context_tokens"]]) -> Float[Tensor, " d"]:
+    """From the sum of the rows of each mask."""
+    rows = sum(int(mask.sum()) for mask in masks)
+    if not rows:
+        raise ValueError("Nothing to evaluate: no row passed the token filter. Give more text.")
+    return (sum(sums, torch.zeros(())) / rows).float()
 
 
 def _clean(

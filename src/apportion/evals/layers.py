@@ -44,6 +44,7 @@ class LayerStatistics:
 
     def __init__(self, num_layers: int, d_sae: int) -> None:
         self.num_layers, self.d_sae = num_layers, d_sae
+        self._layers = torch.arange(num_layers, dtype=torch.float64)
         self._total = {by: torch.zeros(d_sae, num_layers, dtype=torch.float64) for by in ("mass", "counts")}
         self._pairs = {(by, w): [0.0, 0.0] for by in ("mass", "counts") for w in ("each", "activity")}
 
@@ -72,16 +73,16 @@ class LayerStatistics:
 
     def mean_layer(self, by: By = "mass") -> Float[Tensor, " d_sae"]:
         """NaN for latents that never fired."""
-        return self.distribution(by) @ self._layers()
+        return self.distribution(by) @ self._layers
 
     def variance(self, by: By = "mass") -> Float[Tensor, " d_sae"]:
         """Var(L | j); NaN for latents that never fired."""
-        P, layers = self.distribution(by), self._layers()
+        P, layers = self.distribution(by), self._layers
         return _variance(P.sum(1), P @ layers, P @ layers.square())
 
     def variances(self, by: By = "mass", mean: Weights = "each") -> dict[str, float]:
         """var, var_latent, var_pair: the three variances; rel_latent, rel_pair: each as a share of the one before."""
-        total, layers = self._total[by], self._layers()
+        total, layers = self._total[by], self._layers
         alive = total.sum(1) > 0
         if not bool(alive.any()):
             raise ValueError("No latent has fired: there are no layers to tell of.")
@@ -107,9 +108,6 @@ class LayerStatistics:
             "mass": {"each": self.variances("mass", "each"), "activity": self.variances("mass", "activity")},
             "counts": {"each": self.variances("counts", "each"), "activity": self.variances("counts", "activity")},
         }
-
-    def _layers(self) -> Float[Tensor, " num_layers"]:
-        return torch.arange(self.num_layers, dtype=torch.float64)
 
 
 def _variance(size: Tensor, first: Tensor, second: Tensor) -> Tensor:

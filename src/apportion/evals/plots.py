@@ -151,9 +151,7 @@ def difficulty_chart(measurements: Mapping[str, Measurement]) -> Chart:
 
 
 def fvu_chart(
-    points: Mapping[str, tuple[float, float]],
-    sweeps: Mapping[str, Sequence[tuple[float, float]]],
-    pca: Sequence[float],
+    points: Mapping[str, tuple[float, float]], sweeps: Mapping[str, Sequence[tuple[float, float]]], pca: Sequence[float]
 ) -> Chart:
     """FVU against L0: the trained SAEs as points, their sweeps as lines, and the PCA with as many components."""
 

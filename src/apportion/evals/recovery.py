@@ -53,6 +53,7 @@ def recovery(sae: SAE, batch: Batch, codes: Latents, directions: Float[Tensor, "
     correlations = correlation_matrix(found, codes)[:, fires]
     true = torch.nn.functional.normalize(directions.flatten(1).to(sae.dtype).cpu(), dim=1)
     cosines = decoder_directions(sae) @ true.T
+    l0_correlation = correlation(found.l0().double(), codes.l0().double())
     latents, features = matching(correlations)
     precision, recall = detection(found, codes, latents, fires.nonzero().squeeze(1)[features])
     return {
@@ -72,7 +73,7 @@ def recovery(sae: SAE, batch: Batch, codes: Latents, directions: Float[Tensor, "
         "cosine_of_latents": cosines.max(1).values.mean().item(),
         "uniqueness": cosines[alive].argmax(1).unique().numel() / max(1, int(alive.sum())),
         "l0_true": codes.nnz / codes.tokens,
-        "l0_correlation": _known(correlation(found.l0().double(), codes.l0().double())),
+        "l0_correlation": None if l0_correlation != l0_correlation else l0_correlation,
     }
 
 
@@ -170,7 +171,3 @@ def decoder_directions(sae: SAE) -> Float[Tensor, "d_sae out"]:
             with_latent, without = sae.undo(with_latent, x), sae.undo(without, x)
         parts.append((with_latent - without).flatten(1).cpu())
     return torch.nn.functional.normalize(torch.cat(parts), dim=1)
-
-
-def _known(value: float) -> float | None:
-    return None if value != value else value

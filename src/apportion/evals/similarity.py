@@ -23,14 +23,11 @@ def similarity(a: SAE, b: SAE, *, matched: bool = True) -> dict[str, float]:
     if of_a.shape[1] != of_b.shape[1]:
         raise ValueError(f"These decoders are not comparable: their outputs have {of_a.shape[1]} and {of_b.shape[1]}.")
     to_b, to_a = nearest_rows(of_a, of_b)
-    found = {
-        "mmcs_ab": pair_cosines(of_a, of_b, to_b).mean().item(),
-        "mmcs_ba": pair_cosines(of_b, of_a, to_a).mean().item(),
-    }
+    pairs = {"mmcs_ab": (of_a, of_b, to_b), "mmcs_ba": (of_b, of_a, to_a)}
     if matched:
         few, many = (of_a, of_b) if len(of_a) <= len(of_b) else (of_b, of_a)
-        found["one_to_one"] = pair_cosines(few, many, one_to_one(few, many)).mean().item()
-    return found
+        pairs["one_to_one"] = few, many, one_to_one(few, many)
+    return {name: pair_cosines(*pair).mean().item() for name, pair in pairs.items()}
 
 
 @torch.no_grad()

@@ -53,11 +53,8 @@ def off_budget(result: Mapping[str, Any]) -> str | None:
     k, l0 = result.get("k"), result.get("l0")
     if not k or l0 is None or abs(l0 / k - 1) <= OFF_BUDGET:
         return None
-    said = (
-        f"L0 is {l0:.2f} here, and k is {k:g}: the thresholds were calibrated on other text. Figures at another L0 do "
-    )
+    remedy = "--recalibrate sets the thresholds on half of the tokens and evaluates on the other half."
     if result.get("recalibrated"):
-        return said + "not compare; give more --tokens, so that the half they are set on is like the other."
-    return (
-        said + "not compare; --recalibrate sets the thresholds on half of the tokens and evaluates on the other half."
-    )
+        remedy = "give more --tokens, so that the half they are set on is like the other."
+    said = f"L0 is {l0:.2f} here, and k is {k:g}: the thresholds were calibrated on other text."
+    return f"{said} Figures at another L0 do not compare; {remedy}"

@@ -99,10 +99,8 @@ class SaeBenchSAE(nn.Module):
             self.register_buffer("norms", norms)
         if parts.threshold is not None:
             self.threshold = nn.Parameter(parts.threshold * norms)
-        for name, tensor in parts.gate.items():
-            setattr(self, name, nn.Parameter(tensor if name == "r_mag" else tensor * norms))
-        for name, tensor in parts.router.items():
-            setattr(self, name, nn.Parameter(tensor))
+        for name, tensor in (parts.gate | parts.router).items():
+            setattr(self, name, nn.Parameter(tensor * norms if name in ("b_gate", "b_mag") else tensor))
         self.input = InputDescription((cfg.d_in,), parts.input_norm, "mean")
         self.encoded: Tensor | None = None
         """The rows that were last encoded, where `decode` needs them."""
@@ -203,12 +201,8 @@ def to_sae_bench(
         training_tokens=metadata["training_tokens"] or -1,
         neuronpedia_id=metadata["neuronpedia_id"],
     )
-    limit = _limit(sae, pass_outliers)
+    limit = outlier_limit(sae.source, sae.hookpoint) if pass_outliers else None
     return SaeBenchSAE(parts, cfg, limit).to(sae.device, sae.dtype).eval()
-
-
-def _limit(sae: SAE, pass_outliers: bool) -> float | None:
-    return outlier_limit(sae.source, sae.hookpoint) if pass_outliers else None
 
 
 def to_sae_lens(
@@ -227,7 +221,8 @@ def to_sae_lens(
     with TemporaryDirectory() as folder:
         export(sae, Path(folder) / "sae", "sae_lens", model_class_name=model_class_name)
         lens = Lens.load_from_disk(Path(folder) / "sae", device=device)
-    if not sae.needs_target and (limit := _limit(sae, pass_outliers)) is not None:
+    limit = outlier_limit(sae.source, sae.hookpoint) if pass_outliers and not sae.needs_target else None
+    if limit is not None:
         lens.outliers, lens.__class__ = Outliers(limit), type(type(lens).__name__, (PassesOutliers, type(lens)), {})
     return lens
 

@@ -36,6 +36,7 @@ from apportion.interop.parts import Parts
 
 TINY = 1e-30
 """Thresholds that are not positive cut nothing; their logarithm is that of this number."""
+WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 
 def assemble(parts: Parts, dtype: torch.dtype | None = None) -> SAE:
@@ -56,15 +57,13 @@ def assemble(parts: Parts, dtype: torch.dtype | None = None) -> SAE:
         settings["affinity"] = "code_times_decoder_norm"
     with blank_weights():
         sae = rebuild(_name(parts), **settings)
-    weights = {"W_enc": parts.W_enc, "W_dec": parts.W_dec, "b_enc": parts.b_enc, "b_dec": parts.b_dec}
-    if parts.W_skip is not None:
-        weights["W_skip"] = parts.W_skip
+    names = (*WEIGHTS, "W_skip") if parts.W_skip is not None else WEIGHTS
+    weights = {name: getattr(parts, name) for name in names} | parts.router
     if parts.kind == "gated":
         weights |= {"b_enc": parts.gate["b_gate"], "r_mag": parts.gate["r_mag"], "b_mag": parts.gate["b_mag"]}
-    weights |= parts.router
     dtype = dtype or parts.dtype or reduce(torch.promote_types, (w.dtype for w in weights.values()))
     for name, tensor in weights.items():
-        _put(sae, name, _within(name, tensor, dtype))
+        _put(sae, name, tensor, dtype)
     sae.to(dtype)
     _set_threshold(sae.allocation, parts)
     sae.info = deepcopy(parts.info)
@@ -76,17 +75,9 @@ def assemble(parts: Parts, dtype: torch.dtype | None = None) -> SAE:
 def _name(parts: Parts) -> str:
     if parts.transcoder:
         return "transcoder" if parts.W_skip is None else "skip_transcoder"
-    return "mlsae" if parts.every_layer else NAMES[parts.kind]
-
-
-NAMES = {
-    "relu": "relu",
-    "topk": "topk",
-    "batch_topk": "mutual_choice",
-    "jumprelu": "jumprelu",
-    "gated": "gated",
-    "switch": "switch",
-}
+    if parts.every_layer:
+        return "mlsae"
+    return "mutual_choice" if parts.kind == "batch_topk" else parts.kind
 
 
 def _rule(parts: Parts) -> dict[str, Any]:
@@ -138,20 +129,14 @@ def _whole(k: float) -> int:
     return int(k)
 
 
-def _put(sae: SAE, name: str, tensor: Tensor) -> None:
-    """The tensor itself becomes the parameter, so that big weights are not copied."""
-    parameter = sae.get_parameter(name)
-    if parameter.shape != tensor.shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, {list(parameter.shape)} is needed.")
-    parameter.data = tensor.contiguous()
-
-
-def _within(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in that dtype; ValueError for numbers that are too large for it."""
-    cast = tensor.to(dtype)
+def _put(sae: SAE, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """The tensor itself, in that dtype, becomes the parameter, so that big weights are not copied."""
+    parameter, cast = sae.get_parameter(name), tensor.to(dtype)
     if dtype == torch.float16 and not all_finite(cast):
         raise ValueError(f"{name} has numbers that float16 does not hold: load(..., dtype=torch.float32).")
-    return cast
+    if parameter.shape != tensor.shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, {list(parameter.shape)} is needed.")
+    parameter.data = cast.contiguous()
 
 
 @torch.no_grad()
@@ -186,13 +171,10 @@ def take_apart(sae: SAE) -> Parts:
 
 
 def _parts(folded: Affine) -> Parts:
-    weights = {name: p.detach() for name, p in folded.named_parameters()}
+    weights: dict[str, Any] = {name: p.detach() for name, p in folded.named_parameters()}
     parts = Parts(
         kind="relu",
-        W_enc=weights["W_enc"],
-        W_dec=weights["W_dec"],
-        b_enc=weights["b_enc"],
-        b_dec=weights["b_dec"],
+        **{name: weights[name] for name in WEIGHTS},
         subtract_b_dec=folded.config.subtract_b_dec,
         k=folded.k,
         input_norm=folded.config.input_norm,

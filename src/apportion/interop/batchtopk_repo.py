@@ -19,11 +19,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from apportion.disk import read_json
 from apportion.interop.centring import warn_of_processing
 from apportion.interop.hook_names import origin
 from apportion.interop.parts import Kind, Parts
 from apportion.interop.peek import beside, first_file, names_in, settings_in
-from apportion.interop.reading import Tensors, only_file, read_pt, read_settings, tensor_dict
+from apportion.interop.reading import Tensors, only_file, read_pt, tensor_dict
 
 KINDS: dict[str, Kind] = {
     "vanilla": "relu",
@@ -46,7 +47,7 @@ def recognises(path: Path) -> bool:
 
 def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     file = path / "sae.pt" if (path / "sae.pt").is_file() else only_file(path, "*.pt")
-    settings = read_settings(described) if (described := beside(file, "config.json")).is_file() else {}
+    settings = read_json(described) if (described := beside(file, "config.json")).is_file() else {}
     settings |= {name: config.pop(name) for name in ("sae_type", "k", "input_unit_norm") if name in config}
     sae_type = _sae_type(settings, described)
     kind, grouped = KINDS[sae_type], "matryoshka" in sae_type
@@ -54,10 +55,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     tensors = Tensors(tensor_dict(read_pt(file, trust), file), file, **sizes)
     parts = Parts(
         kind=kind,
-        W_enc=tensors.take("W_enc", "d_in", "d_sae").T.contiguous(),
-        W_dec=tensors.take("W_dec", "d_sae", "d_in"),
-        b_enc=tensors.take("b_enc", "d_sae"),
-        b_dec=tensors.take("b_dec", "d_in"),
+        **tensors.weights("W_enc.T", "W_dec", "b_enc", "b_dec"),
         subtract_b_dec=sae_type != "jumprelu",
         input_norm="token_standardise" if settings.get("input_unit_norm") else "none",
     )
@@ -72,8 +70,8 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     model, hook = settings.get("model_name"), settings.get("hook_point")
     if "threshold" not in tensors.names:  # the successor loads models without processing
         warn_of_processing(parts, model, hook, file)
-    parts.hookpoint, source = origin(model, hook)
-    parts.source, parts.info = source, {"original": settings}
+    parts.hookpoint, parts.source = origin(model, hook)
+    parts.info = {"original": settings}
     return parts
 
 

@@ -97,7 +97,7 @@ def _data(source: About) -> dict[str, Any]:
         "rows to train on": _count(source.rows_train),
         "rows to calibrate": _count(source.rows_calibrate),
         "tokens per context": source.lm.context_tokens,
-        "tokens filtered out": _share(source.filtered_share),
+        "tokens filtered out": None if source.filtered_share is None else f"{source.filtered_share:.2%}",
         "filter": ", ".join(f"{k} = {v}" for k, v in (source.filter or {}).items() if not isinstance(v, list)),
         "dtype of the activations": source.dtype,
     }
@@ -115,10 +115,8 @@ def _metrics(metrics: Mapping[str, Any]) -> str:
     others = {f"`{n}`": v for n, v in metrics.items() if n not in FIGURES.keys() | SAID_ELSEWHERE and is_number(v)}
     if not rows and not others:
         return ""
-    over = [
-        f"{_count(metrics['tokens'])} tokens" if is_number(metrics.get("tokens")) else "",
-        str(metrics.get("mode", "")),
-    ]
+    over = [f"{_count(metrics['tokens'])} tokens"] if is_number(metrics.get("tokens")) else []
+    over.append(str(metrics.get("mode", "")))
     if is_number(metrics.get("filtered_share")):
         over.append(f"{metrics['filtered_share']:.2%} of tokens filtered out")
     lines = ["## Metrics", ", ".join(part for part in over if part)]
@@ -157,10 +155,6 @@ def _code(value: object) -> str | None:
 
 def _count(value: object) -> str | None:
     return f"{value:,}" if isinstance(value, int) else None
-
-
-def _share(value: object) -> str | None:
-    return f"{value:.2%}" if isinstance(value, int | float) else None
 
 
 def _shown(value: object) -> str:

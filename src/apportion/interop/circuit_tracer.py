@@ -23,7 +23,7 @@ from typing import Any
 from apportion.interop.hook_names import origin
 from apportion.interop.parts import Parts
 from apportion.interop.peek import beside, first_file, names_in, yaml_in
-from apportion.interop.reading import Tensors, read_safetensors
+from apportion.interop.reading import Tensors, cross_layer, read_safetensors
 
 FILE = re.compile(r"layer_(\d+)\.safetensors")
 FILES = ("layer_*.safetensors", "W_enc_*.safetensors", "W_dec_*.safetensors")
@@ -40,17 +40,12 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     file = _one_layer(path)
     settings = yaml_in(beside(file, "config.yaml"))
     if _is_cross_layer(file) or settings.get("model_kind") == "cross_layer_transcoder":
-        raise ValueError(
-            f"{file} is part of a cross-layer transcoder, which writes to several layers; there is none here."
-        )
+        raise cross_layer(file)
     tensors = Tensors(read_safetensors(file), file)
     skip = "W_skip" in tensors
     parts = Parts(
         kind="relu",
-        W_enc=tensors.take("W_enc", "d_sae", "d_in"),
-        W_dec=tensors.take("W_dec", "d_sae", "d_out"),
-        b_enc=tensors.take("b_enc", "d_sae"),
-        b_dec=tensors.take("b_dec", "d_out"),
+        **tensors.weights("W_enc", "W_dec", "b_enc", "b_dec", d_out="d_out"),
         subtract_b_dec=False,
         transcoder=True,
         W_skip=tensors.take("W_skip", "d_out", "d_in") if skip else None,

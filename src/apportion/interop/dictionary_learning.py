@@ -31,7 +31,7 @@ from apportion.interop.hook_names import LAYERS, about_model, family_of, hub_nam
 from apportion.interop.parts import Parts
 from apportion.interop.peek import first_file, names_in, settings_in
 from apportion.interop.reading import Tensors, read_pt, tensor_dict
-from apportion.interop.writing import SAVE, carried, check_fits, layer_of, model_of, over, stored
+from apportion.interop.writing import SAVE, carried, check_fits, dict_of, layer_of, model_of, over, stored
 
 FILES = ["ae.pt", "ae_*.pt"]
 CLASSES = {
@@ -44,16 +44,18 @@ CLASSES = {
     "AutoEncoder": {"encoder.weight", "encoder.bias", "decoder.weight", "bias"},
 }
 """Tensors of each class, those first that would pass for another."""
+B_DEC = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
+"""Its names of b_dec where it is not called so."""
+GATE = {"b_gate": "gate_bias", "r_mag": "r_mag", "b_mag": "mag_bias"}
+"""Our names of the tensors of a gate, and its own."""
 UNIT = 5e-6
 """How far norms may lie from 1 and still be left alone by its `normalize_decoder`."""
 
 
 def recognises(path: Path) -> bool:
-    file = first_file(path, FILES)
-    if file is None:
-        return False
-    names = names_in(file)
-    return any(tensors <= names for tensors in CLASSES.values()) or _trainer(file).get("dict_class") in CLASSES
+    names = names_in(file := first_file(path, FILES))
+    known = any(tensors <= names for tensors in CLASSES.values())
+    return known or (file is not None and _trainer(file).get("dict_class") in CLASSES)
 
 
 def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
@@ -62,7 +64,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
         raise ValueError(f"{path} has no ae.pt.")
     content, trainer, factor = read_pt(file, trust), _trainer(file), 1.0
     if isinstance(content, Mapping) and "ae" in content:
-        trainer = trainer or _dict(content.get("config"))
+        trainer = trainer or dict_of(content.get("config"))
         factor = content.get("norm_factor") or 1.0
         if not isinstance(factor, int | float) or not isfinite(factor) or factor <= 0:
             raise ValueError(f"{file}: norm_factor must be a positive number, got {factor!r}.")
@@ -79,11 +81,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
 def _trainer(file: Path) -> dict[str, Any]:
     """What config.json says of the training, beside the file or above its folder of checkpoints; empty if nothing."""
     folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-    return _dict(settings_in(folder / "config.json").get("trainer"))
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else {}
+    return dict_of(settings_in(folder / "config.json").get("trainer"))
 
 
 def _class_of(trainer: dict[str, Any], tensors: Mapping[str, Any], file: Path) -> str:
@@ -106,28 +104,19 @@ def _class_of(trainer: dict[str, Any], tensors: Mapping[str, Any], file: Path) -
 def _parts(name: str, stored: dict[str, Any], trainer: dict[str, Any], file: Path) -> Parts:
     sizes = {ours: trainer.get(theirs) for ours, theirs in (("d_in", "activation_dim"), ("d_sae", "dict_size"))}
     tensors = Tensors(stored, file, **sizes)
-    if "W_enc" in CLASSES[name]:
-        W_enc = tensors.take("W_enc", "d_in", "d_sae").T.contiguous()
-        W_dec = tensors.take("W_dec", "d_sae", "d_in")
-    else:
-        W_enc = tensors.take("encoder.weight", "d_sae", "d_in")
-        W_dec = tensors.take("decoder.weight", "d_in", "d_sae").T.contiguous()
-    bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
+    b_enc = None if name == "GatedAutoEncoder" else "encoder.bias"
+    weights = (
+        ("W_enc.T", "W_dec", "b_enc") if "W_enc" in CLASSES[name] else ("encoder.weight", "decoder.weight.T", b_enc)
+    )
     parts = Parts(
         kind="relu",
-        W_enc=W_enc,
-        W_dec=W_dec,
-        b_enc=W_enc.new_zeros(len(W_enc)),
-        b_dec=tensors.take(bias.get(name, "b_dec"), "d_in"),
+        **tensors.weights(*weights, B_DEC.get(name, "b_dec")),
         subtract_b_dec=name not in ("AutoEncoderNew", "JumpReluAutoEncoder"),
     )
     if name == "GatedAutoEncoder":
         parts.kind = "gated"
-        names = {"b_gate": "gate_bias", "r_mag": "r_mag", "b_mag": "mag_bias"}
-        parts.gate = {ours: tensors.take(theirs, "d_sae") for ours, theirs in names.items()}
-    else:
-        parts.b_enc = tensors.take("b_enc" if "b_enc" in CLASSES[name] else "encoder.bias", "d_sae")
-    if name == "JumpReluAutoEncoder":
+        parts.gate = {ours: tensors.take(theirs, "d_sae") for ours, theirs in GATE.items()}
+    elif name == "JumpReluAutoEncoder":
         parts.kind, parts.threshold = "jumprelu", tensors.take("threshold", "d_sae")
     elif "TopK" in name:
         _budget(parts, name, tensors, trainer)
@@ -175,20 +164,16 @@ def write(parts: Parts, folder: Path) -> None:
     check_fits(parts, "dictionary_learning", ("relu", "topk", "jumprelu", "gated"))
     name = _class_for(parts)
     fold_b_dec(parts, name not in ("AutoEncoderNew", "JumpReluAutoEncoder"))
-    encoder = {"encoder.weight": parts.W_enc, "decoder.weight": parts.W_dec.T}
-    counts = {"k": torch.tensor(int(parts.k or 0), dtype=torch.int)}
-    if name == "GatedAutoEncoder":
-        gate = {"gate_bias": parts.gate["b_gate"], "mag_bias": parts.gate["b_mag"], "r_mag": parts.gate["r_mag"]}
-        tensors = encoder | gate | {"decoder_bias": parts.b_dec}
-    elif name == "JumpReluAutoEncoder":
-        tensors = {"W_enc": parts.W_enc.T, "b_enc": parts.b_enc, "W_dec": parts.W_dec, "b_dec": parts.b_dec}
-        tensors["threshold"] = _threshold(parts)
-    elif name in ("AutoEncoderTopK", "BatchTopKSAE"):
-        threshold = torch.tensor(-1.0) if parts.kind == "topk" else _threshold(parts)[0]
-        tensors = encoder | {"encoder.bias": parts.b_enc, "b_dec": parts.b_dec, "threshold": threshold} | counts
+    tensors = {B_DEC.get(name, "b_dec"): parts.b_dec}
+    if name == "JumpReluAutoEncoder":
+        tensors |= {"W_enc": parts.W_enc.T, "b_enc": parts.b_enc, "W_dec": parts.W_dec, "threshold": _threshold(parts)}
     else:
-        bias = "bias" if name == "AutoEncoder" else "decoder.bias"
-        tensors = encoder | {"encoder.bias": parts.b_enc, bias: parts.b_dec}
+        tensors |= {"encoder.weight": parts.W_enc, "decoder.weight": parts.W_dec.T}
+        gate = {GATE[ours]: tensor for ours, tensor in parts.gate.items()}
+        tensors |= gate or {"encoder.bias": parts.b_enc}
+    if "TopK" in name:
+        tensors["k"] = torch.tensor(int(parts.k or 0), dtype=torch.int)
+        tensors["threshold"] = torch.tensor(-1.0) if parts.kind == "topk" else _threshold(parts)[0]
     with replacing(folder / "ae.pt") as partial:
         torch.save(stored(tensors), partial)
     trainer = over(carried(parts, "dictionary_learning"), _settings(parts, name))

@@ -24,8 +24,7 @@ ENCODER = ".encoder.0.weight"
 
 
 def recognises(path: Path) -> bool:
-    file = first_file(path, ["samples_*.pt", "*.pt"])
-    return file is not None and any(name.endswith(ENCODER) for name in names_in(file))
+    return any(name.endswith(ENCODER) for name in names_in(first_file(path, ["samples_*.pt", "*.pt"])))
 
 
 def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
@@ -41,12 +40,12 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
         b_enc=tensors.take("encoder.0.bias", "d_sae"),
         b_dec=tensors.take("decoder.bias", "d_in"),
         subtract_b_dec=False,
+        info={"original": {"position": position}},
     )
     parts.dtype = tensors.finish()
     model = yaml_in(beside(file, "final_config.yaml")).get("tlens_model_name")
-    parts.hookpoint, source = origin(model, position)
+    parts.hookpoint, parts.source = origin(model, position)
     warn_of_processing(parts, model, position, file)
-    parts.source, parts.info = source, {"original": {"position": position}}
     return parts
 
 

@@ -64,8 +64,7 @@ def export(sae: SAE, folder: str | Path, format: str, *, model_class_name: str |
         return
     parts = take_apart(sae if sae.dtype in PRECISE else deepcopy(sae).float())
     _check_finite(parts)
-    settings = sae.settings()
-    parts.info["exported"] = {"sae": sae.name, "settings": settings, "version": version("apportion")}
+    parts.info["exported"] = {"sae": sae.name, "settings": sae.settings(), "version": version("apportion")}
     write = FORMATS[format].write
     assert write is not None
     if model_class_name is not None:

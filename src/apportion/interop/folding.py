@@ -45,21 +45,13 @@ def fold_norms(parts: Parts) -> None:
 
 
 def fold_whitening(
-    parts: Parts,
-    mean: Float[Tensor, " d_in"],
-    matrix: Float[Tensor, "d_in d_in"],
-    inverse: Float[Tensor, "d_in d_in"],
+    parts: Parts, mean: Float[Tensor, " d_in"], matrix: Float[Tensor, "d_in d_in"], inverse: Float[Tensor, "d_in d_in"]
 ) -> None:
     """From parts that take (x - mean) @ matrix to parts that take x, with equal codes; computed in float64."""
     mean, matrix, inverse = mean.double(), matrix.double(), inverse.double()
     W_enc = parts.W_enc.double() @ matrix.T
     if not parts.subtract_b_dec:
-        shift = W_enc @ mean
-        if parts.kind == "gated":
-            parts.gate["b_gate"].sub_(shift)
-            parts.gate["b_mag"].sub_(shift * parts.gate["r_mag"].double().exp())
-        else:
-            parts.b_enc.sub_(shift)
+        _shift_biases(parts, -(W_enc @ mean))
     parts.W_enc = W_enc.to(parts.W_enc.dtype)
     parts.W_dec = (parts.W_dec.double() @ inverse).to(parts.W_dec.dtype)
     parts.b_dec = (parts.b_dec.double() @ inverse + mean).to(parts.b_dec.dtype)

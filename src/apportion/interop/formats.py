@@ -14,23 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from apportion.interop import (
-    batchtopk_repo,
-    circuit_tracer,
-    dictionary_learning,
-    e2e_sae,
-    gemma_scope,
-    llama_scope,
-    llamascopium,
-    mlsae,
-    openai,
-    sae_lens,
-    sparsify,
-    switch_sae,
-)
 from apportion.interop.parts import Parts
 
 
@@ -39,40 +26,32 @@ class Format:
     name: str
     recognises: Callable[[Path], bool]
     read: Callable[[Path, dict[str, Any], bool], Parts]
-    write: Callable[[Parts, Path], None] | None = None
-    files: str = ""
+    write: Callable[[Parts, Path], None] | None
+    files: str
     """What it is recognised by; for messages."""
 
 
+def _format(name: str, files: str) -> Format:
+    """That of the file of this name in this folder."""
+    module = import_module(f"apportion.interop.{name}")
+    return Format(name, module.recognises, module.read, getattr(module, "write", None), files)
+
+
 FORMATS: dict[str, Format] = {
-    known.name: known
-    for known in (
-        Format(
-            "sae_lens", sae_lens.recognises, sae_lens.read, sae_lens.write, files="cfg.json and sae_weights.safetensors"
-        ),
-        Format(
-            "dictionary_learning",
-            dictionary_learning.recognises,
-            dictionary_learning.read,
-            dictionary_learning.write,
-            files="ae.pt",
-        ),
-        Format("sparsify", sparsify.recognises, sparsify.read, sparsify.write, files="cfg.json and sae.safetensors"),
-        Format("openai", openai.recognises, openai.read, files="a .pt with pre_bias and latent_bias"),
-        Format(
-            "gemma_scope",
-            gemma_scope.recognises,
-            gemma_scope.read,
-            gemma_scope.write,
-            files="params.npz or params.safetensors",
-        ),
-        Format("llama_scope", llama_scope.recognises, llama_scope.read, files="hyperparams.json and checkpoints/"),
-        Format("llamascopium", llamascopium.recognises, llamascopium.read, files="config.json with an sae_type"),
-        Format("mlsae", mlsae.recognises, mlsae.read, files="config.json and model.safetensors with pre_encoder_bias"),
-        Format("switch_sae", switch_sae.recognises, switch_sae.read, files="ae.pt with router.weight"),
-        Format("e2e_sae", e2e_sae.recognises, e2e_sae.read, files="samples_*.pt"),
-        Format("batchtopk_repo", batchtopk_repo.recognises, batchtopk_repo.read, files="sae.pt and config.json"),
-        Format("circuit_tracer", circuit_tracer.recognises, circuit_tracer.read, files="layer_N.safetensors"),
-    )
+    name: _format(name, files)
+    for name, files in {
+        "sae_lens": "cfg.json and sae_weights.safetensors",
+        "dictionary_learning": "ae.pt",
+        "sparsify": "cfg.json and sae.safetensors",
+        "openai": "a .pt with pre_bias and latent_bias",
+        "gemma_scope": "params.npz or params.safetensors",
+        "llama_scope": "hyperparams.json and checkpoints/",
+        "llamascopium": "config.json with an sae_type",
+        "mlsae": "config.json and model.safetensors with pre_encoder_bias",
+        "switch_sae": "ae.pt with router.weight",
+        "e2e_sae": "samples_*.pt",
+        "batchtopk_repo": "sae.pt and config.json",
+        "circuit_tracer": "layer_N.safetensors",
+    }.items()
 }
 """In the order in which they are asked."""

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from apportion.disk import write_json, write_tensors
+from apportion.disk import read_json, write_json, write_tensors
 from apportion.interop.folding import fold_b_dec
 from apportion.interop.hook_names import about_model, origin
 from apportion.interop.parts import Parts
 from apportion.interop.peek import beside, first_file, names_in
-from apportion.interop.reading import Tensors, read_npz, read_safetensors, read_settings
+from apportion.interop.reading import Tensors, cross_layer, read_npz, read_safetensors
 from apportion.interop.writing import carried, check_fits, model_of, over, stored
 
 FILES = ("params.npz", "params.safetensors", "*.npz", "*.safetensors")
@@ -40,27 +40,24 @@ SIDES = {".output": "", ".input": ":in"}
 
 
 def recognises(path: Path) -> bool:
-    file = first_file(path, FILES)
-    if file is None:
-        return False
-    names = names_in(file)
-    return ({name.lower() for name in names} if file.suffix == ".npz" else names) >= ARRAYS
+    names = names_in(file := first_file(path, FILES))
+    return ({name.lower() for name in names} if file is not None and file.suffix == ".npz" else names) >= ARRAYS
 
 
 def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     file = first_file(path, FILES)
     if file is None:
         raise ValueError(f"{path} has no params.npz and no params.safetensors.")
-    settings = read_settings(described) if (described := beside(file, "config.json")).is_file() else {}
+    settings = read_json(described) if (described := beside(file, "config.json")).is_file() else {}
     if re.fullmatch(r"layer_\d+", file.stem) or settings.get("type") == "clt":
-        raise _cross_layer(file)
+        raise cross_layer(file)
     if settings.get("architecture", "jump_relu") != "jump_relu":
         raise ValueError(f"{described}: the architecture {settings['architecture']!r} is unknown; jump_relu is known.")
     stored = read_npz(file) if file.suffix == ".npz" else read_safetensors(file)
     width = settings.get("width")
     tensors = Tensors({n.lower(): t for n, t in stored.items()}, file, d_sae=width if isinstance(width, int) else None)
     if "w_dec" in tensors and tensors.left["w_dec"].ndim == 3:
-        raise _cross_layer(file)
+        raise cross_layer(file)
     parts = _parts(tensors, bool(config.pop("transcoder", _is_transcoder(file, settings))))
     if settings.get("affine_connection") and parts.W_skip is None:
         raise ValueError(f"{file}: affine_skip_connection is missing, and {described} says that there is one.")
@@ -68,30 +65,20 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     return parts
 
 
-def _cross_layer(file: Path) -> ValueError:
-    return ValueError(
-        f"{file} is part of a cross-layer transcoder, which writes to several layers; there is none here."
-    )
-
-
 def _parts(tensors: Tensors, transcoder: bool) -> Parts:
     skip = "affine_skip_connection" in tensors
     d_out = "d_out" if transcoder or skip else "d_in"
     if "scaling_factor" in tensors and bool((tensors.take("scaling_factor", "d_sae") != 1).any()):
         raise ValueError(f"{tensors.file}: scaling_factor is not 1, and nothing says how it is used.")
-    parts = Parts(
+    return Parts(
         kind="jumprelu",
-        W_enc=tensors.take("w_enc", "d_in", "d_sae").T.contiguous(),
-        W_dec=tensors.take("w_dec", "d_sae", d_out),
-        b_enc=tensors.take("b_enc", "d_sae"),
-        b_dec=tensors.take("b_dec", d_out),
+        **tensors.weights("w_enc.T", "w_dec", "b_enc", "b_dec", d_out=d_out),
         threshold=tensors.take("threshold", "d_sae"),
         subtract_b_dec=False,
         transcoder=transcoder or skip,
         W_skip=tensors.take("affine_skip_connection", "d_in", d_out).T.contiguous() if skip else None,
+        dtype=tensors.finish(),
     )
-    parts.dtype = tensors.finish()
-    return parts
 
 
 def _is_transcoder(file: Path, settings: dict[str, Any]) -> bool:

@@ -20,17 +20,9 @@ from typing import Any
 
 from apportion.about import About, Language, ModelRecord
 
-LAYERS = {
-    "gpt2": "transformer.h",
-    "gpt_neox": "gpt_neox.layers",
-    "llama": "model.layers",
-    "mistral": "model.layers",
-    "qwen2": "model.layers",
-    "qwen3": "model.layers",
-    "gemma": "model.layers",
-    "gemma2": "model.layers",
-    "gemma3_text": "model.layers",
-}
+LLAMAS, GEMMAS_2 = ("llama", "mistral", "qwen2", "qwen3", "gemma"), ("gemma2", "gemma3_text")
+"""Families whose blocks have modules of the same names."""
+LAYERS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", **dict.fromkeys(LLAMAS + GEMMAS_2, "model.layers")}
 """Where the blocks of each family lie."""
 
 _LLAMA = {
@@ -41,13 +33,10 @@ _LLAMA = {
     "mlp.hook_in": "mlp:in",
     "mlp.hook_post": "mlp.down_proj:in",
 }
-_GEMMA2 = {
+_GEMMA2 = _LLAMA | {
     "hook_attn_out": "post_attention_layernorm",
-    "attn.hook_z": "self_attn.o_proj:in",
     "hook_resid_mid": "pre_feedforward_layernorm:in",
     "hook_mlp_out": "post_feedforward_layernorm",
-    "mlp.hook_in": "mlp:in",
-    "mlp.hook_post": "mlp.down_proj:in",
 }
 WITHIN = {
     "gpt2": {
@@ -67,13 +56,8 @@ WITHIN = {
         "mlp.hook_pre": "mlp.dense_h_to_4h",
         "mlp.hook_post": "mlp.act",
     },
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _GEMMA2,
-    "gemma3_text": _GEMMA2,
+    **dict.fromkeys(LLAMAS, _LLAMA),
+    **dict.fromkeys(GEMMAS_2, _GEMMA2),
 }
 """Within a block: TransformerLens name -> module and side."""
 
@@ -84,8 +68,7 @@ ONLY_READ = {"mlp.hook_out": "mlp"}
 BEFORE = {
     "gpt2": {"mlp": "ln_2", "attn": "ln_1"},
     "gpt_neox": {"mlp": "post_attention_layernorm", "attention": "input_layernorm"},
-    "gemma2": {"mlp": "pre_feedforward_layernorm", "self_attn": "input_layernorm"},
-    "gemma3_text": {"mlp": "pre_feedforward_layernorm", "self_attn": "input_layernorm"},
+    **{family: {"mlp": "pre_feedforward_layernorm", "self_attn": "input_layernorm"} for family in GEMMAS_2},
 }
 _BEFORE = {"mlp": "post_attention_layernorm", "self_attn": "input_layernorm"}
 """Within a block, by family or else as in Llama: the module whose output another one is given."""

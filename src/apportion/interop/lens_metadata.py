@@ -21,11 +21,7 @@ from apportion.interop.writing import carried, dict_of, model_of
 logger = logging.getLogger(__name__)
 
 MODEL_CLASSES = ("HookedTransformer", "AutoModelForCausalLM")
-RENAMED = {
-    "hook_point": "hook_name",
-    "hook_point_head_index": "hook_head_index",
-    "activation_fn_str": "activation_fn",
-}
+RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 """Names before version 6, and since."""
 STRUCTURE = {
     *("architecture", "d_in", "d_sae", "d_out", "dtype", "device", "apply_b_dec_to_input", "normalize_activations"),
@@ -39,12 +35,10 @@ PLACE = {"model_name", "model_class_name", "hook_name", "hook_name_out", "hf_hoo
 
 def lens_name(parts: Parts, hookpoint: str | None) -> str | None:
     """What TransformerLens calls it; where it has no name, the hookpoint itself."""
-    _, family = model_of(parts)
-    if hookpoint is not None and family is not None:
-        with suppress(ValueError):
-            return from_hookpoint(hookpoint, family)
     if hookpoint is None:  # of another library's file, whose name no module here stands for
         return parts.source.lm.hook_name
+    with suppress(ValueError):
+        return from_hookpoint(hookpoint, model_of(parts)[1] or "")
     return hookpoint
 
 

@@ -18,49 +18,43 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from apportion.disk import read_json
 from apportion.interop import llamascopium
 from apportion.interop.folding import fold_norms
 from apportion.interop.parts import Parts
 from apportion.interop.peek import first_file, names_in, settings_in
-from apportion.interop.reading import Tensors, file_in, read_safetensors, read_settings
+from apportion.interop.reading import Tensors, file_in, read_safetensors
 
 WEIGHTS = {"encoder.weight", "encoder.bias", "decoder.weight"}
 MODEL = "meta-llama/Llama-3.1-8B"
-TODAY = {
-    "encoder.bias": "b_E",
-    "decoder.bias": "b_D",
-    "log_jumprelu_threshold": llamascopium.LOG_THRESHOLD,
-}
+TODAY = {"encoder.bias": "b_E", "decoder.bias": "b_D", "log_jumprelu_threshold": llamascopium.LOG_THRESHOLD}
 """Names of tensors in the release for R1-Distill, and in llamascopium."""
 
 
 def recognises(path: Path) -> bool:
     folder = _folder(path)
     if (folder / "hyperparams.json").is_file():
-        return (file := first_file(path, ["checkpoints/final.safetensors", "final.safetensors"])) is not None and (
-            names_in(file) >= WEIGHTS
-        )
-    file = first_file(path, ["sae_weights.safetensors"])
-    return file is not None and "d_model" in settings_in(folder / "config.json") and names_in(file) >= WEIGHTS
+        return names_in(first_file(path, ["checkpoints/final.safetensors", "final.safetensors"])) >= WEIGHTS
+    stored = names_in(first_file(path, ["sae_weights.safetensors"]))
+    return stored >= WEIGHTS and "d_model" in settings_in(folder / "config.json")
 
 
 def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     folder = _folder(path)
     if not (folder / "hyperparams.json").is_file():
         return _read_distilled(folder, config)
-    settings = read_settings(folder / "hyperparams.json")
+    settings = read_json(folder / "hyperparams.json")
     file = path if path.is_file() else file_in(folder, "checkpoints/final.safetensors")
     act_fn = llamascopium.check(settings, file)
     tensors = Tensors(read_safetensors(file), file, d_in=settings.get("d_model"), d_sae=settings.get("d_sae"))
     W_dec = tensors.take("decoder.weight", "d_in", "d_sae").T.contiguous()
+    has_bias = settings.get("use_decoder_bias", True)
     parts = Parts(
         kind=llamascopium.KINDS[act_fn],
         W_enc=tensors.take("encoder.weight", "d_sae", "d_in"),
         W_dec=W_dec,
         b_enc=tensors.take("encoder.bias", "d_sae"),
-        b_dec=tensors.take("decoder.bias", "d_in")
-        if settings.get("use_decoder_bias", True)
-        else W_dec.new_zeros(len(W_dec[0])),
+        b_dec=tensors.take("decoder.bias", "d_in") if has_bias else W_dec.new_zeros(len(W_dec[0])),
         subtract_b_dec=bool(settings.get("apply_decoder_bias_to_pre_encoder")),
         k=config.pop("k", settings.get("top_k")) if "topk" in act_fn else None,
     )
@@ -92,7 +86,7 @@ def _threshold(settings: dict[str, Any], file: Path) -> float:
 
 
 def _read_distilled(folder: Path, config: dict[str, Any]) -> Parts:
-    settings, file = read_settings(file_in(folder, "config.json")), file_in(folder, "sae_weights.safetensors")
+    settings, file = read_json(file_in(folder, "config.json")), file_in(folder, "sae_weights.safetensors")
     stored = {TODAY.get(name, name): tensor for name, tensor in read_safetensors(file).items()}
     for theirs, today in (("encoder.weight", "W_E"), ("decoder.weight", "W_D")):
         if theirs in stored and stored[theirs].ndim == 2:

@@ -24,11 +24,12 @@ from typing import Any
 from torch import Tensor
 
 from apportion.architectures.inputs import InputNorm
+from apportion.disk import read_json
 from apportion.interop.folding import SMALLEST_NORM
 from apportion.interop.hook_names import origin
 from apportion.interop.parts import Kind, Parts
 from apportion.interop.peek import beside, first_file, settings_in
-from apportion.interop.reading import Tensors, file_in, read_pt, read_safetensors, read_settings, tensor_dict
+from apportion.interop.reading import Tensors, file_in, read_pt, read_safetensors, tensor_dict
 
 FILES = ("sae_weights.safetensors", "sae_weights.pt", "checkpoints/final.safetensors", "checkpoints/final.pt")
 KINDS: dict[str, Kind] = {"relu": "relu", "jumprelu": "jumprelu", "topk": "topk", "batchtopk": "batch_topk"}
@@ -42,7 +43,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
-    settings = read_settings(file_in(path if path.is_dir() else path.parent, "config.json"))
+    settings = read_json(file_in(path if path.is_dir() else path.parent, "config.json"))
     if settings.get("sae_type") != "sae":
         raise ValueError(f"{path}: a {settings.get('sae_type')!r} has no counterpart here; of llamascopium, 'sae' has.")
     file = path if path.is_file() else first_file(path, FILES)
@@ -62,13 +63,9 @@ def parts_of(settings: dict[str, Any], stored: dict[str, Tensor], file: Path, co
     d_sae = int(d_model * factor) if isinstance(d_model, int) and isinstance(factor, int | float) else None
     tensors = Tensors(stored, file, d_in=d_model, d_sae=d_sae)
     kind = KINDS[act_fn]
-    W_enc, W_dec = tensors.take("W_E", "d_in", "d_sae").T.contiguous(), tensors.take("W_D", "d_sae", "d_in")
     parts = Parts(
         kind=kind,
-        W_enc=W_enc,
-        W_dec=W_dec,
-        b_enc=tensors.take("b_E", "d_sae"),
-        b_dec=tensors.take("b_D", "d_in") if settings.get("use_decoder_bias", True) else W_dec.new_zeros(len(W_dec[0])),
+        **tensors.weights("W_E.T", "W_D", "b_E", "b_D" if settings.get("use_decoder_bias", True) else None),
         subtract_b_dec=bool(settings.get("apply_decoder_bias_to_pre_encoder")),
         k=config.pop("k", settings.get("top_k")) if "topk" in act_fn else None,
         threshold=tensors.take(LOG_THRESHOLD, "d_sae").exp() if kind == "jumprelu" else None,
@@ -76,7 +73,7 @@ def parts_of(settings: dict[str, Any], stored: dict[str, Tensor], file: Path, co
     parts.dtype = tensors.finish()
     if settings.get("sparsity_include_decoder_norm", True):
         if parts.threshold is not None:
-            parts.threshold = parts.threshold / W_dec.norm(dim=1).clamp_min(SMALLEST_NORM)
+            parts.threshold = parts.threshold / parts.W_dec.norm(dim=1).clamp_min(SMALLEST_NORM)
         parts.by_norm = "topk" in act_fn
     describe(parts, settings)
     parts.input_norm, f_in, f_out = scales(parts, settings, _mean_norms(settings, norms), file, config)
@@ -146,7 +143,7 @@ def _positive(value: object) -> bool:
 
 def describe(parts: Parts, settings: dict[str, Any], model: object = None) -> None:
     parts.transcoder = is_transcoder(settings)
-    parts.hookpoint, source = origin(model, settings.get("hook_point_in"))
+    parts.hookpoint, parts.source = origin(model, settings.get("hook_point_in"))
     if parts.transcoder:
         parts.target_hookpoint, _ = origin(model, settings.get("hook_point_out"))
-    parts.source, parts.info = source, {"original": settings}
+    parts.info = {"original": settings}

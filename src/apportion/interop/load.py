@@ -60,7 +60,9 @@ def load(
     try:
         parts = FORMATS[name].read(path, given, trust)
         if parts.k is None and config and "k" in config:
-            parts.k = _count(config["k"])
+            if not is_count(k := config["k"]):
+                raise ValueError(f"k = {k!r} is no number of active latents: give a positive number.")
+            parts.k = k
             given.pop("k", None)
         sae = assemble(parts, dtype)
         check_info(sae.info)
@@ -74,12 +76,6 @@ def load(
         raise ValueError(f"config: {', '.join(unread)} mean nothing to {path}, read as {name}.")
     sae.info["format"] = name
     return sae
-
-
-def _count(k: Any) -> Any:
-    if not is_count(k):
-        raise ValueError(f"k = {k!r} is no number of active latents: give a positive number.")
-    return k
 
 
 def _local(path_or_repo: str | Path, subfolder: str | None) -> tuple[Path, dict[str, Any]]:

@@ -24,6 +24,7 @@ from apportion.interop.hook_names import origin
 from apportion.interop.parts import Parts
 from apportion.interop.peek import first_file, names_in
 from apportion.interop.reading import Tensors, only_file, read_pt, tensor_dict
+from apportion.interop.writing import dict_of
 
 STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 LOCATIONS = {
@@ -37,8 +38,7 @@ LOCATIONS = {
 
 
 def recognises(path: Path) -> bool:
-    file = first_file(path, ["*.pt"])
-    return file is not None and {"pre_bias", "latent_bias", "encoder.weight"} <= names_in(file)
+    return names_in(first_file(path, ["*.pt"])) >= {"pre_bias", "latent_bias", "encoder.weight"}
 
 
 def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
@@ -47,35 +47,27 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     stored = tensor_dict(content, file)
     tensors = Tensors({name: t for name, t in stored.items() if not name.startswith("activation.")}, file)
     tensors.drop(*STATISTICS)
-    W_enc = tensors.take("encoder.weight", "d_sae", "d_in")
-    parts = Parts(
-        kind="relu",
-        W_enc=W_enc,
-        W_dec=_decoder(tensors, W_enc),
-        b_enc=tensors.take("latent_bias", "d_sae"),
-        b_dec=tensors.take("pre_bias", "d_in"),
-        subtract_b_dec=True,
-    )
-    parts.dtype = tensors.finish()
+    tied = "decoder.linear.weight" in tensors
+    W_dec = "decoder.linear.weight" if tied else "decoder.weight.T"
+    weights = tensors.weights("encoder.weight", W_dec, "latent_bias", "pre_bias")
+    parts = Parts(kind="relu", **weights, subtract_b_dec=True, dtype=tensors.finish())
+    if tied:
+        _untie(parts, file)
     _set_activation(parts, content, config, file)
     hook = _hook(file)
-    parts.hookpoint, source = origin("gpt2-small" if hook else None, hook)
-    parts.source, parts.info = source, {"original": {"activation": content.get("activation", "ReLU")}}
+    parts.hookpoint, parts.source = origin("gpt2-small" if hook else None, hook)
+    parts.info = {"original": {"activation": content.get("activation", "ReLU")}}
     return parts
 
 
-def _decoder(tensors: Tensors, W_enc: Tensor) -> Tensor:
-    if "decoder.linear.weight" not in tensors:
-        return tensors.take("decoder.weight", "d_in", "d_sae").T.contiguous()
-    tied = tensors.take("decoder.linear.weight", "d_sae", "d_in").clone()
-    if not bool((tied == W_enc).all()):
-        raise ValueError(f"{tensors.file}: decoder.linear.weight of a tied decoder differs from encoder.weight.")
-    return tied
+def _untie(parts: Parts, file: Path) -> None:
+    if not bool((parts.W_dec == parts.W_enc).all()):
+        raise ValueError(f"{file}: decoder.linear.weight of a tied decoder differs from encoder.weight.")
+    parts.W_dec = parts.W_dec.clone()
 
 
 def _set_activation(parts: Parts, content: Mapping[str, Any], config: dict[str, Any], file: Path) -> None:
-    activation, settings = content.get("activation", "ReLU"), content.get("activation_state_dict", {})
-    settings = settings if isinstance(settings, Mapping) else {}
+    activation, settings = content.get("activation", "ReLU"), dict_of(content.get("activation_state_dict"))
     if activation == "TopK" and settings.get("postact_fn", "ReLU") == "ReLU":
         k = config.pop("k", settings.get("k"))
         parts.kind, parts.k = "topk", k.item() if isinstance(k, Tensor) else k

@@ -24,13 +24,16 @@ LONGEST = MOST_TEXT
 """Bytes of a header or a pickle that are worth a look."""
 MOST_INSTRUCTIONS = 100_000
 """In a pickle, of which a state dict has some ten for each tensor."""
-NAME = re.compile(r"[\w-]+")
+NAMED = re.compile(r"([\w-]+):([ \t].*)")
+"""A value at the top of a YAML file."""
 PICKLES = 5
 """torch.save of before 1.6 wrote this many one after the other; the fourth holds the names, and so may the last."""
 
 
-def names_in(file: Path) -> frozenset[str]:
+def names_in(file: Path | None) -> frozenset[str]:
     """Names of the tensors of a .safetensors or .npz; every string in the pickle of a .pt or .pth, keys among them."""
+    if file is None:
+        return frozenset()
     try:
         check_regular(file)
         if file.suffix == ".safetensors":
@@ -39,7 +42,8 @@ def names_in(file: Path) -> frozenset[str]:
             with zipfile.ZipFile(file) as archive:
                 return frozenset(name.removesuffix(".npy") for name in archive.namelist())
         if file.suffix in (".pt", ".pth"):
-            return frozenset(_pickled_words(file))
+            instructions = islice(_instructions(file), MOST_INSTRUCTIONS)
+            return frozenset(arg for code, arg in instructions if "UNICODE" in code.name and arg)
     except Exception:
         return frozenset()
     return frozenset()
@@ -59,11 +63,7 @@ def yaml_in(file: Path) -> dict[str, str]:
         lines = read_text(file).splitlines()
     except (OSError, ValueError):
         return {}
-    found = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        if NAME.fullmatch(name) and value[:1] in (" ", "\t"):
-            found[name] = _plain_value(value.strip(" \t"))
+    found = {named[1]: _plain_value(named[2].strip(" \t")) for line in lines if (named := NAMED.fullmatch(line))}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -100,11 +100,6 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
 def endless(file: Path) -> bool:
     """True for a .pt or .pth with more instructions than a state dict has; it would take minutes to read them."""
     return sum(1 for _ in islice(_instructions(file), MOST_INSTRUCTIONS)) == MOST_INSTRUCTIONS
-
-
-def _pickled_words(file: Path) -> Iterator[str]:
-    """Strings in the pickles of a file."""
-    return (arg for code, arg in islice(_instructions(file), MOST_INSTRUCTIONS) if "UNICODE" in code.name and arg)
 
 
 def _instructions(file: Path) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:

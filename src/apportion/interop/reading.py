@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from apportion.disk import all_finite, damaged, read_json
+from apportion.disk import all_finite, damaged
 from apportion.interop.peek import MOST_INSTRUCTIONS, endless
 from apportion.trust import check_regular, inside
 
@@ -45,9 +45,11 @@ def only_file(path: Path, pattern: str) -> Path:
     return found[0]
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """A JSON object."""
-    return read_json(file)
+def cross_layer(file: Path) -> ValueError:
+    """Of all libraries such files are refused."""
+    return ValueError(
+        f"{file} is part of a cross-layer transcoder, which writes to several layers; there is none here."
+    )
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -161,6 +163,19 @@ class Tensors:
         if not all_finite(tensor):
             raise ValueError(f"{self.file}: {name} holds NaN or infinity.")
         return tensor.contiguous()
+
+    def weights(self, *names: str | None, d_out: str = "d_in") -> dict[str, Any]:
+        """W_enc, W_dec, b_enc, b_dec of `Parts` by their names in the file; "x.T": stored transposed, None: zeros."""
+        shapes = {"W_enc": ("d_sae", "d_in"), "W_dec": ("d_sae", d_out), "b_enc": ("d_sae",), "b_dec": (d_out,)}
+        found: dict[str, Tensor] = {}
+        for name, (ours, shape) in zip(names, shapes.items(), strict=True):
+            if name is None:
+                found[ours] = found["W_enc"].new_zeros([self.sizes[size] for size in shape])
+            elif name.endswith(".T"):
+                found[ours] = self.take(name.removesuffix(".T"), *reversed(shape)).T.contiguous()
+            else:
+                found[ours] = self.take(name, *shape)
+        return found
 
     def _plain(self, name: str) -> Tensor:
         """That tensor, if it is what it seems to be: other kinds can claim any size without having the numbers."""

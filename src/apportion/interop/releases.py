@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any
 
 CANONICAL_L0 = 100
@@ -51,23 +52,19 @@ def _gpt2() -> dict[str, Release]:
     for place in ("resid-mid", "resid-post", "attn-out", "mlp-out"):
         for width in ("32k", "128k"):
             path = f"v5_{width}_layer_{{layer}}{'.pt' if (place, width) == ('resid-post', '32k') else ''}"
-            found[f"gpt2-small-{place}-v5-{width}"] = Release(
-                f"jbloom/GPT2-Small-OAI-v5-{width}-{place}-SAEs",
-                {f"blocks.{{layer}}.hook_{place.replace('-', '_')}": path},
-            )
+            hook, repo = f"blocks.{{layer}}.hook_{place.replace('-', '_')}", f"GPT2-Small-OAI-v5-{width}-{place}-SAEs"
+            found[f"gpt2-small-{place}-v5-{width}"] = Release(f"jbloom/{repo}", {hook: path})
     return found
 
 
 def _pythia() -> dict[str, Release]:
     hooks = {"res": "hook_resid_post", "att": "hook_attn_out", "mlp": "hook_mlp_out"}
-    found = {
-        f"pythia-70m-deduped-{place}-sm": Release(
-            f"ctigges/pythia-70m-deduped__{place}-sm_processed",
-            {f"blocks.{{layer}}.{hook}": f"{{layer}}-{place}-sm"}
-            | ({"blocks.0.hook_resid_pre": "e-res-sm"} if place == "res" else {}),
-        )
-        for place, hook in hooks.items()
-    }
+    found = {}
+    for place, hook in hooks.items():
+        rules = {f"blocks.{{layer}}.{hook}": f"{{layer}}-{place}-sm"}
+        if place == "res":
+            rules["blocks.0.hook_resid_pre"] = "e-res-sm"
+        found[f"pythia-70m-deduped-{place}-sm"] = Release(f"ctigges/pythia-70m-deduped__{place}-sm_processed", rules)
     hook, path = "blocks.{layer}.hook_resid_post__trainer_{trainer}", "resid_post_layer_{layer}/trainer_{trainer}"
     for sweep in ("standard_ctx128_0712", "topk_ctx128_0730", "gated_ctx128_0730", "panneal_ctx128_0730"):
         name = f"pythia70m_sweep_{sweep}"
@@ -77,16 +74,8 @@ def _pythia() -> dict[str, Release]:
 
 def _gemma_scope() -> dict[str, Release]:
     found = {}
-    for model in (
-        "2b-pt-res",
-        "2b-pt-mlp",
-        "2b-pt-att",
-        "9b-pt-res",
-        "9b-pt-mlp",
-        "9b-pt-att",
-        "9b-it-res",
-        "27b-pt-res",
-    ):
+    models = [f"{size}-pt-{place}" for size in ("2b", "9b") for place in ("res", "mlp", "att")]
+    for model in (*models, "9b-it-res", "27b-pt-res"):
         name, folder = f"gemma-scope-{model}", "layer_{layer}/width_{width}"
         embedding = "embedding/width_{width}/average_l0_{l0}"
         found[name] = Release(f"google/{name}", _same(f"{folder}/average_l0_{{l0}}", embedding))
@@ -115,38 +104,29 @@ def _gemma_scope_2() -> dict[str, Release]:
 
 
 def _llama_scope() -> dict[str, Release]:
-    found = {
-        f"llama_scope_lx{place.lower()}_{factor}x": Release(
-            f"fnlp/Llama3_1-8B-Base-LX{place}-{factor}x",
-            {f"l{{layer}}{place.lower()}_{factor}x": f"Llama3_1-8B-Base-L{{layer}}{place}-{factor}x"},
-        )
-        for place in "RAM"
-        for factor in (8, 32)
-    }
+    found = {}
+    for place, factor in product("RAM", (8, 32)):
+        name, base = f"{place.lower()}_{factor}x", "Llama3_1-8B-Base-L"
+        rules = {f"l{{layer}}{name}": f"{base}{{layer}}{place}-{factor}x"}
+        found[f"llama_scope_lx{name}"] = Release(f"fnlp/{base}X{place}-{factor}x", rules)
     mixtures = {
         "800m_slimpajama": "800M-Slimpajama-0-OpenR1-Math-220k",
         "400m_slimpajama_400m_openr1_math": "400M-Slimpajama-400M-OpenR1-Math-220k",
         "800m_openr1_math": "0-Slimpajama-800M-OpenR1-Math-220k",
     }
-    found["llama_scope_r1_distill"] = Release(
-        "fnlp/Llama-Scope-R1-Distill",
-        {f"l{{layer}}r_{name}": f"{folder}/L{{layer}}R" for name, folder in mixtures.items()},
-    )
+    rules = {f"l{{layer}}r_{name}": f"{folder}/L{{layer}}R" for name, folder in mixtures.items()}
+    found["llama_scope_r1_distill"] = Release("fnlp/Llama-Scope-R1-Distill", rules)
     return found
 
 
 def _matryoshka() -> dict[str, Release]:
-    hook, owner = "blocks.{layer}.hook_resid_post", "chanind/"
-    small = f"{owner}gemma-2-2b-batch-topk-matryoshka-saes-w-32k-l0-40"
+    hook, kind = "blocks.{layer}.hook_resid_post", "batch-topk-matryoshka-saes-w-32k"
+    small = f"chanind/gemma-2-2b-{kind}-l0-40"
     return {
         "gemma-2-2b-res-matryoshka-dc": Release(small, {hook: f"standard/{hook}"}),
         "gemma-2-2b-res-snap-matryoshka-dc": Release(small, {hook: f"snap/{hook}"}),
-        "gemma-2-9b-res-matryoshka-dc": Release(
-            f"{owner}gemma-2-9b-batch-topk-matryoshka-saes-w-32k-l0-60", _same(hook)
-        ),
-        "gemma-3-1b-res-matryoshka-dc": Release(
-            f"{owner}gemma-3-1b-batch-topk-matryoshka-saes-w-32k-l0-40", _same(hook)
-        ),
+        "gemma-2-9b-res-matryoshka-dc": Release(f"chanind/gemma-2-9b-{kind}-l0-60", _same(hook)),
+        "gemma-3-1b-res-matryoshka-dc": Release(f"chanind/gemma-3-1b-{kind}-l0-40", _same(hook)),
     }
 
 

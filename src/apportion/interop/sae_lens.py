@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from apportion.architectures.inputs import InputNorm
-from apportion.disk import write_json, write_tensors
+from apportion.disk import read_json, write_json, write_tensors
 from apportion.interop.centring import centre
 from apportion.interop.contexts import with_contexts
 from apportion.interop.folding import fold_norms, fold_scale, fold_whitening
@@ -34,7 +34,7 @@ from apportion.interop.hook_names import is_processed, origin
 from apportion.interop.lens_metadata import RENAMED, lens_metadata
 from apportion.interop.parts import Kind, Parts
 from apportion.interop.peek import beside, first_file
-from apportion.interop.reading import Tensors, file_in, read_safetensors, read_settings
+from apportion.interop.reading import Tensors, file_in, read_safetensors
 from apportion.interop.writing import check_fits, dict_of, dtype_name, stored
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,9 @@ def recognises(path: Path) -> bool:
 def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     folder = path if path.is_dir() else path.parent
     file = file_in(folder, WEIGHTS)
-    original = read_settings(file_in(folder, CONFIG))
-    settings = current_settings(original) | _taken(config, "k", "model_from_pretrained_kwargs")
+    original = read_json(file_in(folder, CONFIG))
+    settings = current_settings(original)
+    settings |= {name: config.pop(name) for name in ("k", "model_from_pretrained_kwargs") if name in config}
     kind = _kind(settings, file)
     parts = _weights(settings, kind, file)
     scale = _scale(folder, config)
@@ -96,14 +97,10 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     return parts
 
 
-def _taken(config: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: config.pop(name) for name in names if name in config}
-
-
 def current_settings(original: dict[str, Any]) -> dict[str, Any]:
     """The configuration with the names and defaults of version 6, and its metadata at the same level."""
     metadata = original.get("metadata")
-    named = (metadata if isinstance(metadata, dict) else {}) | original
+    named = dict_of(metadata) | original
     settings = {RENAMED.get(name, name): value for name, value in named.items() if name != "metadata"}
     settings.setdefault("architecture", "standard")
     settings.setdefault("apply_b_dec_to_input", True)
@@ -143,23 +140,18 @@ def _weights(settings: dict[str, Any], kind: Kind, file: Path) -> Parts:
     """As they are stored, before anything is folded."""
     sizes = {name: settings.get(name) for name in ("d_in", "d_sae", "d_out")}
     transcoder = settings["architecture"].endswith("transcoder")
-    if not transcoder:
-        sizes["d_out"] = sizes["d_in"]
     tensors = Tensors(read_safetensors(file), file, **sizes)
+    b_enc = None if kind == "gated" else "b_enc"
     parts = Parts(
         kind=kind,
-        W_enc=tensors.take("W_enc", "d_in", "d_sae").T.contiguous(),
-        W_dec=tensors.take("W_dec", "d_sae", "d_out" if transcoder else "d_in"),
-        b_dec=tensors.take("b_dec", "d_out" if transcoder else "d_in"),
-        b_enc=tensors.take("b_gate" if kind == "gated" else "b_enc", "d_sae"),
+        **tensors.weights("W_enc.T", "W_dec", b_enc, "b_dec", d_out="d_out" if transcoder else "d_in"),
         subtract_b_dec=bool(settings["apply_b_dec_to_input"]) and not transcoder,
         input_norm=INPUT_NORMS[settings["normalize_activations"]],
         transcoder=transcoder,
         k=settings.get("k"),
     )
     if kind == "gated":
-        parts.gate = {"b_gate": parts.b_enc, "r_mag": tensors.take("r_mag", "d_sae")}
-        parts.gate["b_mag"], parts.b_enc = tensors.take("b_mag", "d_sae"), parts.b_enc.new_zeros(parts.b_enc.shape)
+        parts.gate = {name: tensors.take(name, "d_sae") for name in ("b_gate", "r_mag", "b_mag")}
     if kind == "jumprelu" and "log_threshold" in tensors:
         parts.threshold = tensors.take("log_threshold", "d_sae").exp()
     elif kind == "jumprelu":
@@ -188,7 +180,7 @@ def _finetuning(parts: Parts, settings: dict[str, Any], tensors: Tensors) -> Non
 
 def _scale(folder: Path, config: dict[str, Any]) -> float | None:
     """What activations were multiplied by while training, if that is not folded yet."""
-    stored = read_settings(file) if (file := folder / "activation_scaler.json").is_file() else {}
+    stored = read_json(file) if (file := folder / "activation_scaler.json").is_file() else {}
     scale = config.pop("norm_scaling_factor", stored.get("scaling_factor"))
     if scale is not None and not (isinstance(scale, int | float) and isfinite(scale) and scale > 0):
         raise ValueError(f"{folder}: a scaling factor of activations must be a positive number, got {scale!r}.")
@@ -204,9 +196,9 @@ def _whiten(parts: Parts, folder: Path) -> None:
 
 def _describe(parts: Parts, settings: dict[str, Any], original: dict[str, Any]) -> None:
     """Where it comes from, as far as the file says so."""
-    details = settings.get("training_architecture_details")
-    if parts.k is None and isinstance(details, dict) and isinstance(details.get("k"), int | float):
-        parts.k = details["k"]
+    trained = dict_of(settings.get("training_architecture_details")).get("k")
+    if parts.k is None and isinstance(trained, int | float):
+        parts.k = trained
     model, processing = settings.get("model_name"), dict_of(settings.get("model_from_pretrained_kwargs"))
     places = {}
     for ours, theirs in (("target_hookpoint", "hook_name_out"), ("hookpoint", "hook_name")):
@@ -234,10 +226,6 @@ def write(parts: Parts, folder: Path, model_class_name: str | None = None) -> No
     foldable = parts.kind == "topk" and _has_unit_rows(parts)
     tensors = {"W_enc": parts.W_enc.T, "W_dec": parts.W_dec, "b_dec": parts.b_dec}
     tensors |= parts.gate if parts.kind == "gated" else {"b_enc": parts.b_enc}
-    if parts.threshold is not None:
-        tensors["threshold"] = parts.threshold
-    if parts.W_skip is not None:
-        tensors["W_skip"] = parts.W_skip
     metadata = {"sae_lens_version": VERSION, "sae_lens_training_version": None} | lens_metadata(parts, model_class_name)
     settings: dict[str, Any] = {
         "architecture": _architecture(parts),
@@ -254,7 +242,7 @@ def write(parts: Parts, folder: Path, model_class_name: str | None = None) -> No
         settings["d_out"] = parts.W_dec.shape[1]
     if parts.kind == "topk":
         settings |= {"k": parts.k, "rescale_acts_by_decoder_norm": foldable}
-    write_tensors(folder / WEIGHTS, stored(tensors))
+    write_tensors(folder / WEIGHTS, stored(tensors | {"threshold": parts.threshold, "W_skip": parts.W_skip}))
     write_json(folder / CONFIG, settings)
 
 

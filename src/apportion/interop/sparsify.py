@@ -15,12 +15,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from apportion.disk import write_json, write_tensors
+from apportion.disk import read_json, write_json, write_tensors
 from apportion.interop.folding import fold_b_dec
 from apportion.interop.hook_names import LAYERS, about_model, family_of
 from apportion.interop.parts import Parts
 from apportion.interop.peek import beside, first_file, settings_in
-from apportion.interop.reading import Tensors, file_in, read_safetensors, read_settings
+from apportion.interop.reading import Tensors, file_in, read_safetensors
 from apportion.interop.writing import SAVE, carried, check_fits, over, stored
 
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
@@ -32,7 +32,7 @@ def recognises(path: Path) -> bool:
 
 def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     folder = path if path.is_dir() else path.parent
-    file, settings = file_in(folder, WEIGHTS), read_settings(file_in(folder, CONFIG))
+    file, settings = file_in(folder, WEIGHTS), read_json(file_in(folder, CONFIG))
     if settings.get("activation", "topk") != "topk" or settings.get("signed"):
         raise ValueError(
             f"{folder / CONFIG}: activation = {settings.get('activation')!r}, signed = {settings.get('signed', False)} "
@@ -44,10 +44,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     transcode, skip = bool(settings.get("transcode")), bool(settings.get("skip_connection"))
     parts = Parts(
         kind="topk",
-        W_enc=tensors.take("encoder.weight", "d_sae", "d_in"),
-        W_dec=tensors.take("W_dec", "d_sae", "d_in"),
-        b_enc=tensors.take("encoder.bias", "d_sae"),
-        b_dec=tensors.take("b_dec", "d_in"),
+        **tensors.weights("encoder.weight", "W_dec", "encoder.bias", "b_dec"),
         subtract_b_dec=not transcode,
         k=config.pop("k", settings.get("k")),
         W_skip=tensors.take("W_skip", "d_in", "d_in") if skip else None,
@@ -84,8 +81,6 @@ def write(parts: Parts, folder: Path) -> None:
         raise ValueError(f"sparsify's transcoders have one width, not d_in = {d_in} and d_out = {d_out}; {SAVE}.")
     fold_b_dec(parts, not parts.transcoder)
     tensors = {"encoder.weight": parts.W_enc, "encoder.bias": parts.b_enc, "W_dec": parts.W_dec, "b_dec": parts.b_dec}
-    if parts.W_skip is not None:
-        tensors["W_skip"] = parts.W_skip
     settings = {
         "activation": "topk",
         "expansion_factor": max(1, d_sae // d_in),
@@ -97,5 +92,5 @@ def write(parts: Parts, folder: Path) -> None:
         "transcode": parts.transcoder,
         "d_in": d_in,
     }
-    write_tensors(folder / WEIGHTS, stored(tensors))
+    write_tensors(folder / WEIGHTS, stored(tensors | {"W_skip": parts.W_skip}))
     write_json(folder / CONFIG, over(carried(parts, "sparsify"), settings))

@@ -21,6 +21,7 @@ from apportion.interop.hook_names import about_model, hub_name
 from apportion.interop.parts import Parts
 from apportion.interop.peek import beside, first_file, names_in, settings_in
 from apportion.interop.reading import Tensors, only_file, read_pt, tensor_dict
+from apportion.interop.writing import dict_of
 
 TENSORS = {"encoder.weight", "router.weight", "decoder", "b_dec", "b_router"}
 COLD = 2.0**64
@@ -28,30 +29,21 @@ COLD = 2.0**64
 
 
 def recognises(path: Path) -> bool:
-    file = first_file(path, ["ae.pt", "*.pt"])
-    return file is not None and names_in(file) >= TENSORS
+    return names_in(first_file(path, ["ae.pt", "*.pt"])) >= TENSORS
 
 
 def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     file = path / "ae.pt" if (path / "ae.pt").is_file() else only_file(path, "*.pt")
-    trainer = settings_in(beside(file, "config.json")).get("trainer")
-    settings: dict[str, Any] = dict(trainer) if isinstance(trainer, dict) else {}
+    settings = dict_of(settings_in(beside(file, "config.json")).get("trainer"))
     settings |= {name: config.pop(name) for name in ("k", "experts", "heaviside") if name in config}
-    tensors = Tensors(
-        tensor_dict(read_pt(file, trust), file),
-        file,
-        d_in=settings.get("activation_dim"),
-        d_sae=settings.get("dict_size"),
-        experts=settings.get("experts"),
-    )
-    W_enc = tensors.take("encoder.weight", "d_sae", "d_in")
+    sizes = {"d_in": "activation_dim", "d_sae": "dict_size", "experts": "experts"}
+    sizes = {ours: settings.get(theirs) for ours, theirs in sizes.items()}
+    tensors = Tensors(tensor_dict(read_pt(file, trust), file), file, **sizes)
+    weights = tensors.weights("encoder.weight", "decoder", None, "b_dec")
     router = tensors.take("router.weight", "experts", "d_in")
     parts = Parts(
         kind="switch",
-        W_enc=W_enc,
-        W_dec=tensors.take("decoder", "d_sae", "d_in"),
-        b_enc=W_enc.new_zeros(len(W_enc)),
-        b_dec=tensors.take("b_dec", "d_in"),
+        **weights,
         subtract_b_dec=True,
         k=settings.get("k"),
         router={
@@ -62,7 +54,7 @@ def read(path: Path, config: dict[str, Any], trust: bool) -> Parts:
     )
     parts.dtype = tensors.finish()
     if isinstance(parts.k, int):
-        parts.k = min(parts.k, len(W_enc) // len(router))  # an expert has no more latents to choose among
+        parts.k = min(parts.k, len(parts.W_enc) // len(router))  # an expert has no more latents to choose among
     if isinstance(model := settings.get("lm_name"), str):
         parts.source = about_model(hub_name(model))
     return parts

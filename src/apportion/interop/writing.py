@@ -36,9 +36,10 @@ def check_fits(parts: Parts, format: str, kinds: tuple[Kind, ...], *, per_token:
         raise ValueError(f"{format} has no {what} of kind {parts.kind}, only {', '.join(kinds)}; {remedy}.")
 
 
-def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As files hold them: in order of their dimensions, and nothing besides."""
-    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+def stored(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Those that there are as files hold them: in order of their dimensions, and nothing besides."""
+    there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in there.items()}
 
 
 def dtype_name(parts: Parts) -> str:
@@ -70,7 +71,7 @@ def over(original: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, 
 
 
 def dict_of(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def empty_folder(folder: str | Path) -> Path:

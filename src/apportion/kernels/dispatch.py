@@ -56,13 +56,11 @@ def _choice(device: str) -> tuple[Backend, str]:
 
 
 def _checked(name: str) -> Backend:
+    if name not in ("torch", "triton"):
+        raise ValueError(f"There are no {name!r} kernels; use torch or triton.")
     if name == "triton" and find_spec("triton") is None:
         raise ValueError("The triton kernels were asked for, but Triton is not installed: pip install triton")
-    if name == "torch":
-        return "torch"
-    if name == "triton":
-        return "triton"
-    raise ValueError(f"There are no {name!r} kernels; use torch or triton.")
+    return name
 
 
 def explain() -> list[str]:

@@ -68,15 +68,13 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
         x, W_enc = ctx.saved_tensors
-        dx = dW = db = d_centre = None
-        if ctx.needs_input_grad[0]:
-            dx = _sum_by_row(ctx.matches, g, W_enc)
-        if ctx.needs_input_grad[1]:
-            dW = _sum_by_latent(ctx.matches, g, x)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        of_x, of_W, of_b, of_centre, _ = ctx.needs_input_grad
+        db = d_centre = None
+        dx = _sum_by_row(ctx.matches, g, W_enc) if of_x else None
+        dW = _sum_by_latent(ctx.matches, g, x) if of_W else None
+        if of_b or of_centre:
             db = g.new_zeros(ctx.matches.d_sae).index_add_(0, ctx.matches.indices, g)
-        if ctx.needs_input_grad[3]:
-            d_centre = -(db @ W_enc)
+            d_centre = -(db @ W_enc) if of_centre else None
         return dx, dW, db, d_centre, None
 
 
@@ -91,11 +89,9 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
         values, W_dec = ctx.saved_tensors
-        d_values = dW = None
-        if ctx.needs_input_grad[0]:
-            d_values = match_products(ctx.latents, g, W_dec)
-        if ctx.needs_input_grad[1]:
-            dW = _sum_by_latent(ctx.latents, values, g)
+        of_values, of_W, _ = ctx.needs_input_grad
+        d_values = match_products(ctx.latents, g, W_dec) if of_values else None
+        dW = _sum_by_latent(ctx.latents, values, g) if of_W else None
         return d_values, dW, None
 
 

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
+from triton.language import constexpr
 
 from apportion.kernels.dispatch import TRITON_DTYPES as FLOATS
 
@@ -88,18 +89,10 @@ def weighted_sums(
 
 @triton.jit
 def _sum_chunks(
-    indices,
-    ends,  # [chunks]
-    weights,
-    table,
-    partial,  # [chunks, d]
-    d,
-    CHUNK: tl.constexpr,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ACC: tl.constexpr,
+    indices, ends, weights, table, partial, d, CHUNK: constexpr, DEPTH: constexpr, WIDTH: constexpr, ACC: constexpr
 ):
-    """One chunk of the match list, if it lies in one group. Other rows of `partial` are never read."""
+    """One chunk of the match list, if it lies in one group. `ends` are [chunks], `partial` [chunks, d], of which other
+    rows are never read."""
     chunk = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     start = chunk * CHUNK
@@ -118,10 +111,10 @@ def _sum_groups(
     partial,
     out,
     d,
-    CHUNK: tl.constexpr,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ACC: tl.constexpr,
+    CHUNK: constexpr,
+    DEPTH: constexpr,
+    WIDTH: constexpr,
+    ACC: constexpr,
 ):
     """One group: the matches before its first whole chunk, its whole chunks, the matches behind the last one."""
     group = tl.program_id(0).to(tl.int64)
@@ -144,7 +137,7 @@ def _sum_groups(
 
 
 @triton.jit
-def _add_matches(total, start, end, indices, weights, table, columns, d, DEPTH: tl.constexpr):
+def _add_matches(total, start, end, indices, weights, table, columns, d, DEPTH: constexpr):
     """`total` [DEPTH, WIDTH] plus the weighted table rows of the matches start : end, DEPTH of them at a time."""
     for at in range(start, end, DEPTH):
         match = at + tl.arange(0, DEPTH)
@@ -188,18 +181,7 @@ def dot_products(
 
 
 @triton.jit(do_not_specialize=["nnz"])  # it changes from step to step
-def _dot_products(
-    rows,
-    indices,
-    g,
-    table,
-    out,
-    nnz,
-    d,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def _dot_products(rows, indices, g, table, out, nnz, d, DEPTH: constexpr, WIDTH: constexpr, ACC: constexpr):
     """DEPTH consecutive matches, WIDTH columns at a time."""
     match = tl.program_id(0).to(tl.int64) * DEPTH + tl.arange(0, DEPTH)
     inside = match < nnz
@@ -256,18 +238,13 @@ def above(
 
 @triton.jit(do_not_specialize=["rows"])
 def _mark_above(
-    affinity,
-    bounds,
-    marks,  # [rows, across, WORDS]
-    counts,  # [rows, across]
-    rows,
-    d_sae,
-    BOUNDS: tl.constexpr,  # 0: one for all, 1: one per latent, 2: one per row
-    ROWS: tl.constexpr,
-    WORDS: tl.constexpr,
-    ACC: tl.constexpr,
+    affinity, bounds, marks, counts, rows, d_sae, BOUNDS: constexpr, ROWS: constexpr, WORDS: constexpr, ACC: constexpr
 ):
-    """A bit for each entry of a few tiles, one below the other: 32 * WORDS columns of ROWS rows."""
+    """A bit for each entry of a few tiles, one below the other: 32 * WORDS columns of ROWS rows.
+
+    `marks` are [rows, across, WORDS], `counts` [rows, across]. BOUNDS is 0 for one bound, 1 for one per latent, 2 for
+    one per row.
+    """
     word = tl.arange(0, WORDS)
     bit = tl.arange(0, 32)
     columns = tl.program_id(1) * (32 * WORDS) + word[:, None] * 32 + bit[None, :]
@@ -288,14 +265,11 @@ def _mark_above(
 
 
 @triton.jit
-def _write_positions(
-    marks,
-    ends,  # [rows * across], marks up to the end of each tile
-    out,
-    d_sae,
-    WORDS: tl.constexpr,
-):
-    """The marks of one tile as positions. Each turn takes the lowest mark of every word; few words have two."""
+def _write_positions(marks, ends, out, d_sae, WORDS: constexpr):
+    """The marks of one tile as positions. Each turn takes the lowest mark of every word; few words have two.
+
+    `ends` [rows * across] are the marks up to the end of each tile.
+    """
     row = tl.program_id(0).to(tl.int64)
     tile = row * tl.num_programs(1) + tl.program_id(1)
     lane = tl.arange(0, WORDS)
@@ -385,9 +359,9 @@ def _adam_rows(
     step_size,
     correction2_root,
     eps,
-    UNIT_ROWS: tl.constexpr,
-    SHORTEST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    UNIT_ROWS: constexpr,
+    SHORTEST: constexpr,
+    BLOCK: constexpr,
 ):
     """One row (d entries), held in registers from the projection to the normalisation."""
     columns = tl.arange(0, BLOCK)

@@ -61,7 +61,7 @@ def felt_by_thresholds(
     bandwidth: Float[Tensor, ""],
 ) -> Float[Tensor, "tokens d_out"]:
     """`y_hat` unchanged; whatever gradient g it receives reaches t through jump_n = theta_j <g, W_dec_j>."""
-    return _OfReconstruction.apply(y_hat, log_threshold, W_dec, near, bandwidth)  # type: ignore[return-value]
+    return _Felt.apply(y_hat, log_threshold, W_dec, near, bandwidth)  # type: ignore[return-value]
 
 
 def with_jumps(
@@ -72,51 +72,26 @@ def with_jumps(
     bandwidth: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """`loss` unchanged; its gradient reaches t as well, by the given jumps."""
-    return _OfJumps.apply(loss, log_threshold, near, jumps, bandwidth)  # type: ignore[return-value]
+    return _Felt.apply(loss, log_threshold, jumps, near, bandwidth)  # type: ignore[return-value]
 
 
-def _gradient_to_t(log_threshold: Tensor, near: Latents, jumps: Tensor, bandwidth: Tensor) -> Tensor:
-    wide = torch.promote_types(log_threshold.dtype, torch.float32)
-    sums = torch.zeros(near.d_sae, dtype=wide, device=jumps.device).index_add_(0, near.indices, jumps.to(wide))
-    return (-log_threshold.to(wide).exp() / bandwidth.to(wide) * sums).to(log_threshold.dtype)
+class _Felt(torch.autograd.Function):
+    """A value unchanged, whose gradient g reaches t: of a loss by its jumps, of a reconstruction by W_dec."""
 
-
-class _OfReconstruction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y_hat: Tensor, log_threshold: Tensor, W_dec: Tensor, near: Latents, bandwidth: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(log_threshold, W_dec, bandwidth)
+    def forward(ctx: Any, value: Tensor, log_threshold: Tensor, by: Tensor, near: Latents, bandwidth: Tensor) -> Tensor:
+        ctx.save_for_backward(log_threshold, by, bandwidth)
         ctx.near = near
-        return y_hat.view_as(y_hat)
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
-        log_threshold, W_dec, bandwidth = ctx.saved_tensors
-        dt = None
-        if ctx.needs_input_grad[1]:
-            near = ctx.near
-            wide = torch.promote_types(log_threshold.dtype, torch.float32)
-            jumps = log_threshold.to(wide).exp()[near.indices] * match_products(near, g, W_dec)
-            dt = _gradient_to_t(log_threshold, near, jumps, bandwidth)
-        return g, dt, None, None, None
-
-
-class _OfJumps(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, loss: Tensor, log_threshold: Tensor, near: Latents, jumps: Tensor, bandwidth: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(log_threshold, jumps, bandwidth)
-        ctx.near = near
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grads
-        log_threshold, jumps, bandwidth = ctx.saved_tensors
-        dt = None
-        if ctx.needs_input_grad[1]:
-            dt = _gradient_to_t(log_threshold, ctx.near, g * jumps, bandwidth)
-        return g, dt, None, None, None
+        if not ctx.needs_input_grad[1]:
+            return g, None, None, None, None
+        log_threshold, by, bandwidth = ctx.saved_tensors
+        near, wide = ctx.near, torch.promote_types(log_threshold.dtype, torch.float32)
+        theta = log_threshold.to(wide).exp()
+        jumps = theta[near.indices] * match_products(near, g, by) if g.ndim else g * by
+        sums = torch.zeros(near.d_sae, dtype=wide, device=jumps.device).index_add_(0, near.indices, jumps.to(wide))
+        return g, (-theta / bandwidth.to(wide) * sums).to(log_threshold.dtype), None, None, None

@@ -111,17 +111,11 @@ def loss_terms(sae: SAE, s: Subject, tokens: int) -> Terms:
 def replaced(sae: SAE, values: dict[str, Tensor]) -> Iterator[None]:
     """Within the block these parameters have these values."""
     before = {name: sae.get_parameter(name).detach().clone() for name in values}
-    assign(sae, values)
+    sae.load_state_dict(values, strict=False)
     try:
         yield
     finally:
-        assign(sae, before)
-
-
-@torch.no_grad()
-def assign(sae: SAE, values: dict[str, Tensor]) -> None:
-    for name, value in values.items():
-        sae.get_parameter(name).copy_(value)
+        sae.load_state_dict(before, strict=False)
 
 
 def all_gradients(terms: Terms, parameters: dict[str, torch.nn.Parameter]) -> dict[str, dict[str, Tensor]]:

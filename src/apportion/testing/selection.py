@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from jaxtyping import Float
@@ -46,7 +45,7 @@ def selection_equals_reference(s: Subject) -> None:
         rule = sae.allocation.in_force()
         wanted = rule.reference(affinity)
         whole = sae.encode_scaled(x, sae.selection()).dense()
-        with small_row_blocks():
+        with patch.multiple(blocks, BLOCK_ENTRIES=3 * D_SAE, MIN_BLOCK_ROWS=1):  # three rows at a time
             assert blocks.block_rows(sae.d_sae, x) < len(x), "several blocks"
             blocked = sae.encode_scaled(x, sae.selection()).dense()
         require(difference(blocked, whole) <= 1e-9, "codes depend on the size of row blocks")
@@ -145,14 +144,3 @@ def everything(sae: SAE, x: Float[Tensor, " tokens *row"]) -> Latents:
     """All positive matches."""
     all_positive = sae.selection(rule=Threshold.at(x.new_zeros(()), sae.d_sae))
     return sae.encode_scaled(x, all_positive).detach()
-
-
-@contextmanager
-def small_row_blocks() -> Iterator[None]:
-    """Within the block the kernels take three rows at a time."""
-    before = blocks.BLOCK_ENTRIES, blocks.MIN_BLOCK_ROWS
-    blocks.BLOCK_ENTRIES, blocks.MIN_BLOCK_ROWS = 3 * D_SAE, 1
-    try:
-        yield
-    finally:
-        blocks.BLOCK_ENTRIES, blocks.MIN_BLOCK_ROWS = before
