@@ -9,8 +9,7 @@ tokens only (an expert), is not tried by that.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,8 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from apportion.language.hookpoints import hooked, module_at
-from apportion.language.passes import parameters_of
+from apportion.language.hookpoints import Change, hooked, module_at
+from apportion.language.passes import inputs_for, parameters_of
 from apportion.rows.hookpoint import Hookpoint
 from apportion.torch_state import in_eval_mode
 
@@ -49,7 +48,10 @@ def check_read(model: nn.Module, hookpoint: str) -> None:
     def noisy(x: Tensor) -> Tensor | None:
         rows.append(x.shape[:-1].numel())
         numbers.append(x.is_floating_point())
-        return _noisy(x)
+        if not x.is_floating_point():
+            return None
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        return x + noise * (1 + x.float().abs().mean()).to(x.dtype)
 
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), in_eval_mode(model):
@@ -82,25 +84,11 @@ def _never_runs(module: nn.Module) -> bool:
     return type(module).forward is nn.Module.forward
 
 
-def _output(model: Any, changes: Mapping[str, Callable[[Tensor], Tensor | None]] = MappingProxyType({})) -> Tensor:
+def _output(model: Any, changes: Mapping[str, Change] = MappingProxyType({})) -> Tensor:
     """What the model makes of a few tokens."""
-    ids = torch.arange(TRIAL_TOKENS, device=next(model.parameters()).device)[None]
-    inputs: dict[str, Any] = {"input_ids": ids}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    if "use_cache" in parameters_of(model):
-        inputs["use_cache"] = False
-    with ExitStack() as stack:
-        stack.enter_context(hooked(model, changes))
-        result = model(**inputs)
+    with hooked(model, changes):
+        result = model(**inputs_for(model, torch.arange(TRIAL_TOKENS)[None]))
     for name in ("logits", "last_hidden_state"):
         if isinstance(getattr(result, name, None), Tensor):
             return getattr(result, name)
     return result if isinstance(result, Tensor) else result[0]
-
-
-def _noisy(x: Tensor) -> Tensor | None:
-    if not x.is_floating_point():
-        return None
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    return x + noise * (1 + x.float().abs().mean()).to(x.dtype)

@@ -21,7 +21,7 @@ from apportion.answers import out_of_memory
 from apportion.disk import check_may_open
 from apportion.extras import need
 from apportion.language.hookpoints import capture
-from apportion.language.passes import by_context, modules_of, parameters_of
+from apportion.language.passes import by_context, inputs_for, modules_of, parameters_of, text_config
 from apportion.rows.filter import row_norms
 from apportion.rows.hookpoint import Hookpoint
 from apportion.rows.manifest import torch_dtype
@@ -251,14 +251,9 @@ def run_contexts(
     The pass ends at the last hookpoint, unless it is to be `whole`: then ValueError for a hookpoint that the model runs
     several times. So the first pass of a long work is a whole one, over a few tokens.
     """
-    inputs: dict[str, Any] = {"input_ids": ids.long().to(next(model.parameters()).device)}
-    if "use_cache" in parameters_of(model):
-        inputs["use_cache"] = False
     _check_encoder(model, hookpoints)
     with torch.inference_mode(), in_eval_mode(model):
-        if whole and "decoder_input_ids" in parameters_of(model):
-            inputs["decoder_input_ids"] = inputs["input_ids"]
-        seen = capture(model, hookpoints, stop=not whole, **inputs)
+        seen = capture(model, hookpoints, stop=not whole, **inputs_for(model, ids))
     for name, x in seen.items():
         if x.ndim not in (2, 3) or x.shape[:-1].numel() != ids.numel():
             raise ValueError(
@@ -271,12 +266,6 @@ def run_contexts(
 def width_at(model: nn.Module, hookpoint: str) -> int:
     """The width of the activations at a hookpoint, found by a pass over two tokens."""
     return run_contexts(model, [hookpoint], torch.zeros(1, 2, dtype=torch.int64), whole=True)[hookpoint].shape[1]
-
-
-def text_config(model: Any) -> Any:
-    """The configuration of the model, or of its text tower if it has several."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def check_context_tokens(model: Any, context_tokens: int) -> None:

@@ -11,7 +11,7 @@ stream, so a trial at the start makes sure that this changes nothing. Otherwise 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from apportion.language.hookpoints import expand, hooked
+from apportion.language.hookpoints import check_seen, expand, hooked
 from apportion.rows.hookpoint import Hookpoint
 
 TRIAL_TOKENS = 6
@@ -65,15 +65,11 @@ class UpperLayers:
         seen: dict[str, Tensor] = {}
         results: dict[nn.Module, Any] = {}
         below = stack_below(self.model, self.hookpoint)
-        handles = [m.register_forward_hook(lambda m, args, result: results.update({m: result})) for m in below]
-        try:
+        with ExitStack() as stack:
+            for m in below:
+                stack.callback(m.register_forward_hook(lambda m, args, result: results.update({m: result})).remove)
             clean = self._run(ids, _looks((*self.later, self.hookpoint), seen))
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name in (self.hookpoint, *self.later):
-            if name not in seen:
-                raise ValueError(f"the forward pass never ran {name!r}: choose a module the model uses on text")
+        check_seen((self.hookpoint, *self.later), seen)
         order = list(seen)
         for name in self.later:
             if order.index(name) <= order.index(self.hookpoint):
