@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,11 +28,7 @@ from apportion.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.language.documents import Reading
 from apportion.language.fingerprint import model_fingerprint, tokenizer_fingerprint
 from apportion.language.hookpoints import expand
-from apportion.language.model import (
-    check_context_tokens,
-    check_finite,
-    run_contexts,
-)
+from apportion.language.model import check_context_tokens, check_finite, run_contexts
 from apportion.language.model import load_model as load_model
 from apportion.language.text import Text, TextSource
 from apportion.language.tokens import PackedContexts, num_contexts_for, special_ids, vocabulary_size
@@ -49,17 +45,9 @@ def batched_contexts(
     blocks: Iterable[np.ndarray], batch_contexts: int, limit: int
 ) -> Iterator[Int[Tensor, "n context_tokens"]]:
     """The first `limit` contexts, regrouped into batches."""
-    rest: np.ndarray | None = None
-    for block in blocks:
-        rest = block if rest is None else np.concatenate([rest, block])
-        while len(rest) >= min(batch_contexts, limit) > 0:
-            take = min(batch_contexts, limit)
-            yield torch.from_numpy(rest[:take].copy())
-            rest, limit = rest[take:], limit - take
-        if limit <= 0:
-            return
-    if rest is not None and len(rest):
-        yield torch.from_numpy(rest[:limit].copy())
+    contexts = islice(chain.from_iterable(blocks), limit)
+    while batch := list(islice(contexts, batch_contexts)):
+        yield torch.from_numpy(np.stack(batch))
 
 
 @usual()

@@ -12,8 +12,10 @@ file that ends in the middle, as one of an interrupted download, gives what is b
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import csv
+import gzip
 import io
 import json
 import lzma
@@ -77,33 +79,17 @@ def check_readable(file: Path) -> None:
 
 def _bytes_of(file: Path) -> Any:
     """A stream of the file's bytes, unpacked."""
-    suffix = file.suffix.lower()
-    if suffix == ".gz":
-        import gzip
-
-        return gzip.open(file)
-    if suffix == ".bz2":
-        import bz2
-
-        return bz2.open(file)
-    if suffix == ".xz":
-        return lzma.open(file)
-    if suffix == ".zst":
+    if (suffix := file.suffix.lower()) == ".zst":
         import pyarrow
 
         return pyarrow.input_stream(str(file), compression="zstd")
-    return file.open("rb")
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, Path.open)(file, "rb")
 
 
 def open_text(file: Path, newline: str | None = None) -> io.TextIOWrapper:
     """A file as text, whatever its packing and encoding; ValueError if it looks like no text at all."""
-    stream = _bytes_of(file)
-    try:
+    with closing(_bytes_of(file)) as stream:
         start = stream.read(4096)
-    except BaseException:
-        stream.close()
-        raise
-    stream.close()
     encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
     if encoding == "utf-8" and start.count(0) > len(start) // 8:
         raise Broken("no text file", "is no UTF-8 text (it is binary, or UTF-16 without its mark): save it as UTF-8")
@@ -250,11 +236,10 @@ def _parquet_rows(file: Path, field: str) -> Iterator[Row]:
 
     with parquet.ParquetFile(file) as opened:
         column = chosen_field(list(opened.schema_arrow.names), field)
-        number = 0
-        for batch in opened.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield f"{file}, row {number}", {column: value}
+        batches = opened.iter_batches(batch_size=PARQUET_ROWS, columns=[column])
+        values = (value for batch in batches for value in batch.column(0).to_pylist())
+        for number, value in enumerate(values, 1):
+            yield f"{file}, row {number}", {column: value}
 
 
 def folder_files(folder: Path) -> Sequence[Path]:

@@ -105,14 +105,13 @@ class Encoder:
 
     def _alone(self, piece: Piece, reading: Reading) -> Integer[np.ndarray, " n"] | None:
         try:
-            ids = self._together([piece.text])[0] if self._many else self._one(piece.text)
+            return self._together([piece.text])[0] if self._many else self._one(piece.text)
         except Exception as error:  # whatever a tokenizer raises
             reason = f"{type(error).__name__}: {error}"
             reading.documents -= piece.first
             reading.skip(Broken("refused by the tokenizer", f"is refused by the tokenizer ({reason})"), piece.place)
             reading.check(FIRST_ROWS)
             return None
-        return ids
 
     def _one(self, text: str) -> Integer[np.ndarray, " n"]:
         try:
