@@ -46,12 +46,9 @@ class Aligned(ABC):
             raise ValueError(f"{type(self).__name__} joins two hookpoints or more, got {here}. Name at least two.")
         self.stores = list(stores)
         self.folder, self.d_in, self.rows = stores[0].folder, stores[0].d_in, stores[0].rows
+        self.hookpoint = ",".join(store.hookpoint for store in stores)
         for other in stores[1:]:
             _check_aligned(stores[0], other)
-
-    @property
-    def hookpoint(self) -> str:
-        return ",".join(store.hookpoint for store in self.stores)
 
     @cached_property
     def mask(self) -> Bool[Tensor, " rows"]:
@@ -98,16 +95,7 @@ class PairStore(Aligned):
 
     def __init__(self, x: ActivationStore, target: ActivationStore) -> None:
         super().__init__([x, target])
-        self.d_out = target.d_in
-
-    @property
-    def hookpoint(self) -> str:
-        """Where x comes from."""
-        return self.stores[0].hookpoint
-
-    @property
-    def target_hookpoint(self) -> str:
-        return self.stores[1].hookpoint
+        self.d_out, self.hookpoint, self.target_hookpoint = target.d_in, x.hookpoint, target.hookpoint
 
     def batch(self, indices: Int[Tensor, " n"]) -> Batch:
         x, target = self.stores
@@ -182,10 +170,7 @@ def _check_aligned(one: ActivationStore, other: ActivationStore) -> None:
     """ValueError unless row i of both is the same token."""
     if one.folder.resolve() == other.folder.resolve():
         return
-    same = (
-        one.rows == other.rows and torch.equal(one.tokens, other.tokens) and torch.equal(one.contexts, other.contexts)
-    )
-    if not same:
+    if not (torch.equal(one.tokens, other.tokens) and torch.equal(one.contexts, other.contexts)):
         raise ValueError(
             f"the caches {str(one.folder)!r} and {str(other.folder)!r} hold different tokens: collect both from the "
             "same text with the same tokenizer, number of tokens and context length"
