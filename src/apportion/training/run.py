@@ -21,7 +21,6 @@ import sys
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from apportion.answers import out_of_memory
@@ -83,10 +82,8 @@ class RunFolder:
             if_it_fails.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._lock.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._lock.__exit__()
 
     def _claim(self, record: Path) -> None:
         sweep(self.folder)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from apportion.torch_state import usual
 from apportion.training.checkpoint import Checkpoint
 from apportion.training.config import TrainConfig
 from apportion.training.given import HeldOut, source_of
-from apportion.training.learner import Learner
+from apportion.training.learner import Learner, under
 from apportion.training.objective import Losses, Objective, TrainingContext, as_objective, local_reconstruction
 from apportion.training.run import RunFolder, restore
 from apportion.training.same import MAY_DIFFER
@@ -288,7 +289,7 @@ class Trainer:
         with bar as show:
             started = time.perf_counter() - self.seconds
             saved_tokens, saved_seconds = self.tokens, self.seconds
-            for batch in self._remaining(source, total_steps):
+            for batch in islice(source.batches(self.config.batch_tokens), total_steps - self.steps):
                 metrics = self.step(batch)
                 self.seconds = time.perf_counter() - started
                 last, stop = self.steps == total_steps, interrupts.arrived
@@ -307,14 +308,6 @@ class Trainer:
                     saved_tokens, saved_seconds = self.tokens, self.seconds
                 if stop or (save and interrupts.arrived):
                     raise KeyboardInterrupt
-
-    def _remaining(self, source: Source, total_steps: int) -> Iterator[Batch]:
-        if self.steps >= total_steps:
-            return
-        for batch in source.batches(self.config.batch_tokens):
-            yield batch
-            if self.steps >= total_steps:
-                return
 
     def _check_run(self, source: Source) -> int:
         total = self.config.total_steps
@@ -372,7 +365,7 @@ class Trainer:
             if isinstance(values.get(name), bool) or not isinstance(values.get(name), kind):
                 raise ValueError(f"{name} is {values.get(name)!r}")
         for i, own in enumerate(self.learners):
-            own.check_state({n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")})
+            own.check_state(under(f"{i}.", tensors))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a run was; everything is checked already."""
@@ -383,7 +376,7 @@ class Trainer:
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Restore what `state` returned; the SAEs themselves are restored separately."""
         for i, own in enumerate(self.learners):
-            own.load_state({n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")})
+            own.load_state(under(f"{i}.", tensors))
         self.steps, self.tokens, self.seconds = values["steps"], values["tokens"], values["seconds"]
         self._input_ready = True
         self._torn = False
