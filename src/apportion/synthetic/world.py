@@ -123,13 +123,7 @@ class GroundTruthConfig:
 
 
 LIKE_SYNTH_SAE_BENCH = GroundTruthConfig(
-    d_in=768,
-    num_features=16_384,
-    active=34.0,
-    difficulty=(1.0,),
-    num_roots=128,
-    depth=3,
-    correlation_rank=25,
+    d_in=768, num_features=16_384, active=34.0, difficulty=(1.0,), num_roots=128, depth=3, correlation_rank=25
 )
 """Of the size and with the ingredients of SynthSAEBench-16k, not equal to it: its trees keep Zipf probabilities for
 children, ours divide the parent's, and its directions are made nearly orthogonal (`repulsion_steps` does that)."""
