@@ -242,14 +242,11 @@ def read_contexts(
     tokenizer: Any, text: Text, *, tokens: int, context_tokens: int = 256, bos: str = "auto"
 ) -> Int[Tensor, "num_contexts context_tokens"]:
     """The first contexts of `text`, enough for `tokens` tokens (or all there are), in memory."""
-    wanted, blocks = num_contexts_for(tokens, context_tokens), []
+    wanted = num_contexts_for(tokens, context_tokens)
     contexts = PackedContexts(tokenizer, text, context_tokens, bos)
-    for block in contexts:
-        blocks.append(block)
-        if contexts.num_contexts >= wanted:
-            break
+    first = np.stack(list(islice(chain.from_iterable(contexts), wanted)))
     contexts.reading.warn()
-    return torch.from_numpy(np.concatenate(blocks)[:wanted])
+    return torch.from_numpy(first)
 
 
 def num_contexts_for(tokens: int, context_tokens: int) -> int:
