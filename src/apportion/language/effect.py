@@ -37,17 +37,14 @@ def check_read(model: nn.Module, hookpoint: str) -> None:
     A model that cannot be run on token ids alone is not tried.
     """
     name = str(Hookpoint.parse(hookpoint))
-    known, rows = _read.setdefault(model, set()), list[int]()
+    known, seen = _read.setdefault(model, set()), list[Tensor]()
     if name in known or not _takes_tokens(model):
         return
     if _never_runs(module_at(model, Hookpoint.parse(name))):
         raise ValueError(f"{name!r} holds modules and is none that runs: choose one of them, such as {name + '.0'!r}")
 
-    numbers: list[bool] = []
-
     def noisy(x: Tensor) -> Tensor | None:
-        rows.append(x.shape[:-1].numel())
-        numbers.append(x.is_floating_point())
+        seen.append(x)
         if not x.is_floating_point():
             return None
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
@@ -59,9 +56,9 @@ def check_read(model: nn.Module, hookpoint: str) -> None:
     except Exception as error:  # a model may want anything; the first real pass says so better
         logger.debug("%s could not be tried on token ids: %s", type(model).__name__, error)
         return
-    if not sum(rows) and (_takes_more(model) or ".experts." in name):
+    if not any(x.shape[:-1].numel() for x in seen) and (_takes_more(model) or ".experts." in name):
         return
-    if not all(numbers):  # token ids, say, which noise leaves as they are
+    if not all(x.is_floating_point() for x in seen):  # token ids, say, which noise leaves as they are
         return
     if not matters:
         raise ValueError(

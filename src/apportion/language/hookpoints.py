@@ -21,6 +21,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ def hooked(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
     with ExitStack() as stack:
         once = stack.enter_context(_once_each(model, [point.path for point in points.values()]))
         for text, change in changes.items():
-            handle = _attach(model, points[text], once(text, change))
+            handle = _attach(model, points[text], partial(once, text, change))
             stack.callback(handle.remove)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
@@ -145,8 +146,8 @@ class _Pass(threading.local):
 
 
 @contextmanager
-def _once_each(model: nn.Module, paths: list[str]) -> Iterator[Callable[[str, Change], Change]]:
-    """Yields a wrapper for functions that a forward pass may call once. What runs outside of one (a layer that is run
+def _once_each(model: nn.Module, paths: list[str]) -> Iterator[Callable[[str, Change, Tensor], Tensor | None]]:
+    """Yields what calls functions that a forward pass may call once. What runs outside of one (a layer that is run
     again for its gradients) is not counted."""
     passes = [model, *(m for path in paths for m in askable(model, path))]
     now = _Pass()
@@ -159,17 +160,14 @@ def _once_each(model: nn.Module, paths: list[str]) -> Iterator[Callable[[str, Ch
     def end(module: nn.Module, args: Any, result: Any) -> None:
         now.depth = max(0, now.depth - 1)
 
-    def once(text: str, change: Change) -> Change:
-        def called(x: Tensor) -> Tensor | None:
-            if now.depth and text in now.seen:
-                raise ValueError(
-                    f"the model runs {text!r} several times in one forward pass, so that a token has several "
-                    "activations there: choose a module that runs once"
-                )
-            now.seen.add(text)
-            return change(x)
-
-        return called
+    def once(text: str, change: Change, x: Tensor) -> Tensor | None:
+        if now.depth and text in now.seen:
+            raise ValueError(
+                f"the model runs {text!r} several times in one forward pass, so that a token has several "
+                "activations there: choose a module that runs once"
+            )
+        now.seen.add(text)
+        return change(x)
 
     with ExitStack() as stack:
         for module in dict.fromkeys(passes):
@@ -192,16 +190,13 @@ def capture(
     names = [str(Hookpoint.parse(text)) for text in hookpoints]
     seen: dict[str, Tensor] = {}
 
-    def look(name: str) -> Callable[[Tensor], None]:
-        def keep(tensor: Tensor) -> None:
-            if name not in seen:
-                seen[name] = tensor.clone()  # a later layer may work in place
-            if stop and len(seen) == len(set(names)):
-                raise _SeenAll
+    def keep(name: str, tensor: Tensor) -> None:
+        if name not in seen:
+            seen[name] = tensor.clone()  # a later layer may work in place
+        if stop and len(seen) == len(set(names)):
+            raise _SeenAll
 
-        return keep
-
-    with suppress(_SeenAll), hooked(model, {name: look(name) for name in names}):
+    with suppress(_SeenAll), hooked(model, {name: partial(keep, name) for name in names}):
         model(*args, **kwargs)
     check_seen(names, seen)
     return {name: seen[name] for name in names}

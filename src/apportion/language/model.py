@@ -59,25 +59,19 @@ def load_model(
     A checkpoint may bring code of its own. It is run only with `trust_remote_code`, and nobody is asked on the way; and
     weights in pickles are read as numbers only (transformers does so by itself).
     """
-    wanted = torch_dtype(dtype)
+    asked = {"dtype": torch_dtype(dtype), "device_map": device_map, "attn_implementation": attn_implementation}
     need("A language model", "transformers", *([] if device_map is None else ["accelerate"]))
     name, where = _place(name_or_folder)
     import transformers  # heavy
 
-    placed = {"device_map": device_map, "attn_implementation": attn_implementation}
+    options = {"output_loading_info": True} | {name: value for name, value in asked.items() if value is not None}
     try:
         with _quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
             if attn_implementation is None and not trust_remote_code and _fetches_kernels(config):
                 raise _brings_code(name)
             kind = _auto_class(transformers, config, auto_class)
-            model, loading = kind.from_pretrained(
-                where,
-                dtype=wanted,
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-                **{n: v for n, v in placed.items() if v is not None},
-            )
+            model, loading = kind.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
     except BringsCode:
         raise
     except Exception as error:  # a damaged folder lets transformers raise anything
