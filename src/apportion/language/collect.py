@@ -73,19 +73,17 @@ def collect(
     and raises `Interrupted`, whose message says where; without `keep_interrupted` nothing is left, for callers who take
     a cache that is there for a complete one.
     """
-    place, text = check_out(out), TextSource.of(text)
-    store_dtype = torch_dtype(dtype)
+    place, text, entry_bytes = check_out(out), TextSource.of(text), torch_dtype(dtype).itemsize
     check_context_tokens(model, context_tokens)
     if batch_contexts < 1:
         raise ValueError(f"batch_contexts={batch_contexts} must be at least 1")
-    names = expand(model, hookpoints)
-    limit = num_contexts_for(tokens, context_tokens)
+    names, limit = expand(model, hookpoints), num_contexts_for(tokens, context_tokens)
     contexts = PackedContexts(tokenizer, text, context_tokens, bos, vocabulary_size(model))
     batches = batched_contexts(contexts, batch_contexts, limit)
     first = next(batches)  # an empty or too short text fails here
     widths = {name: x.shape[1] for name, x in run_contexts(model, names, first[:2, :2], whole=True).items()}
     most_tokens = min(limit, 1 + (text.most_tokens() or limit * context_tokens) // contexts.body) * context_tokens
-    check_free_disk(place, most_tokens * (sum(widths.values()) * store_dtype.itemsize + len(names) + 12))
+    check_free_disk(place, most_tokens * (sum(widths.values()) * entry_bytes + len(names) + 12))
 
     filters = {"token_filter": token_filter or TokenFilter(), "special_ids": special_ids(tokenizer)}
     started = perf_counter()
@@ -94,35 +92,33 @@ def collect(
         if num_contexts == 0 or (interrupts.arrived and not keep_interrupted):
             raise Interrupted(f"stopped after {num_contexts} contexts; nothing is left at {out}")
         seconds = perf_counter() - started
-        manifest = writer.finish(
-            Language(
-                model=model_fingerprint(model),
-                model_dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-                tokenizer=tokenizer_fingerprint(tokenizer),
-                text=text.describe(),
-                text_skipped=dict(contexts.reading.skipped),
-                text_repaired=dict(contexts.reading.repaired),
-                bos=bos,
-                bos_prepended=contexts.bos_prepended,
-                context_tokens=context_tokens,
-                contexts=num_contexts,
-                tokens_asked=tokens,
-                seconds=round(seconds, 1),
-                tokens_per_s=round(num_contexts * context_tokens / seconds, 1),
-                **_ended(num_contexts < limit, interrupts.arrived, contexts.reading.stopped),
-            ).to_json()
+        language = Language(
+            model=model_fingerprint(model),
+            model_dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            tokenizer=tokenizer_fingerprint(tokenizer),
+            text=text.describe(),
+            bos=bos,
+            bos_prepended=contexts.bos_prepended,
+            context_tokens=context_tokens,
+            contexts=num_contexts,
+            tokens_asked=tokens,
+            seconds=round(seconds, 1),
+            tokens_per_s=round(num_contexts * context_tokens / seconds, 1),
+            **_read(contexts.reading, num_contexts < limit, interrupts.arrived),
         )
+        manifest = writer.finish(language.to_json())
     _warn(contexts.reading, about := about_manifest(manifest))
     if interrupts.arrived:
         raise Interrupted(_kept(about, out))
     return manifest
 
 
-def _ended(early: bool, interrupted: bool, stopped: str | None) -> dict[str, Any]:
-    """How the collection ended, as the manifest says it."""
-    reason = f"stream: {stopped}" if stopped else "text"
+def _read(reading: Reading, early: bool, interrupted: bool) -> dict[str, Any]:
+    """What was left out, and how the collection ended, as the manifest says it."""
+    reason = f"stream: {reading.stopped}" if reading.stopped else "text"
     ended = "complete" if not early else "interrupted" if interrupted else reason
-    return {"ended": ended, "text_ended_early": early and not interrupted}
+    counts = {"text_skipped": dict(reading.skipped), "text_repaired": dict(reading.repaired)}
+    return {"ended": ended, "text_ended_early": early and not interrupted, **counts}
 
 
 def _warn(reading: Reading, about: About) -> None:

@@ -89,12 +89,9 @@ class LiveSource:
     def num_rows(self) -> int:
         """Training rows per epoch, before norm outliers are left out: which rows those are shows only as they come."""
         tokens = self.contexts[self._train]
-        keep = torch.ones_like(tokens, dtype=torch.bool)
-        if self._settings.special_tokens:
-            keep &= ~torch.isin(tokens, torch.tensor(self._special_ids, dtype=tokens.dtype))
-        if self._settings.first_position:
-            keep[:, 0] = False
-        return int(keep.sum())
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        beforehand = replace(self._settings, norm_outlier=None, special_ids=self._special_ids)
+        return int(beforehand.mask(torch.zeros(*tokens.shape, 1), tokens, positions).sum())
 
     @property
     def filter(self) -> TokenFilter:
