@@ -62,8 +62,8 @@ def joined(parts: Sequence[Batch]) -> Batch:
 
 
 def regrouped(parts: Iterable[Batch], size: int, row: int = 0) -> Iterator[tuple[Batch, int, int]]:
-    """All rows from `row` of the first part on, in batches of `size`; each with the number of the part in which it ends
-    and the row there. What fills no batch at the end is dropped."""
+    """All rows but the first `row`, in batches of `size`; each with the number of the part in which it ends and the row
+    there. What fills no batch at the end is dropped."""
     waiting, missing = list[Batch](), size
     for number, rows in enumerate(parts):
         while row < len(rows):
@@ -72,7 +72,7 @@ def regrouped(parts: Iterable[Batch], size: int, row: int = 0) -> Iterator[tuple
             if not missing:
                 yield joined(waiting), number, row
                 waiting, missing = [], size
-        row = 0
+        row -= len(rows)
 
 
 @runtime_checkable

@@ -132,8 +132,7 @@ class LayersStore(Aligned):
 
     @cached_property
     def mask(self) -> Bool[Tensor, " rows"]:
-        tokens = reduce(torch.logical_and, (store.mask for store in self.stores))
-        return tokens.repeat_interleave(len(self.stores))
+        return super().mask.repeat_interleave(len(self.stores))
 
     @property
     def groups(self) -> Int[Tensor, " rows"]:

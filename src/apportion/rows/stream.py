@@ -18,7 +18,7 @@ from torch import Tensor
 
 from apportion.about import About
 from apportion.architectures.inputs import as_tensor, first_tensor
-from apportion.rows.batch import Batch, joined
+from apportion.rows.batch import Batch, joined, regrouped
 from apportion.rows.order import held_out_groups
 from apportion.rows.sane import SaneRows
 
@@ -64,7 +64,7 @@ class StreamSource:
         """`row_dims` is 2 for rows [num_sites, d_in]; `pairs`: what it yields has a target besides."""
         self.items, self.held_out_share, self.row_dims, self.pairs = items, held_out_share, row_dims, pairs
         self.again = iter(items) is not items
-        self._rows_out, self._skip = 0, 0
+        self._rows_out, self._skip, self._trained = 0, 0, 0
         self._kept_back: list[Batch] = []
         self._num_kept_back = 0
         self._pass = self._parts()
@@ -103,6 +103,7 @@ class StreamSource:
                     self._kept_back.append(kept)
                     self._num_kept_back += len(kept)
                 seen += len(part)
+                self._trained += len(part) - int(out.sum())
                 yield part[~out]
             if not self.again:
                 return
@@ -111,20 +112,12 @@ class StreamSource:
             parts, first_pass = self._parts(), False
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
-        waiting: list[Batch] = []
-        size = 0
-        for part in self._training():
-            skipped = min(self._skip, len(part))
-            self._skip -= skipped
-            waiting.append(part[skipped:])
-            size += len(waiting[-1])
-            while size >= batch_tokens:
-                rows = joined(waiting)
-                waiting, size = [rows[batch_tokens:]], size - batch_tokens
-                self._rows_out += batch_tokens
-                yield rows[:batch_tokens]
+        skip, self._skip = self._skip, 0
+        for rows, _, _ in regrouped(self._training(), batch_tokens, skip):
+            self._rows_out += batch_tokens
+            yield rows
         raise ValueError(
-            f"The rows ended after {self._rows_out + size:,} to train on: give more, lower total_tokens, or give "
+            f"The rows ended after {self._trained:,} to train on: give more, lower total_tokens, or give "
             "something that can be read again (a list, a DataLoader) in place of a generator."
         )
 
