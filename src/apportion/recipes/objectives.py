@@ -105,7 +105,7 @@ class Objectives:
         """What the figures of a run depend on besides what its name says."""
         left_out = ("out", "text", "further_lrs", "mutual_weights")
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
-        return json.loads(json.dumps(mine | {"text": None if self.text is None else self.text.describe().to_json()}))
+        return json.loads(json.dumps(mine | {"text": self.text and self.text.describe().to_json()}))
 
     # The model, its text and its activations
 
@@ -144,8 +144,7 @@ class Objectives:
 
     def once(self, name: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """The figures of a run in the folder `name`, from disk if they are there."""
-        folder = self.out / "runs" / name
-        record = self.out / "runs" / f"{name}.json"
+        folder, record = self.out / "runs" / name, self.out / "runs" / f"{name}.json"
         if record.exists():
             found = read_json(record)
             if as_now(found["settings"]) != self.settings():
@@ -201,8 +200,7 @@ class Objectives:
         found = evaluate_layers(sae, together, held_out_rows(together, HELD_OUT), progress=False)
         return {
             "seconds": trainer.seconds,
-            "fvu": {name: one.result()["fvu"] for name, one in found.layers.items()},
-            "l0": {name: one.result()["l0"] for name, one in found.layers.items()},
+            **{key: {name: one.result()[key] for name, one in found.layers.items()} for key in ("fvu", "l0")},
             "dead": found.pooled.result()["dead"],
             "variances": found.statistics.result(),
         }
