@@ -108,11 +108,7 @@ class RunFolder:
         if final.exists():  # it is damaged: the run went on from an older one
             remove(final)
         write_checkpoint(final, trainer, source)
-        self._keep(final, trainer.tokens)
-
-    def _keep(self, newest: Path, tokens: int) -> None:
-        """Note what is on the disk, and remove other checkpoints."""
-        self._kept, self._saved_tokens = [*self._kept, newest][-KEPT:], tokens
+        self._kept, self._saved_tokens = [*self._kept, final][-KEPT:], trainer.tokens
         for folder in checkpoints(self.folder):
             if folder not in self._kept:
                 remove(folder)

@@ -76,7 +76,10 @@ class Trainer:
                 raise ValueError(
                     "switch_at is a share of the run, so it needs total_tokens; set it, or use switch_at = 0."
                 )
-        self.learners = [Learner(s, self.config) for s in self.saes]
+        self.sae, self.learners = self.saes[0], [Learner(s, self.config) for s in self.saes]
+        """The SAE, or the first of several; and what belongs to each."""
+        self.trains = any(learner.trains for learner in self.learners)
+        """False if there is nothing to learn, as for PCA and neurons."""
         self.steps = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -84,16 +87,6 @@ class Trainer:
         """After `fit`: what is wrong with the result, if anything is."""
         self._input_ready = not any(s.needs_fit for s in self.saes)
         self._torn = False
-
-    @property
-    def sae(self) -> SAE:
-        """The SAE, or the first of several."""
-        return self.saes[0]
-
-    @property
-    def trains(self) -> bool:
-        """False if there is nothing to learn, as for PCA and neurons."""
-        return any(learner.trains for learner in self.learners)
 
     @usual(learning=True)
     def step(self, batch: Any) -> dict[str, Tensor]:
