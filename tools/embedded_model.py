@@ -102,10 +102,12 @@ class TrainModel:
         sys.stdout.write(f"{self.out}: {sum(p.numel() for p in model.parameters()):,} parameters\n")
 
     def contexts(self, tokenizer: Any, texts: list[str], name: str) -> Int[Tensor, "n context"]:
-        packed = pack(tokenizer, texts, self.context_tokens)
-        if not len(packed):
+        """All stories end to end, each behind END, cut into contexts."""
+        each = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = [token for encoded in each for token in (tokenizer.bos_token_id, *encoded)]
+        if not (count := len(ids) // self.context_tokens):
             raise ValueError(f"The {name} text holds less than one context of {self.context_tokens} tokens: give more.")
-        return packed
+        return torch.tensor(ids[: count * self.context_tokens]).reshape(count, self.context_tokens)
 
     def tokenizer(self, texts: list[str]) -> Any:
         """Byte-level BPE trained on the text, or the one that lies in the folder already."""
@@ -198,15 +200,6 @@ def stories(file: Path) -> list[str]:
     else:
         blocks = (block.strip() for block in text.split("\n\n"))
     return [block for block in blocks if block]
-
-
-def pack(tokenizer: Any, texts: list[str], context_tokens: int) -> Int[Tensor, "n context"]:
-    """All stories end to end, each behind END, cut into contexts."""
-    ids: list[int] = []
-    for encoded in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        ids += [tokenizer.bos_token_id, *encoded]
-    count = len(ids) // context_tokens
-    return torch.tensor(ids[: count * context_tokens]).reshape(count, context_tokens)
 
 
 def groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
