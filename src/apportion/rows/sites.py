@@ -40,7 +40,7 @@ def open_stores(folder: str | Path, hookpoints: str | None = None) -> list[Activ
 class Aligned(ABC):
     """Base of the stores here: several `ActivationStore`s whose rows are the same tokens."""
 
-    def __init__(self, stores: Sequence[ActivationStore]) -> None:
+    def __init__(self, stores: Sequence[ActivationStore], one_width: bool = True) -> None:
         if len(stores) < 2:
             here = ", ".join(s.hookpoint for s in stores) or "none"
             raise ValueError(f"{type(self).__name__} joins two hookpoints or more, got {here}. Name at least two.")
@@ -49,6 +49,11 @@ class Aligned(ABC):
         self.hookpoint = ",".join(store.hookpoint for store in stores)
         for other in stores[1:]:
             _check_aligned(stores[0], other)
+            if one_width and other.d_in != self.d_in:
+                raise ValueError(
+                    f"{stores[0].hookpoint} has width {self.d_in}, {other.hookpoint} has {other.d_in}: "
+                    "choose hookpoints of one width"
+                )
 
     @cached_property
     def mask(self) -> Bool[Tensor, " rows"]:
@@ -94,7 +99,7 @@ class PairStore(Aligned):
     """What a transcoder takes: activations at one hookpoint, and as target those of the same token at another."""
 
     def __init__(self, x: ActivationStore, target: ActivationStore) -> None:
-        super().__init__([x, target])
+        super().__init__([x, target], one_width=False)
         self.d_out, self.hookpoint, self.target_hookpoint = target.d_in, x.hookpoint, target.hookpoint
 
     def batch(self, indices: Int[Tensor, " n"]) -> Batch:
@@ -111,7 +116,6 @@ class SitesStore(Aligned):
 
     def __init__(self, stores: Sequence[ActivationStore]) -> None:
         super().__init__(stores)
-        _check_same_width(stores)
         self.num_sites = len(stores)
 
     def gather(self, indices: Int[Tensor, " n"]) -> Float[Tensor, "n num_sites d_in"]:
@@ -127,7 +131,6 @@ class LayersStore(Aligned):
 
     def __init__(self, stores: Sequence[ActivationStore]) -> None:
         super().__init__(stores)
-        _check_same_width(stores)
         self.rows = len(stores) * stores[0].rows
 
     @cached_property
@@ -154,15 +157,6 @@ class LayersStore(Aligned):
 
     def describe(self) -> About:
         return replace(super().describe(), rows=self.rows)
-
-
-def _check_same_width(stores: Sequence[ActivationStore]) -> None:
-    for other in stores[1:]:
-        if other.d_in != stores[0].d_in:
-            raise ValueError(
-                f"{stores[0].hookpoint} has width {stores[0].d_in}, {other.hookpoint} has {other.d_in}: "
-                "choose hookpoints of one width"
-            )
 
 
 def _check_aligned(one: ActivationStore, other: ActivationStore) -> None:

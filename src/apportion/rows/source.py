@@ -11,7 +11,7 @@ whatever the thread was doing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -60,9 +60,8 @@ class CacheSource(IndexedSource):
         return replace(self.store.describe(), **split, **counts)
 
 
-def _read_ahead(read: Any, upcoming: Iterable[tuple[Tensor, Position]]) -> Iterator[tuple[Batch, Position]]:
+def _read_ahead(read: Any, upcoming: Iterator[tuple[Tensor, Position]]) -> Iterator[tuple[Batch, Position]]:
     """Read `PREFETCH` batches ahead in a thread that ends with this iterator."""
-    upcoming = iter(upcoming)
     waiting: deque[tuple[Future[Batch], Position]] = deque()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="apportion-read-ahead")
     try:
