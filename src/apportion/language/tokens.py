@@ -17,6 +17,7 @@ A tokenizer is that of transformers, or anything that is called with a text and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain, islice
 from typing import Any
 
@@ -64,10 +65,9 @@ def begin_with_bos(tokenizer: Any, ids: Int[Tensor, "n context_tokens"]) -> bool
 
 def vocabulary_size(model: Any) -> int | None:
     """How many tokens the model knows; None if it does not say."""
-    try:
+    embeddings = None
+    with suppress(AttributeError, NotImplementedError):
         embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embeddings = None
     return getattr(embeddings, "num_embeddings", None) or getattr(model.config, "vocab_size", None)
 
 
@@ -92,10 +92,8 @@ class Encoder:
     def __call__(self, pieces: list[Piece], reading: Reading) -> list[Integer[np.ndarray, " n"] | None]:
         """The ids of each piece; None, and counted, for a piece that the tokenizer refuses."""
         if self._many:
-            try:
+            with suppress(Exception):  # which of them it refuses shows one by one
                 return self._together([piece.text for piece in pieces])
-            except Exception:  # which of them it is shows one by one
-                pass
         return [self._alone(piece, reading) for piece in pieces]
 
     def _together(self, texts: list[str]) -> list[Integer[np.ndarray, " n"] | None]:
