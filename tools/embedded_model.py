@@ -64,9 +64,8 @@ class TrainModel:
         texts = {name: stories(file) for name, file in (("train", self.text), ("valid", self.valid))}
         tokenizer = self.tokenizer(texts["train"])
         train, valid = (self.contexts(tokenizer, texts[name], name) for name in ("train", "valid"))
-        model = self.model(tokenizer)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model.to(device)
+        model = self.model(tokenizer).to(device)
         optimizer = torch.optim.AdamW(
             groups(model, self.weight_decay), lr=self.lr, betas=(0.9, 0.95), eps=1e-8, fused=True
         )

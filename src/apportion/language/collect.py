@@ -151,9 +151,8 @@ def _fill(
                 with interrupts.let_through():
                     if (ids := next(batches, None)) is None:
                         return num_contexts
-                    acts = {
-                        name: x.to(writer.dtype) for name, x in run_contexts(model, list(writer.stats), ids).items()
-                    }
+                    made = run_contexts(model, list(writer.stats), ids)
+                    acts = {name: x.to(writer.dtype) for name, x in made.items()}
             except GivenUp:
                 raise
             except KeyboardInterrupt:

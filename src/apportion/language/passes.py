@@ -24,7 +24,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -52,10 +52,7 @@ class Tokens:
     """None if the model was given embeddings."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
-        parts = (self.positions, self.attended, self.ids)
-        positions, attended, ids = (None if part is None else change(part) for part in parts)
-        assert positions is not None
-        return Tokens(positions, attended, ids)
+        return replace(self, **{name: change(part) for name, part in vars(self).items() if part is not None})
 
 
 class Watch:

@@ -207,8 +207,7 @@ class Trainer:
             run = None
             if out is not None:
                 refuse_several_processes()
-                folder = RunFolder(Path(out), self.describe(source), resume, self.defaults())
-                run = until_then.enter_context(folder)
+                run = until_then.enter_context(RunFolder(Path(out), self.describe(source), resume, self.defaults()))
             try:
                 self._run(source, run, total_steps, progress, interrupts)
             except KeyboardInterrupt as stopped:
@@ -278,8 +277,7 @@ class Trainer:
         self, source: Source, run: RunFolder | None, total_steps: int, progress: bool, interrupts: Interrupts
     ) -> None:
         """All remaining steps, with log lines and checkpoints."""
-        bar = progress_bar("training", total_steps * self.config.batch_tokens, self.tokens, show=progress)
-        with bar as show:
+        with progress_bar("training", total_steps * self.config.batch_tokens, self.tokens, show=progress) as show:
             started = time.perf_counter() - self.seconds
             saved_tokens, saved_seconds = self.tokens, self.seconds
             for batch in islice(source.batches(self.config.batch_tokens), total_steps - self.steps):
