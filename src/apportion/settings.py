@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -94,6 +94,13 @@ def meanings(config: type) -> dict[str, str]:
 def takes_whole(kind: Any) -> bool:
     """True for int, and for int or None."""
     return kind is int or kind == int | None
+
+
+def require(config: Any, names: Iterable[str], fine: Callable[[Any], bool], what: str) -> None:
+    """ValueError for the first of these settings whose value is not fine; `what` says what it has to be."""
+    for name in names:
+        if not fine(value := getattr(config, name)):
+            raise ValueError(f"{name} {what}, got {value}.")
 
 
 def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
