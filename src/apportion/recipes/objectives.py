@@ -121,8 +121,7 @@ class Objectives:
     def source(self) -> ContextSource:
         """Enough contexts to train on `tokens` once."""
         wanted = int(self.tokens / (1 - HELD_OUT)) + 20 * self.context_tokens
-        text = self.text or stories()
-        contexts = read_contexts(self.lm[1], text, tokens=wanted, context_tokens=self.context_tokens)
+        contexts = read_contexts(self.lm[1], self.text or stories(), tokens=wanted, context_tokens=self.context_tokens)
         return ContextSource(*self.lm, self.place, contexts, held_out_share=HELD_OUT, seed=self.seed)
 
     @cached_property
@@ -161,8 +160,7 @@ class Objectives:
         start = self.once("start", lambda folder: {"objective": "start", **self.in_model(load(self.start))})
         best = []
         for preset in PRESETS:
-            further = partial(self.further, preset)
-            runs = [self.once(f"{preset}-lr{lr:g}", partial(further, lr)) for lr in self.further_lrs]
+            runs = [self.once(f"{preset}-lr{lr:g}", partial(self.further, preset, lr)) for lr in self.further_lrs]
             best.append(min(runs, key=lambda r: r["chosen_by"]["delta_ce"]))
         return [start, *best]
 

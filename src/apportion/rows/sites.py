@@ -104,8 +104,7 @@ class PairStore(Aligned):
 
     def batch(self, indices: Int[Tensor, " n"]) -> Batch:
         x, target = self.stores
-        tokens, positions = x.gather_labels(indices)
-        return Batch(x.gather(indices), target.gather(indices), tokens, positions)
+        return replace(x.batch(indices), target=target.gather(indices))
 
     def describe(self) -> About:
         return replace(super().describe(), target_hookpoint=self.target_hookpoint)

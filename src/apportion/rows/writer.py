@@ -126,10 +126,9 @@ class StoreWriter:
             mask = stats.mask(norms, tokens, positions)
             files.append(self._save(acts_file(name, number), {"acts": x.contiguous(), "mask": mask}))
         self._labels, self._pending = [labels[:, rows:].clone()], self._pending - rows
-        digests = {"sha256": sha256_of, "sample_sha256": sample_sha256_of}
-        self.shards.append({"rows": rows} | {
-            field: {file: digest(self.partial / file) for file in files} for field, digest in digests.items()
-        })  # fmt: skip
+        digests = {file: sha256_of(self.partial / file) for file in files}
+        samples = {file: sample_sha256_of(self.partial / file) for file in files}
+        self.shards.append({"rows": rows, "sha256": digests, "sample_sha256": samples})
 
     def _save(self, name: str, tensors: dict[str, Tensor]) -> str:
         write_tensors(self.partial / name, tensors)
