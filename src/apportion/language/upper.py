@@ -84,7 +84,6 @@ class UpperLayers:
 
 def _looks(names: Iterable[str], seen: dict[str, Tensor]) -> dict[str, Callable[[Tensor], Tensor | None]]:
     """Functions for `hooked` that keep what they see."""
-
     return {name: lambda h, name=name: seen.update({name: h.clone()}) for name in names}  # later ones may work in place
 
 

@@ -84,9 +84,8 @@ class GroundTruthConfig:
         require(self, ("d_in", "num_features"), lambda n: n >= 1, "must be at least 1")
         at_least_0 = ("num_roots", "branching", "depth", "correlation_rank", "repulsion_steps", "noise", "magnitude_sd")
         require(self, at_least_0, lambda n: not n < 0, "cannot be negative")
-        require(
-            self, ("max_probability", "child_share"), lambda p: 0 < p <= 1, "is a probability above 0 and at most 1"
-        )
+        shares = ("max_probability", "child_share")
+        require(self, shares, lambda p: 0 < p <= 1, "is a probability above 0 and at most 1")
         if not self.difficulty or min(self.difficulty) < 0 or not sum(self.difficulty) > 0:
             raise ValueError(
                 f"difficulty needs positive numbers, got {self.difficulty}; (1.0,) makes all tokens alike."
