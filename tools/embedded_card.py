@@ -66,7 +66,7 @@ class WriteCard:
                 training_section(training, self),
                 loss_section(models, texts, self.characters),
                 samples_section(*models["this model"], self.sampling, self.seed),
-                LICENCE,
+                "## Licence\n\nApache-2.0, like apportion.\n",
             ]
         )
         write_text(self.model / "README.md", card)
@@ -163,13 +163,6 @@ def samples_section(model: Any, tokenizer: Any, sampling: Sampling, seed: int) -
 The first {NUM_SAMPLES} of seed {seed}, unedited ({how}).
 
 {chr(10).join(samples)}"""
-
-
-LICENCE = """\
-## Licence
-
-Apache-2.0, like apportion.
-"""
 
 
 def parameters(model: Any) -> int:

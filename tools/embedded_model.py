@@ -64,9 +64,8 @@ class TrainModel:
         texts = {name: stories(file) for name, file in (("train", self.text), ("valid", self.valid))}
         tokenizer = self.tokenizer(texts["train"])
         train, valid = (self.contexts(tokenizer, texts[name], name) for name in ("train", "valid"))
-        model = self.model(tokenizer)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model.to(device)
+        model = self.model(tokenizer).to(device)
         optimizer = torch.optim.AdamW(
             groups(model, self.weight_decay), lr=self.lr, betas=(0.9, 0.95), eps=1e-8, fused=True
         )
@@ -102,10 +101,12 @@ class TrainModel:
         sys.stdout.write(f"{self.out}: {sum(p.numel() for p in model.parameters()):,} parameters\n")
 
     def contexts(self, tokenizer: Any, texts: list[str], name: str) -> Int[Tensor, "n context"]:
-        packed = pack(tokenizer, texts, self.context_tokens)
-        if not len(packed):
+        """All stories end to end, each behind END, cut into contexts."""
+        each = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = [token for encoded in each for token in (tokenizer.bos_token_id, *encoded)]
+        if not (count := len(ids) // self.context_tokens):
             raise ValueError(f"The {name} text holds less than one context of {self.context_tokens} tokens: give more.")
-        return packed
+        return torch.tensor(ids[: count * self.context_tokens]).reshape(count, self.context_tokens)
 
     def tokenizer(self, texts: list[str]) -> Any:
         """Byte-level BPE trained on the text, or the one that lies in the folder already."""
@@ -198,15 +199,6 @@ def stories(file: Path) -> list[str]:
     else:
         blocks = (block.strip() for block in text.split("\n\n"))
     return [block for block in blocks if block]
-
-
-def pack(tokenizer: Any, texts: list[str], context_tokens: int) -> Int[Tensor, "n context"]:
-    """All stories end to end, each behind END, cut into contexts."""
-    ids: list[int] = []
-    for encoded in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        ids += [tokenizer.bos_token_id, *encoded]
-    count = len(ids) // context_tokens
-    return torch.tensor(ids[: count * context_tokens]).reshape(count, context_tokens)
 
 
 def groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:

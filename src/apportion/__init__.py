@@ -39,8 +39,7 @@ LATER = {
     "load": "apportion.interop.load",
     "export": "apportion.interop.export",
     "push_to_hub": "apportion.interop.publish",
-    "to_sae_bench": "apportion.interop.adapters",
-    "to_sae_lens": "apportion.interop.adapters",
+    **dict.fromkeys(("to_sae_bench", "to_sae_lens"), "apportion.interop.adapters"),
     "write_delphi_cache": "apportion.interop.delphi",
     **dict.fromkeys(("ablate", "splice", "steer"), "apportion.language.intervene"),
 }

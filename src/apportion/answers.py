@@ -38,8 +38,7 @@ NO_MEMORY = (
 """What torch says where it has too little memory, or is asked for more than there can be."""
 
 REMEDIES = {
-    errno.EACCES: "ask whoever owns it for the permission, or choose another",
-    errno.EPERM: "ask whoever owns it for the permission, or choose another",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "ask whoever owns it for the permission, or choose another"),
     errno.EROFS: "choose a place that can be written to",
     errno.ENOSPC: "make room, or choose another place",
     errno.EDQUOT: "make room within the quota, or choose another place",

@@ -80,12 +80,14 @@ def replacing(file: Path) -> Iterator[Path]:
 
 def check_may_write(file: Path) -> None:
     """CannotWrite if nothing can be made where `file` is to be written: said before the work, not after it."""
-    folder = file.parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
     if _open_here(file) is None and (file.is_file() or not file.exists()):
-        with naming(file), place_in(folder, file.name):
+        with naming(file), place_in(existing(file.parent), file.name):
             pass
+
+
+def existing(place: Path) -> Path:
+    """`place`, or the nearest folder above it that exists."""
+    return next((folder for folder in (place, *place.parents) if folder.exists()), place)
 
 
 def _open_here(file: Path) -> int | None:

@@ -66,8 +66,8 @@ def sweep(folder: Path) -> None:
             remove_if_gone(lock)
     if not (left := [(entry, found) for entry in entries if (found := PLACE.search(entry.name))]):
         return
-    with _for_oneself(folder) as mine:
-        for place, found in left if mine else ():
+    with _opened(folder) as opened:  # locked, it is for oneself: nobody else has a place in it, or can make one
+        for place, found in left if opened is not None and locked(opened, "LOCK_EX") is True else ():
             with suppress(OSError):
                 # that of another machine is kept for a while: locks may not reach from machine to machine
                 if found[2] != host_name() and time() - place.stat().st_mtime < STALE_S:
@@ -108,32 +108,29 @@ def make_durable(path: Path) -> None:
 
     Files get the permissions that the umask gives to new ones: some libraries make theirs private.
     """
-    mode = (path if path.is_dir() else path.parent).stat().st_mode & 0o666
-    if not path.is_dir():
-        _set_mode(path, mode)
-        _sync(path, os.O_RDONLY)
-        return
-    for at, _, names in os.walk(path, topdown=False):
-        for name in names:
-            _set_mode(file := Path(at) / name, mode)
+    folder = path if path.is_dir() else path.parent
+    mode = folder.stat().st_mode & 0o666
+    for at, _, names in os.walk(path, topdown=False) if folder == path else [(folder, [], [path.name])]:
+        for file in (Path(at) / name for name in names):
+            with _if_possible():
+                file.chmod(mode)
             _sync(file, os.O_RDONLY)
-        sync_folder(Path(at))
-
-
-def _set_mode(file: Path, mode: int) -> None:
-    try:
-        file.chmod(mode)
-    except OSError as error:
-        if error.errno not in CANNOT:
-            raise
+        if folder == path:
+            sync_folder(Path(at))
 
 
 def sync_folder(folder: Path) -> None:
     """The names in `folder` are on the disk when this returns, where the file system knows how to see to it."""
-    if os.name == "nt":
-        return
+    if os.name != "nt":
+        with _if_possible():
+            _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+@contextmanager
+def _if_possible() -> Iterator[None]:
+    """What the file system cannot do is left out."""
     try:
-        _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+        yield
     except OSError as error:
         if error.errno not in CANNOT:
             raise
@@ -153,30 +150,22 @@ def _sync(path: Path, flags: int) -> None:
 @contextmanager
 def _shared(folder: Path) -> Iterator[None]:
     """Within the block nobody has `folder` for himself (unless he needs long); nothing where there are no locks."""
-    opened = _open(folder)
-    try:
+    with _opened(folder) as opened:
         for _ in range(TRIES):
             if opened is None or locked(opened, "LOCK_SH") is not False:
                 break
             sleep(0.1)
         yield
-    finally:
-        if opened is not None:
-            os.close(opened)
 
 
 @contextmanager
-def _for_oneself(folder: Path) -> Iterator[bool]:
-    """Whether nobody else has a place in `folder`; within the block nobody can make one."""
-    opened = _open(folder)
+def _opened(folder: Path) -> Iterator[int | None]:
+    """The folder's number while it is open, which ends its locks; None if it cannot be opened."""
+    opened = None
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
     try:
-        yield opened is not None and locked(opened, "LOCK_EX") is True
+        yield opened
     finally:
         if opened is not None:
             os.close(opened)
-
-
-def _open(folder: Path) -> int | None:
-    with suppress(OSError):
-        return os.open(folder, os.O_RDONLY)
-    return None

@@ -11,13 +11,7 @@ from importlib.util import find_spec
 from shlex import quote
 from urllib.parse import unquote, urlsplit
 
-EXTRAS = {
-    "transformers": "lm",
-    "datasets": "lm",
-    "matplotlib": "plots",
-    "jinja2": "plots",
-    "huggingface_hub": "hub",
-}
+EXTRAS = {"transformers": "lm", "datasets": "lm", "matplotlib": "plots", "jinja2": "plots", "huggingface_hub": "hub"}
 """Which extra in pyproject.toml brings a package."""
 
 

@@ -33,14 +33,10 @@ def check_fields(
     for name, kind in {**needed, **optional}.items():
         full = f"{where}.{name}" if where else name
         if name in values and not fits(values[name], kind):
-            raise ValueError(f"{full} is {_brief(values[name])}, and should be {in_words(kind)}.")
+            text = repr(values[name])
+            raise ValueError(f"{full} is {text[:60] + '...' * (len(text) > 60)}, and should be {in_words(kind)}.")
         if name not in values and name in needed:
             raise ValueError(f"{full} is missing.")
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}

@@ -18,7 +18,6 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 from time import sleep, strftime, time
-from types import TracebackType
 from typing import Any
 
 try:
@@ -61,14 +60,12 @@ class Lock:
             os.ftruncate(self._opened, 0)
             os.pwrite(self._opened, json.dumps(this_process()).encode(), 0)
         except OSError:  # a full disk
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         threading.Thread(target=self._touch, daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._done.set()
         if self._opened is not None:
             if self._pid == os.getpid() and self._is(self._opened):  # a fork that ends gives nothing up

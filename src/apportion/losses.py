@@ -45,10 +45,7 @@ def auxiliary(
 
 
 def underutilised(
-    density: Float[Tensor, " d_sae"],
-    dead: Bool[Tensor, " d_sae"],
-    expected: Float[Tensor, " d_sae"],
-    c: float,
+    density: Float[Tensor, " d_sae"], dead: Bool[Tensor, " d_sae"], expected: Float[Tensor, " d_sae"], c: float
 ) -> Bool[Tensor, " d_sae"]:
     """The latents that aux_zipf revives: { j : density_j < c * expected[rank of j] }, and all dead ones.
 

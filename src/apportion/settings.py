@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -20,25 +20,16 @@ from apportion.fields import fits, in_words
 
 ELSEWHERE = {
     "learning_rate": "lr",
-    "batch_size": "batch_tokens",
-    "train_batch_size": "batch_tokens",
-    "train_batch_size_tokens": "batch_tokens",
-    "steps": "total_tokens",
-    "max_steps": "total_tokens",
-    "training_tokens": "total_tokens",
-    "num_tokens": "total_tokens",
-    "warmup_steps": "warmup_share",
-    "lr_warm_up_steps": "warmup_share",
-    "decay_steps": "decay_share",
-    "lr_decay_steps": "decay_share",
+    **dict.fromkeys(("batch_size", "train_batch_size", "train_batch_size_tokens"), "batch_tokens"),
+    **dict.fromkeys(("steps", "max_steps", "training_tokens", "num_tokens"), "total_tokens"),
+    **dict.fromkeys(("warmup_steps", "lr_warm_up_steps"), "warmup_share"),
+    **dict.fromkeys(("decay_steps", "lr_decay_steps"), "decay_share"),
     "adam_beta1": "beta1",
     "adam_beta2": "beta2",
     "max_grad_norm": "clip_ratio",
     "dead_feature_window": "dead_window_tokens",
-    "dict_size": "d_sae",
-    "num_latents": "d_sae",
-    "activation_dim": "d_in",
-    "act_size": "d_in",
+    **dict.fromkeys(("dict_size", "num_latents"), "d_sae"),
+    **dict.fromkeys(("activation_dim", "act_size"), "d_in"),
     "hook_name": "hookpoint",
 }
 """What a setting is called in other libraries, and here."""
@@ -103,6 +94,13 @@ def meanings(config: type) -> dict[str, str]:
 def takes_whole(kind: Any) -> bool:
     """True for int, and for int or None."""
     return kind is int or kind == int | None
+
+
+def require(config: Any, names: Iterable[str], fine: Callable[[Any], bool], what: str) -> None:
+    """ValueError for the first of these settings whose value is not fine; `what` says what it has to be."""
+    for name in names:
+        if not fine(value := getattr(config, name)):
+            raise ValueError(f"{name} {what}, got {value}.")
 
 
 def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:

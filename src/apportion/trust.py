@@ -106,11 +106,8 @@ def inside(folder: Path, name: str) -> Path:
 
 def shown(text: object, keep: str = LAYOUT) -> str:
     """Text with escapes in place of what steers a terminal; the characters in `keep` stay as they are."""
-    return "".join(c if c in keep or unicodedata.category(c) not in UNSEEN else _escaped(c) for c in str(text))
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+    unseen = {c for c in set(str(text)) - set(keep) if unicodedata.category(c) in UNSEEN}
+    return "".join(c.encode("unicode_escape").decode() if c in unseen else c for c in str(text))
 
 
 def refuse_mistyped(name: str, what: str) -> None:

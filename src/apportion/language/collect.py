@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,11 +28,7 @@ from apportion.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.language.documents import Reading
 from apportion.language.fingerprint import model_fingerprint, tokenizer_fingerprint
 from apportion.language.hookpoints import expand
-from apportion.language.model import (
-    check_context_tokens,
-    check_finite,
-    run_contexts,
-)
+from apportion.language.model import check_context_tokens, check_finite, run_contexts
 from apportion.language.model import load_model as load_model
 from apportion.language.text import Text, TextSource
 from apportion.language.tokens import PackedContexts, num_contexts_for, special_ids, vocabulary_size
@@ -49,17 +45,9 @@ def batched_contexts(
     blocks: Iterable[np.ndarray], batch_contexts: int, limit: int
 ) -> Iterator[Int[Tensor, "n context_tokens"]]:
     """The first `limit` contexts, regrouped into batches."""
-    rest: np.ndarray | None = None
-    for block in blocks:
-        rest = block if rest is None else np.concatenate([rest, block])
-        while len(rest) >= min(batch_contexts, limit) > 0:
-            take = min(batch_contexts, limit)
-            yield torch.from_numpy(rest[:take].copy())
-            rest, limit = rest[take:], limit - take
-        if limit <= 0:
-            return
-    if rest is not None and len(rest):
-        yield torch.from_numpy(rest[:limit].copy())
+    contexts = islice(chain.from_iterable(blocks), limit)
+    while batch := list(islice(contexts, batch_contexts)):
+        yield torch.from_numpy(np.stack(batch))
 
 
 @usual()
@@ -85,19 +73,17 @@ def collect(
     and raises `Interrupted`, whose message says where; without `keep_interrupted` nothing is left, for callers who take
     a cache that is there for a complete one.
     """
-    place, text = check_out(out), TextSource.of(text)
-    store_dtype = torch_dtype(dtype)
+    place, text, entry_bytes = check_out(out), TextSource.of(text), torch_dtype(dtype).itemsize
     check_context_tokens(model, context_tokens)
     if batch_contexts < 1:
         raise ValueError(f"batch_contexts={batch_contexts} must be at least 1")
-    names = expand(model, hookpoints)
-    limit = num_contexts_for(tokens, context_tokens)
+    names, limit = expand(model, hookpoints), num_contexts_for(tokens, context_tokens)
     contexts = PackedContexts(tokenizer, text, context_tokens, bos, vocabulary_size(model))
     batches = batched_contexts(contexts, batch_contexts, limit)
     first = next(batches)  # an empty or too short text fails here
     widths = {name: x.shape[1] for name, x in run_contexts(model, names, first[:2, :2], whole=True).items()}
     most_tokens = min(limit, 1 + (text.most_tokens() or limit * context_tokens) // contexts.body) * context_tokens
-    check_free_disk(place, most_tokens * (sum(widths.values()) * store_dtype.itemsize + len(names) + 12))
+    check_free_disk(place, most_tokens * (sum(widths.values()) * entry_bytes + len(names) + 12))
 
     filters = {"token_filter": token_filter or TokenFilter(), "special_ids": special_ids(tokenizer)}
     started = perf_counter()
@@ -106,35 +92,33 @@ def collect(
         if num_contexts == 0 or (interrupts.arrived and not keep_interrupted):
             raise Interrupted(f"stopped after {num_contexts} contexts; nothing is left at {out}")
         seconds = perf_counter() - started
-        manifest = writer.finish(
-            Language(
-                model=model_fingerprint(model),
-                model_dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-                tokenizer=tokenizer_fingerprint(tokenizer),
-                text=text.describe(),
-                text_skipped=dict(contexts.reading.skipped),
-                text_repaired=dict(contexts.reading.repaired),
-                bos=bos,
-                bos_prepended=contexts.bos_prepended,
-                context_tokens=context_tokens,
-                contexts=num_contexts,
-                tokens_asked=tokens,
-                seconds=round(seconds, 1),
-                tokens_per_s=round(num_contexts * context_tokens / seconds, 1),
-                **_ended(num_contexts < limit, interrupts.arrived, contexts.reading.stopped),
-            ).to_json()
+        language = Language(
+            model=model_fingerprint(model),
+            model_dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            tokenizer=tokenizer_fingerprint(tokenizer),
+            text=text.describe(),
+            bos=bos,
+            bos_prepended=contexts.bos_prepended,
+            context_tokens=context_tokens,
+            contexts=num_contexts,
+            tokens_asked=tokens,
+            seconds=round(seconds, 1),
+            tokens_per_s=round(num_contexts * context_tokens / seconds, 1),
+            **_read(contexts.reading, num_contexts < limit, interrupts.arrived),
         )
+        manifest = writer.finish(language.to_json())
     _warn(contexts.reading, about := about_manifest(manifest))
     if interrupts.arrived:
         raise Interrupted(_kept(about, out))
     return manifest
 
 
-def _ended(early: bool, interrupted: bool, stopped: str | None) -> dict[str, Any]:
-    """How the collection ended, as the manifest says it."""
-    reason = f"stream: {stopped}" if stopped else "text"
+def _read(reading: Reading, early: bool, interrupted: bool) -> dict[str, Any]:
+    """What was left out, and how the collection ended, as the manifest says it."""
+    reason = f"stream: {reading.stopped}" if reading.stopped else "text"
     ended = "complete" if not early else "interrupted" if interrupted else reason
-    return {"ended": ended, "text_ended_early": early and not interrupted}
+    counts = {"text_skipped": dict(reading.skipped), "text_repaired": dict(reading.repaired)}
+    return {"ended": ended, "text_ended_early": early and not interrupted, **counts}
 
 
 def _warn(reading: Reading, about: About) -> None:
@@ -167,9 +151,8 @@ def _fill(
                 with interrupts.let_through():
                     if (ids := next(batches, None)) is None:
                         return num_contexts
-                    acts = {
-                        name: x.to(writer.dtype) for name, x in run_contexts(model, list(writer.stats), ids).items()
-                    }
+                    made = run_contexts(model, list(writer.stats), ids)
+                    acts = {name: x.to(writer.dtype) for name, x in made.items()}
             except GivenUp:
                 raise
             except KeyboardInterrupt:

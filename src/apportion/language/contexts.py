@@ -17,8 +17,8 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from apportion.language.live import LiveSource, joined
-from apportion.rows.batch import Batch
+from apportion.language.live import LiveSource
+from apportion.rows.batch import Batch, joined
 from apportion.rows.order import EpochOrder, check_same_source
 
 
@@ -29,11 +29,7 @@ class ContextSource(LiveSource):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._order = EpochOrder(self._train, self.seed)
-
-    @property
-    def context_tokens(self) -> int:
-        return self.contexts.shape[1]
+        self._order, self.context_tokens = EpochOrder(self._train, self.seed), self.contexts.shape[1]
 
     @cached_property
     def num_rows(self) -> int:
@@ -54,7 +50,7 @@ class ContextSource(LiveSource):
     def _whole(self, which: Int[Tensor, " n"]) -> Batch:
         """All rows of the contexts `which`, in order."""
         rows = joined(list(self._run(which)))
-        return Batch(rows.x.float(), tokens=rows.tokens, positions=rows.positions, mask=self._mask(rows))
+        return replace(rows, x=rows.x.float(), mask=self._mask(rows))
 
     def state_dict(self) -> dict[str, Any]:
         median = None if self._filter is None else self._filter.median_norm

@@ -111,14 +111,6 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def has_surrogates(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
 @dataclass
 class Reading:
     """What happened while a text was read."""
@@ -155,10 +147,9 @@ class Reading:
 
     def mend(self, text: str, place: str) -> str:
         """`text` as valid Unicode, counted if it was not."""
-        if not has_surrogates(text):
-            return text
-        self._count(self.repaired, "not valid Unicode", place)
-        return without_surrogates(text)
+        if (mended := without_surrogates(text)) != text:
+            self._count(self.repaired, "not valid Unicode", place)
+        return mended
 
     def check(self, at_least: int = 1) -> None:
         """ValueError naming the first problem if so many rows are unusable and there was no document."""

@@ -9,8 +9,7 @@ tokens only (an expert), is not tried by that.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,8 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from apportion.language.hookpoints import hooked, module_at
-from apportion.language.passes import parameters_of
+from apportion.language.hookpoints import Change, hooked, module_at
+from apportion.language.passes import inputs_for, parameters_of
 from apportion.rows.hookpoint import Hookpoint
 from apportion.torch_state import in_eval_mode
 
@@ -38,18 +37,18 @@ def check_read(model: nn.Module, hookpoint: str) -> None:
     A model that cannot be run on token ids alone is not tried.
     """
     name = str(Hookpoint.parse(hookpoint))
-    known, rows = _read.setdefault(model, set()), list[int]()
+    known, seen = _read.setdefault(model, set()), list[Tensor]()
     if name in known or not _takes_tokens(model):
         return
     if _never_runs(module_at(model, Hookpoint.parse(name))):
         raise ValueError(f"{name!r} holds modules and is none that runs: choose one of them, such as {name + '.0'!r}")
 
-    numbers: list[bool] = []
-
     def noisy(x: Tensor) -> Tensor | None:
-        rows.append(x.shape[:-1].numel())
-        numbers.append(x.is_floating_point())
-        return _noisy(x)
+        seen.append(x)
+        if not x.is_floating_point():
+            return None
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        return x + noise * (1 + x.float().abs().mean()).to(x.dtype)
 
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), in_eval_mode(model):
@@ -57,9 +56,9 @@ def check_read(model: nn.Module, hookpoint: str) -> None:
     except Exception as error:  # a model may want anything; the first real pass says so better
         logger.debug("%s could not be tried on token ids: %s", type(model).__name__, error)
         return
-    if not sum(rows) and (_takes_more(model) or ".experts." in name):
+    if not any(x.shape[:-1].numel() for x in seen) and (_takes_more(model) or ".experts." in name):
         return
-    if not all(numbers):  # token ids, say, which noise leaves as they are
+    if not all(x.is_floating_point() for x in seen):  # token ids, say, which noise leaves as they are
         return
     if not matters:
         raise ValueError(
@@ -82,25 +81,11 @@ def _never_runs(module: nn.Module) -> bool:
     return type(module).forward is nn.Module.forward
 
 
-def _output(model: Any, changes: Mapping[str, Callable[[Tensor], Tensor | None]] = MappingProxyType({})) -> Tensor:
+def _output(model: Any, changes: Mapping[str, Change] = MappingProxyType({})) -> Tensor:
     """What the model makes of a few tokens."""
-    ids = torch.arange(TRIAL_TOKENS, device=next(model.parameters()).device)[None]
-    inputs: dict[str, Any] = {"input_ids": ids}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    if "use_cache" in parameters_of(model):
-        inputs["use_cache"] = False
-    with ExitStack() as stack:
-        stack.enter_context(hooked(model, changes))
-        result = model(**inputs)
+    with hooked(model, changes):
+        result = model(**inputs_for(model, torch.arange(TRIAL_TOKENS)[None]))
     for name in ("logits", "last_hidden_state"):
         if isinstance(getattr(result, name, None), Tensor):
             return getattr(result, name)
     return result if isinstance(result, Tensor) else result[0]
-
-
-def _noisy(x: Tensor) -> Tensor | None:
-    if not x.is_floating_point():
-        return None
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    return x + noise * (1 + x.float().abs().mean()).to(x.dtype)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from apportion.about import ModelRecord, TokenizerRecord
-from apportion.language.passes import parameters_of
+from apportion.language.model import check_context_tokens
+from apportion.language.passes import inputs_for, parameters_of, text_config
 from apportion.language.tokens import special_ids
 from apportion.torch_state import in_eval_mode
 
@@ -33,8 +34,6 @@ PROBE_OUTPUTS = 24
 
 def model_fingerprint(model: Any) -> ModelRecord:
     """Name, class, sizes, digest of the weights and probe (None for a model that does not run on token ids alone)."""
-    from apportion.language.model import text_config
-
     config, text = getattr(model, "config", None), text_config(model)
     weights = next(model.parameters(), None)
     return ModelRecord(
@@ -62,21 +61,17 @@ def _weights_digest(model: Any) -> str:
 
 @torch.no_grad()
 def _probe(model: Any) -> tuple[float, ...] | None:
-    from apportion.language.model import check_context_tokens, text_config
-
-    size, named = getattr(text_config(model), "vocab_size", None), parameters_of(model)
-    if not isinstance(size, int) or "input_ids" not in named:
+    size = getattr(text_config(model), "vocab_size", None)
+    if not isinstance(size, int) or "input_ids" not in parameters_of(model):
         return None
     ids = (torch.arange(PROBE_TOKENS) * 7919 + 13) % size
-    inputs = {"input_ids": ids[None].to(next(model.parameters()).device)}
-    inputs |= {"decoder_input_ids": inputs["input_ids"]} if "decoder_input_ids" in named else {}
     try:
         check_context_tokens(model, PROBE_TOKENS)
     except ValueError:
-        inputs = {name: ids[:, :2] for name, ids in inputs.items()}
+        ids = ids[:2]
     try:
         with in_eval_mode(model):
-            result = model(**inputs)
+            result = model(**inputs_for(model, ids[None]))
     except Exception as error:  # a model may want anything besides
         logger.debug("%s does not run on token ids alone: %s", type(model).__name__, error)
         return None

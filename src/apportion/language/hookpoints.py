@@ -19,15 +19,16 @@ first pass.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from apportion.language.passes import askable, modules_of
+from apportion.language.passes import askable, modules_of, text_config
 from apportion.rows.hookpoint import Hookpoint, matches, nearest_names
 
 
@@ -59,9 +60,7 @@ def middle_layer(model: nn.Module) -> str:
     """The hookpoint at the output of the middle layer: of the list of modules that is as long as the model has layers,
     else of the longest; in the text tower if there are several towers, in the encoder if there is a decoder too."""
     stacks = [(len(m), name) for name, m in modules_of(model).items() if isinstance(m, nn.ModuleList) and len(m)]
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if text is not config:
+    if (text := text_config(model)) is not getattr(model, "config", None):
         towers = [n for n, m in modules_of(model).items() if n and getattr(m, "config", None) is text]
         stacks = [s for s in stacks if any(s[1].startswith(f"{tower}.") for tower in towers)] or stacks
     if not stacks:
@@ -100,7 +99,10 @@ def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any], hookpoint: Hookpoin
     return tensor
 
 
-def _attach(model: nn.Module, hookpoint: Hookpoint, change: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+Change = Callable[[Tensor], Tensor | None]
+
+
+def _attach(model: nn.Module, hookpoint: Hookpoint, change: Change) -> RemovableHandle:
     """Call `change` with the tensor at the hookpoint in each forward pass; a tensor it returns replaces it."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -120,7 +122,7 @@ def _attach(model: nn.Module, hookpoint: Hookpoint, change: Callable[[Tensor], T
 
 
 @contextmanager
-def hooked(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+def hooked(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
     """Within the block, each forward pass maps the tensor at every hookpoint through its function.
 
     A function that returns None only looks. The hooks are removed at the end of the block, also after an exception.
@@ -130,13 +132,10 @@ def hooked(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor | N
     with ExitStack() as stack:
         once = stack.enter_context(_once_each(model, [point.path for point in points.values()]))
         for text, change in changes.items():
-            handle = _attach(model, points[text], once(text, change))
+            handle = _attach(model, points[text], partial(once, text, change))
             stack.callback(handle.remove)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-Change = Callable[[Tensor], Tensor | None]
 
 
 class _Pass(threading.local):
@@ -147,8 +146,8 @@ class _Pass(threading.local):
 
 
 @contextmanager
-def _once_each(model: nn.Module, paths: list[str]) -> Iterator[Callable[[str, Change], Change]]:
-    """Yields a wrapper for functions that a forward pass may call once. What runs outside of one (a layer that is run
+def _once_each(model: nn.Module, paths: list[str]) -> Iterator[Callable[[str, Change, Tensor], Tensor | None]]:
+    """Yields what calls functions that a forward pass may call once. What runs outside of one (a layer that is run
     again for its gradients) is not counted."""
     passes = [model, *(m for path in paths for m in askable(model, path))]
     now = _Pass()
@@ -161,17 +160,14 @@ def _once_each(model: nn.Module, paths: list[str]) -> Iterator[Callable[[str, Ch
     def end(module: nn.Module, args: Any, result: Any) -> None:
         now.depth = max(0, now.depth - 1)
 
-    def once(text: str, change: Change) -> Change:
-        def called(x: Tensor) -> Tensor | None:
-            if now.depth and text in now.seen:
-                raise ValueError(
-                    f"the model runs {text!r} several times in one forward pass, so that a token has several "
-                    "activations there: choose a module that runs once"
-                )
-            now.seen.add(text)
-            return change(x)
-
-        return called
+    def once(text: str, change: Change, x: Tensor) -> Tensor | None:
+        if now.depth and text in now.seen:
+            raise ValueError(
+                f"the model runs {text!r} several times in one forward pass, so that a token has several "
+                "activations there: choose a module that runs once"
+            )
+        now.seen.add(text)
+        return change(x)
 
     with ExitStack() as stack:
         for module in dict.fromkeys(passes):
@@ -194,18 +190,20 @@ def capture(
     names = [str(Hookpoint.parse(text)) for text in hookpoints]
     seen: dict[str, Tensor] = {}
 
-    def look(name: str) -> Callable[[Tensor], None]:
-        def keep(tensor: Tensor) -> None:
-            if name not in seen:
-                seen[name] = tensor.clone()  # a later layer may work in place
-            if stop and len(seen) == len(set(names)):
-                raise _SeenAll
+    def keep(name: str, tensor: Tensor) -> None:
+        if name not in seen:
+            seen[name] = tensor.clone()  # a later layer may work in place
+        if stop and len(seen) == len(set(names)):
+            raise _SeenAll
 
-        return keep
-
-    with suppress(_SeenAll), hooked(model, {name: look(name) for name in names}):
+    with suppress(_SeenAll), hooked(model, {name: partial(keep, name) for name in names}):
         model(*args, **kwargs)
-    missing = [name for name in names if name not in seen]
-    if missing:
-        raise ValueError(f"the forward pass never ran {missing[0]!r}: choose a module the model uses on text")
+    check_seen(names, seen)
     return {name: seen[name] for name in names}
+
+
+def check_seen(names: Iterable[str], seen: Container[str]) -> None:
+    """ValueError for a hookpoint that a forward pass never came to."""
+    for name in names:
+        if name not in seen:
+            raise ValueError(f"the forward pass never ran {name!r}: choose a module the model uses on text")

@@ -101,8 +101,9 @@ def splice(
             check_read(model, name)
             rows, *at_source = [stack.enter_context(rows_at(model, place, sae, mask)) for place in places]
             source = _Source(places[1], name, at_source[0]) if at_source else None
-            sources += [] if source is None else [source]
-            changes[name] = partial(_spliced, sae=sae, edit=edit, keep_error=keep_error, rows_of=rows, source=source)
+            sources += [source] if source else []
+            change = partial(reconstruct, sae=sae, edit=edit, keep_error=keep_error)
+            changes[name] = partial(_spliced, change=change, rows_of=rows, source=source)
         stack.enter_context(hooked(model, changes))
         for source in sources:  # behind the changes, so that it sees what they leave
             stack.enter_context(hooked(model, {source.hookpoint: source.look}))
@@ -110,23 +111,18 @@ def splice(
 
 
 def _spliced(
-    y: Real[Tensor, "*lead d_out"],
-    sae: Codec | Callable[[Tensor], Tensor],
-    edit: Callable[[Any], Any] | None,
-    keep_error: bool,
-    rows_of: RowsOf,
-    source: _Source | None,
+    y: Real[Tensor, "*lead d_out"], change: Callable[..., Tensor], rows_of: RowsOf, source: _Source | None
 ) -> Real[Tensor, "*lead d_out"]:
     """What takes the place of the activations y."""
     if source is None:
-        return on_rows(y, rows_of(y), lambda part: reconstruct(part, sae, edit, keep_error))
+        return on_rows(y, rows_of(y), change)
     x = source.take()
     here, there = rows_of(y), source.rows_of(x)
     if x.shape[:-1] != y.shape[:-1] and x.shape[:-1].numel() == y.shape[:-1].numel():  # one of them flat
         there = None if there is None else there.reshape(y.shape[:-1])
         x = x.reshape(*y.shape[:-1], x.shape[-1])
     rows = here if there is None else there if here is None else here & there.to(here.device)
-    return on_rows(y, rows, lambda part, read: reconstruct(part, sae, edit, keep_error, read), x)
+    return on_rows(y, rows, change, x)
 
 
 class _Source:
@@ -176,9 +172,7 @@ def rows_at(
     `mask` as in `splice`; "filter" is the token filter that `sae` was trained with (at that hookpoint, if at several).
     """
     place = str(Hookpoint.parse(hookpoint))
-    token_filter = None
-    if isinstance(mask, str):
-        token_filter = trained_filter(_about(sae), place)
+    token_filter = trained_filter(_about(sae), place) if isinstance(mask, str) else None
     with watched(model, place) as watch:
         if token_filter is not None:
             yield partial(_filtered, token_filter=token_filter, watch=watch)
@@ -210,10 +204,11 @@ def _attended(x: Tensor, mask: Mask | None, watch: Watch) -> Bool[Tensor, "*lead
 
 def reconstruct(
     x: Real[Tensor, "*lead d_in"],
+    source: Float[Tensor, "*lead d_source"] | None = None,
+    *,
     sae: Codec | Callable[[Tensor], Tensor],
     edit: Callable[[Any], Any] | None,
     keep_error: bool,
-    source: Float[Tensor, "*lead d_source"] | None = None,
 ) -> Real[Tensor, "*lead d_out"]:
     """What takes the place of x, if its width is that of x; `source` is what the SAE encodes, if not x."""
     if not isinstance(sae, Codec):

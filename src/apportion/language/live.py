@@ -11,7 +11,7 @@ runs the model again on the current block only and continues where it stopped, b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -22,13 +22,9 @@ from torch import Tensor
 from apportion.about import About, Language, TextRecord
 from apportion.language.fingerprint import model_fingerprint, tokenizer_fingerprint
 from apportion.language.hookpoints import expand
-from apportion.language.model import (
-    check_context_tokens,
-    check_finite,
-    run_contexts,
-)
+from apportion.language.model import check_context_tokens, check_finite, run_contexts
 from apportion.language.tokens import begin_with_bos, check_ids, special_ids, vocabulary_size
-from apportion.rows.batch import Batch
+from apportion.rows.batch import Batch, joined, regrouped
 from apportion.rows.filter import FIT_ROWS, REASONS, TokenFilter, row_norms
 from apportion.rows.order import check_same_source, held_out_groups, permutation, split_held_out
 
@@ -39,27 +35,6 @@ class LivePosition(NamedTuple):
     epoch: int = 0
     block: int = 0
     row: int = 0
-
-
-@dataclass
-class _Rows:
-    """Filtered rows with their labels."""
-
-    x: Float[Tensor, " n *row"]
-    tokens: Int[Tensor, " n"]
-    positions: Int[Tensor, " n"]
-
-    def __getitem__(self, index: Any) -> _Rows:
-        return _Rows(self.x[index], self.tokens[index], self.positions[index])
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-
-def joined(parts: list[_Rows]) -> _Rows:
-    return _Rows(
-        torch.cat([p.x for p in parts]), torch.cat([p.tokens for p in parts]), torch.cat([p.positions for p in parts])
-    )
 
 
 class LiveSource:
@@ -107,64 +82,53 @@ class LiveSource:
         self._filtered = dict.fromkeys(REASONS, 0)
         self._rows_seen = 0
         self._text = text if isinstance(text, TextRecord) else TextRecord.from_json(text or {}, "text")
-        self._d_in = run_contexts(model, names, contexts[:1, :2], whole=True)[self.hookpoint].shape[1]
+        self.d_in = run_contexts(model, names, contexts[:1, :2], whole=True)[self.hookpoint].shape[1]
         self._position = LivePosition()
-
-    @property
-    def d_in(self) -> int:
-        return self._d_in
 
     @cached_property
     def num_rows(self) -> int:
         """Training rows per epoch, before norm outliers are left out: which rows those are shows only as they come."""
         tokens = self.contexts[self._train]
-        keep = torch.ones_like(tokens, dtype=torch.bool)
-        if self._settings.special_tokens:
-            keep &= ~torch.isin(tokens, torch.tensor(self._special_ids, dtype=tokens.dtype))
-        if self._settings.first_position:
-            keep[:, 0] = False
-        return int(keep.sum())
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        beforehand = replace(self._settings, norm_outlier=None, special_ids=self._special_ids)
+        return int(beforehand.mask(torch.zeros(*tokens.shape, 1), tokens, positions).sum())
 
     @property
     def filter(self) -> TokenFilter:
         """The token filter, fitted on the first training contexts of the text when it is first needed."""
         if self._filter is None:
             num_contexts = -(-FIT_ROWS // self.contexts.shape[1])
-            parts = [_Rows(row_norms(p.x), p.tokens, p.positions) for p in self._run(self._train[:num_contexts])]
-            rows = joined(parts)
-            self._filter = self._settings.fit(rows.x, rows.tokens, rows.positions, self._special_ids)
+            norms = [replace(part, x=row_norms(part.x)[:, None]) for part in self._run(self._train[:num_contexts])]
+            rows = joined(norms)
+            assert rows.tokens is not None and rows.positions is not None
+            self._filter = self._settings.fit(rows.x[:, 0], rows.tokens, rows.positions, self._special_ids)
         return self._filter
 
-    def _run(self, which: Int[Tensor, " n"]) -> Iterator[_Rows]:
+    def _run(self, which: Int[Tensor, " n"]) -> Iterator[Batch]:
         """All rows of the contexts `which`, a few contexts at a time."""
         for chosen in which.long().split(self.batch_contexts):
             ids = self.contexts[chosen]
             x = run_contexts(self.model, [self.hookpoint], ids)[self.hookpoint]
             check_finite(self.hookpoint, x, ids, chosen.tolist(), self.tokenizer)
             positions = torch.arange(ids.shape[1], device=x.device).repeat(len(ids))
-            yield _Rows(x, ids.flatten().to(x.device), positions)
+            yield Batch(x, tokens=ids.flatten().to(x.device), positions=positions)
 
-    def _filtered_rows(self, which: Int[Tensor, " n"]) -> _Rows:
+    def _filtered_rows(self, which: Int[Tensor, " n"]) -> Batch:
         """The rows of the contexts `which` that pass the filter."""
         return joined([rows[self._mask(rows)] for rows in self._run(which)])
 
-    def _mask(self, rows: _Rows) -> Bool[Tensor, " n"]:
+    def _mask(self, rows: Batch) -> Bool[Tensor, " n"]:
         """True for the rows that pass the filter; the others are counted."""
-        mask = torch.ones(len(rows), dtype=torch.bool, device=rows.x.device)
-        for reason, left_out in self.filter.reasons(row_norms(rows.x), rows.tokens, rows.positions).items():
-            self._filtered[reason] += int(left_out.sum())
-            mask &= ~left_out
         self._rows_seen += len(rows)
-        return mask
+        assert rows.tokens is not None and rows.positions is not None
+        return self.filter.counted(row_norms(rows.x), rows.tokens, rows.positions, self._filtered)
 
-    def _block(self, epoch: int, block: int) -> _Rows | None:
-        """Block `block` of an epoch, shuffled; None behind the last one."""
+    def _blocks(self, epoch: int, first: int) -> Iterator[Batch]:
+        """The blocks of an epoch from number `first` on, each shuffled."""
         order = self._train[permutation(len(self._train), self.seed, epoch).long()]
-        which = order[block * self.block_contexts : (block + 1) * self.block_contexts]
-        if not len(which):
-            return None
-        rows = self._filtered_rows(which)
-        return rows[permutation(len(rows), self.seed, epoch, "block", block).long().to(rows.x.device)]
+        for block, which in list(enumerate(order.split(self.block_contexts)))[first:]:
+            rows = self._filtered_rows(which)
+            yield rows[permutation(len(rows), self.seed, epoch, "block", block).long().to(rows.x.device)]
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
         if not 1 <= batch_tokens <= self.num_rows:
@@ -175,31 +139,15 @@ class LiveSource:
         epoch, block, row = self._position
         while True:
             delivered = 0
-            for rows, position in self._epoch_batches(epoch, block, row, batch_tokens):
-                self._position, delivered = position, delivered + 1
-                yield Batch(rows.x.float(), tokens=rows.tokens, positions=rows.positions)
+            for rows, number, end in regrouped(self._blocks(epoch, block), batch_tokens, row):
+                self._position, delivered = LivePosition(epoch, block + number, end), delivered + 1
+                yield replace(rows, x=rows.x.float())
             if not delivered and block == row == 0:
                 raise ValueError(
                     f"an epoch has fewer than batch_tokens={batch_tokens} rows left by the token filter: "
                     "use a smaller batch_tokens or more text"
                 )
             epoch, block, row = epoch + 1, 0, 0
-
-    def _epoch_batches(
-        self, epoch: int, block: int, row: int, batch_tokens: int
-    ) -> Iterator[tuple[_Rows, LivePosition]]:
-        """The rest of an epoch in batches, each with the position behind it."""
-        parts: list[_Rows] = []
-        missing = batch_tokens
-        while (rows := self._block(epoch, block)) is not None:
-            while row < len(rows):
-                part = rows[row : row + missing]
-                parts.append(part)
-                row, missing = row + len(part), missing - len(part)
-                if not missing:
-                    yield joined(parts), LivePosition(epoch, block, row)
-                    parts, missing = [], batch_tokens
-            block, row = block + 1, 0
 
     def sample(self, n: int) -> Batch:
         """Random rows of about as many random contexts as are needed for `n` rows."""

@@ -21,7 +21,7 @@ from apportion.answers import out_of_memory
 from apportion.disk import check_may_open
 from apportion.extras import need
 from apportion.language.hookpoints import capture
-from apportion.language.passes import by_context, modules_of, parameters_of
+from apportion.language.passes import by_context, inputs_for, modules_of, parameters_of, text_config
 from apportion.rows.filter import row_norms
 from apportion.rows.hookpoint import Hookpoint
 from apportion.rows.manifest import torch_dtype
@@ -59,25 +59,19 @@ def load_model(
     A checkpoint may bring code of its own. It is run only with `trust_remote_code`, and nobody is asked on the way; and
     weights in pickles are read as numbers only (transformers does so by itself).
     """
-    wanted = torch_dtype(dtype)
+    asked = {"dtype": torch_dtype(dtype), "device_map": device_map, "attn_implementation": attn_implementation}
     need("A language model", "transformers", *([] if device_map is None else ["accelerate"]))
     name, where = _place(name_or_folder)
     import transformers  # heavy
 
-    placed = {"device_map": device_map, "attn_implementation": attn_implementation}
+    options = {"output_loading_info": True} | {name: value for name, value in asked.items() if value is not None}
     try:
         with _quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
             if attn_implementation is None and not trust_remote_code and _fetches_kernels(config):
                 raise _brings_code(name)
             kind = _auto_class(transformers, config, auto_class)
-            model, loading = kind.from_pretrained(
-                where,
-                dtype=wanted,
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-                **{n: v for n, v in placed.items() if v is not None},
-            )
+            model, loading = kind.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
     except BringsCode:
         raise
     except Exception as error:  # a damaged folder lets transformers raise anything
@@ -251,14 +245,9 @@ def run_contexts(
     The pass ends at the last hookpoint, unless it is to be `whole`: then ValueError for a hookpoint that the model runs
     several times. So the first pass of a long work is a whole one, over a few tokens.
     """
-    inputs: dict[str, Any] = {"input_ids": ids.long().to(next(model.parameters()).device)}
-    if "use_cache" in parameters_of(model):
-        inputs["use_cache"] = False
     _check_encoder(model, hookpoints)
     with torch.inference_mode(), in_eval_mode(model):
-        if whole and "decoder_input_ids" in parameters_of(model):
-            inputs["decoder_input_ids"] = inputs["input_ids"]
-        seen = capture(model, hookpoints, stop=not whole, **inputs)
+        seen = capture(model, hookpoints, stop=not whole, **inputs_for(model, ids))
     for name, x in seen.items():
         if x.ndim not in (2, 3) or x.shape[:-1].numel() != ids.numel():
             raise ValueError(
@@ -271,12 +260,6 @@ def run_contexts(
 def width_at(model: nn.Module, hookpoint: str) -> int:
     """The width of the activations at a hookpoint, found by a pass over two tokens."""
     return run_contexts(model, [hookpoint], torch.zeros(1, 2, dtype=torch.int64), whole=True)[hookpoint].shape[1]
-
-
-def text_config(model: Any) -> Any:
-    """The configuration of the model, or of its text tower if it has several."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def check_context_tokens(model: Any, context_tokens: int) -> None:

@@ -24,7 +24,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -52,10 +52,7 @@ class Tokens:
     """None if the model was given embeddings."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
-        parts = (self.positions, self.attended, self.ids)
-        positions, attended, ids = (None if part is None else change(part) for part in parts)
-        assert positions is not None
-        return Tokens(positions, attended, ids)
+        return replace(self, **{name: change(part) for name, part in vars(self).items() if part is not None})
 
 
 class Watch:
@@ -134,11 +131,11 @@ def askable(model: nn.Module, hookpoint: str) -> list[nn.Module]:
 def _reads_text(model: nn.Module, hookpoint: str) -> bool:
     """False inside of a part that has a configuration of another kind than the module around it that takes tokens."""
     path = f"{hookpoint.partition(':')[0]}."
-    config: Any = getattr(askable(model, hookpoint)[-1], "config", None)
+    reader = askable(model, hookpoint)[-1]
     around = [module for name, module in modules_of(model).items() if not name or path.startswith(f"{name}.")]
     own = next((c for m in reversed(around) if (c := getattr(m, "config", None)) is not None), None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return config is None or type(own) in (type(config), type(text))
+    config = getattr(reader, "config", None)
+    return config is None or type(own) in (type(config), type(text_config(reader)))
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -152,6 +149,19 @@ def parameters_of(module: nn.Module) -> list[str]:
         return list(inspect.signature(module.forward).parameters)
     except (TypeError, ValueError):
         return []
+
+
+def inputs_for(model: nn.Module, ids: Int[Tensor, "contexts positions"]) -> dict[str, Any]:
+    """The arguments of a forward pass over these tokens alone: without a cache, and the same for a decoder."""
+    ids = ids.long().to(next(model.parameters()).device)
+    more = {"use_cache": False, "decoder_input_ids": ids}
+    return {"input_ids": ids} | {name: more[name] for name in more if name in parameters_of(model)}
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the model, or of its text tower if it has several."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def tokens_given(arguments: Mapping[str, Any], outer: Tokens | None = None) -> Tokens | None:

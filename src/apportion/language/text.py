@@ -26,18 +26,7 @@ from jaxtyping import Integer
 from apportion.about import TextRecord
 from apportion.extras import need
 from apportion.language.documents import FIRST_ROWS, TEXT_FIELD, Broken, Reading, chosen_field, is_id
-from apportion.language.text_files import (
-    KINDS,
-    PIECE_CHARS,
-    Row,
-    check_readable,
-    folder_files,
-    is_compressed,
-    kind_of_file,
-    plain_pieces,
-    rows_of_file,
-    whole_or_broken,
-)
+from apportion.language.text_files import PIECE_CHARS, Row, files_at, is_packed, kind_of_file, rows_of_file
 from apportion.language.text_streams import steady_rows
 from apportion.trust import expanded, refuse_mistyped
 
@@ -89,22 +78,12 @@ class TextSource:
         path = self.path
         if path is None or saved_dataset(path):
             return []
-        if path.is_dir():
-            found = folder_files(path)
-            if not found:
-                raise ValueError(f"folder {str(path)!r} holds no {', '.join(KINDS)} file: give a folder with text")
-        elif path.is_file():
-            found = [path]
-            if kind_of_file(path) is None:
-                raise ValueError(f"{str(path)!r} is not a text file: use one that ends in {', '.join(KINDS)}")
-        elif isinstance(self.where, Path) or kind_of_file(path) or path.is_absolute() or str(path).count("/") > 1:
+        if path.is_dir() or path.is_file():
+            return files_at(path)
+        if isinstance(self.where, Path) or kind_of_file(path) or path.is_absolute() or str(path).count("/") > 1:
             raise ValueError(f"no text at {str(path)!r}: give an existing file or folder, or a datasets id")
-        else:
-            refuse_mistyped(str(self.where), "a datasets id")
-            return []
-        for file in found:
-            check_readable(file)
-        return list(found)
+        refuse_mistyped(str(self.where), "a datasets id")
+        return []
 
     def check(self) -> None:
         """ValueError if it is seen without reading it that there is no text."""
@@ -122,7 +101,7 @@ class TextSource:
 
     def most_tokens(self) -> int | None:
         """More tokens than this it cannot have; None where that is not known. No token is shorter than a byte."""
-        if self.path is not None and any(is_compressed(f) or kind_of_file(f) == "parquet" for f in self.files()):
+        if self.path is not None and any(map(is_packed, self.files())):
             return None
         return self.num_bytes()
 
@@ -190,7 +169,8 @@ class TextSource:
 
     def describe(self) -> TextRecord:
         if self.path is None:
-            return TextRecord(documents=None if isinstance(self.where, Iterator) else _number_of_documents(self.where))
+            where, counted = self.where, hasattr(self.where, "__len__") and not isinstance(self.where, Iterator)
+            return TextRecord(documents=1 if _is_one_document(where) else len(where) if counted else None)
         where = str(self.path if self.path.exists() else self.where)
         if files := self.files():
             return TextRecord(where=where, files=len(files), bytes=self.num_bytes())
@@ -211,12 +191,12 @@ def split_pieces(document: str, place: str = "") -> Iterator[Piece]:
 
 def _plain_pieces(file: Path, reading: Reading) -> Iterator[Piece]:
     first = True
-    for text in whole_or_broken(file, plain_pieces(file)):
-        if isinstance(text, tuple):
-            reading.skip(text[1], str(file))
+    for place, text in rows_of_file(file, TEXT_FIELD):
+        if isinstance(text, Broken):
+            reading.skip(text, place)
             return
         reading.documents += first
-        yield Piece(reading.mend(text, str(file)), first, place=str(file))
+        yield Piece(reading.mend(text, place), first, place=place)
         first = False
 
 
@@ -264,21 +244,13 @@ def _is_one_document(where: Any) -> bool:
     return isinstance(where, list | tuple) and bool(where) and is_id(where[0])
 
 
-def _number_of_documents(where: Any) -> int | None:
-    if _is_one_document(where):
-        return 1
-    return len(where) if hasattr(where, "__len__") else None
-
-
 def _bytes_in_memory(where: Any) -> int | None:
     """Of documents in a list or array; a token id counts as one."""
     if _is_numbers(where):
         return int(np.prod(where.shape))
     if not isinstance(where, list | tuple):
         return None
-    if _is_one_document(where):
-        return len(where)
-    return sum(len(d.encode(errors="replace")) if isinstance(d, str) else _length(d) for d in where)
+    return len(where) if _is_one_document(where) else sum(map(_length, where))
 
 
 def _length(document: Any) -> int:
@@ -291,13 +263,10 @@ def _length(document: Any) -> int:
 
 def _column(rows: Any, field: str) -> Iterable[Any]:
     """The rows of a table with no more than the column that is needed; other rows as they are."""
-    names = getattr(rows, "column_names", None)
-    if names is None:
-        names = getattr(rows, "columns", None)
-        return rows if names is None else rows[_column_name(list(names), field)]
-    if not hasattr(rows, "select_columns"):
-        return rows
-    return rows.select_columns([_column_name(list(names), field)])
+    if (names := getattr(rows, "column_names", None)) is not None:
+        return rows.select_columns([_column_name(list(names), field)]) if hasattr(rows, "select_columns") else rows
+    names = getattr(rows, "columns", None)
+    return rows if names is None else rows[_column_name(list(names), field)]
 
 
 def _column_name(names: list[str], field: str) -> str:

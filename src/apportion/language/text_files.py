@@ -12,15 +12,17 @@ file that ends in the middle, as one of an interrupted download, gives what is b
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import csv
+import gzip
 import io
 import json
 import lzma
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -64,46 +66,45 @@ def kind_of_file(file: Path) -> str | None:
     return KINDS.get(last)
 
 
-def is_compressed(file: Path) -> bool:
-    return file.suffix.lower() in COMPRESSED
+def is_packed(file: Path) -> bool:
+    """Whether it may hold more text than it has bytes."""
+    return file.suffix.lower() in (*COMPRESSED, ".parquet")
 
 
-def check_readable(file: Path) -> None:
-    """Before work starts: ValueError if what the file needs is not installed, OSError if it may not be read."""
-    check_may_open(file)
-    if file.suffix.lower() in (".zst", ".parquet"):
-        need(f"reading {str(file)!r}", "pyarrow")
+def files_at(path: Path) -> list[Path]:
+    """A file, or all text files below a folder, sorted by path, without hidden ones.
+
+    Before work starts: ValueError if there is none, or what one needs is not installed, OSError if one may not be read.
+    """
+    if path.is_dir():
+        below = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        files = sorted(p for p in below if kind_of_file(p) and p.is_file())
+        if not files:
+            raise ValueError(f"folder {str(path)!r} holds no {', '.join(KINDS)} file: give a folder with text")
+    elif kind_of_file(path) is None:
+        raise ValueError(f"{str(path)!r} is not a text file: use one that ends in {', '.join(KINDS)}")
+    else:
+        files = [path]
+    for file in files:
+        check_may_open(file)
+        if file.suffix.lower() in (".zst", ".parquet"):
+            need(f"reading {str(file)!r}", "pyarrow")
+    return files
 
 
 def _bytes_of(file: Path) -> Any:
     """A stream of the file's bytes, unpacked."""
-    suffix = file.suffix.lower()
-    if suffix == ".gz":
-        import gzip
-
-        return gzip.open(file)
-    if suffix == ".bz2":
-        import bz2
-
-        return bz2.open(file)
-    if suffix == ".xz":
-        return lzma.open(file)
-    if suffix == ".zst":
+    if (suffix := file.suffix.lower()) == ".zst":
         import pyarrow
 
         return pyarrow.input_stream(str(file), compression="zstd")
-    return file.open("rb")
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, Path.open)(file, "rb")
 
 
 def open_text(file: Path, newline: str | None = None) -> io.TextIOWrapper:
     """A file as text, whatever its packing and encoding; ValueError if it looks like no text at all."""
-    stream = _bytes_of(file)
-    try:
+    with closing(_bytes_of(file)) as stream:
         start = stream.read(4096)
-    except BaseException:
-        stream.close()
-        raise
-    stream.close()
     encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
     if encoding == "utf-8" and start.count(0) > len(start) // 8:
         raise Broken("no text file", "is no UTF-8 text (it is binary, or UTF-16 without its mark): save it as UTF-8")
@@ -111,7 +112,7 @@ def open_text(file: Path, newline: str | None = None) -> io.TextIOWrapper:
     return io.TextIOWrapper(_bytes_of(file), encoding=encoding, errors=errors, newline=newline)
 
 
-def plain_pieces(file: Path) -> Iterator[str]:
+def _plain_pieces(file: Path, field: str) -> Iterator[Row]:
     """A text file in pieces that end with a newline where the text has one, holding about one piece in memory."""
     with closing(open_text(file)) as stream:
         rest = ""
@@ -121,22 +122,16 @@ def plain_pieces(file: Path) -> Iterator[str]:
             if cut == 0 and len(rest) >= PIECE_CHARS:
                 cut = len(rest)
             if cut:
-                yield rest[:cut]
+                yield str(file), rest[:cut]
                 rest = rest[cut:]
         if rest:
-            yield rest
+            yield str(file), rest
 
 
 def rows_of_file(file: Path, field: str) -> Iterator[Row]:
-    """The rows of a file that is not plain text."""
-    read = {"json": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}[kind_of_file(file) or ""]
-    return whole_or_broken(file, read(file, field))
-
-
-def whole_or_broken(file: Path, rows: Iterator[Any]) -> Iterator[Any]:
-    """`rows`, and a row that is `Broken` in place of the error with which a damaged file ends."""
+    """The rows of a file, of plain text its pieces; `Broken` in place of the error with which a damaged file ends."""
     try:
-        yield from rows
+        yield from READERS[kind_of_file(file) or ""](file, field)
     except Broken as broken:
         yield str(file), broken
     except (OSError, EOFError, UnicodeError, zlib.error, lzma.LZMAError, csv.Error, *_pyarrow_errors()) as error:
@@ -250,14 +245,10 @@ def _parquet_rows(file: Path, field: str) -> Iterator[Row]:
 
     with parquet.ParquetFile(file) as opened:
         column = chosen_field(list(opened.schema_arrow.names), field)
-        number = 0
-        for batch in opened.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield f"{file}, row {number}", {column: value}
+        batches = opened.iter_batches(batch_size=PARQUET_ROWS, columns=[column])
+        values = (value for batch in batches for value in batch.column(0).to_pylist())
+        for number, value in enumerate(values, 1):
+            yield f"{file}, row {number}", {column: value}
 
 
-def folder_files(folder: Path) -> Sequence[Path]:
-    """All text files below a folder, sorted by path, without hidden ones."""
-    found = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    return sorted(p for p in found if kind_of_file(p) and p.is_file())
+READERS = {"plain": _plain_pieces, "json": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}

@@ -17,6 +17,7 @@ A tokenizer is that of transformers, or anything that is called with a text and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain, islice
 from typing import Any
 
@@ -64,10 +65,9 @@ def begin_with_bos(tokenizer: Any, ids: Int[Tensor, "n context_tokens"]) -> bool
 
 def vocabulary_size(model: Any) -> int | None:
     """How many tokens the model knows; None if it does not say."""
-    try:
+    embeddings = None
+    with suppress(AttributeError, NotImplementedError):
         embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embeddings = None
     return getattr(embeddings, "num_embeddings", None) or getattr(model.config, "vocab_size", None)
 
 
@@ -92,10 +92,8 @@ class Encoder:
     def __call__(self, pieces: list[Piece], reading: Reading) -> list[Integer[np.ndarray, " n"] | None]:
         """The ids of each piece; None, and counted, for a piece that the tokenizer refuses."""
         if self._many:
-            try:
+            with suppress(Exception):  # which of them it refuses shows one by one
                 return self._together([piece.text for piece in pieces])
-            except Exception:  # which of them it is shows one by one
-                pass
         return [self._alone(piece, reading) for piece in pieces]
 
     def _together(self, texts: list[str]) -> list[Integer[np.ndarray, " n"] | None]:
@@ -105,14 +103,13 @@ class Encoder:
 
     def _alone(self, piece: Piece, reading: Reading) -> Integer[np.ndarray, " n"] | None:
         try:
-            ids = self._together([piece.text])[0] if self._many else self._one(piece.text)
+            return self._together([piece.text])[0] if self._many else self._one(piece.text)
         except Exception as error:  # whatever a tokenizer raises
             reason = f"{type(error).__name__}: {error}"
             reading.documents -= piece.first
             reading.skip(Broken("refused by the tokenizer", f"is refused by the tokenizer ({reason})"), piece.place)
             reading.check(FIRST_ROWS)
             return None
-        return ids
 
     def _one(self, text: str) -> Integer[np.ndarray, " n"]:
         try:
@@ -243,14 +240,11 @@ def read_contexts(
     tokenizer: Any, text: Text, *, tokens: int, context_tokens: int = 256, bos: str = "auto"
 ) -> Int[Tensor, "num_contexts context_tokens"]:
     """The first contexts of `text`, enough for `tokens` tokens (or all there are), in memory."""
-    wanted, blocks = num_contexts_for(tokens, context_tokens), []
+    wanted = num_contexts_for(tokens, context_tokens)
     contexts = PackedContexts(tokenizer, text, context_tokens, bos)
-    for block in contexts:
-        blocks.append(block)
-        if contexts.num_contexts >= wanted:
-            break
+    first = np.stack(list(islice(chain.from_iterable(contexts), wanted)))
     contexts.reading.warn()
-    return torch.from_numpy(np.concatenate(blocks)[:wanted])
+    return torch.from_numpy(first)
 
 
 def num_contexts_for(tokens: int, context_tokens: int) -> int:

@@ -11,15 +11,16 @@ stream, so a trial at the start makes sure that this changes nothing. Otherwise 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from apportion.language.hookpoints import expand, hooked
+from apportion.language.hookpoints import check_seen, expand, hooked
 from apportion.rows.hookpoint import Hookpoint
 
 TRIAL_TOKENS = 6
@@ -65,15 +66,11 @@ class UpperLayers:
         seen: dict[str, Tensor] = {}
         results: dict[nn.Module, Any] = {}
         below = stack_below(self.model, self.hookpoint)
-        handles = [m.register_forward_hook(lambda m, args, result: results.update({m: result})) for m in below]
-        try:
+        with ExitStack() as stack:
+            for m in below:
+                stack.callback(m.register_forward_hook(lambda m, args, result: results.update({m: result})).remove)
             clean = self._run(ids, _looks((*self.later, self.hookpoint), seen))
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name in (self.hookpoint, *self.later):
-            if name not in seen:
-                raise ValueError(f"the forward pass never ran {name!r}: choose a module the model uses on text")
+        check_seen((self.hookpoint, *self.later), seen)
         order = list(seen)
         for name in self.later:
             if order.index(name) <= order.index(self.hookpoint):
@@ -87,50 +84,42 @@ class UpperLayers:
 
 def _looks(names: Iterable[str], seen: dict[str, Tensor]) -> dict[str, Callable[[Tensor], Tensor | None]]:
     """Functions for `hooked` that keep what they see."""
-
-    def look(name: str) -> Callable[[Tensor], None]:
-        return lambda h: seen.__setitem__(name, h.clone())  # a later layer may work in place
-
-    return {name: look(name) for name in names}
+    return {name: lambda h, name=name: seen.update({name: h.clone()}) for name in names}  # later ones may work in place
 
 
 def stack_below(model: nn.Module, hookpoint: str) -> list[nn.Module]:
     """The layers of the stack whose output (at the last of them) is what stands at the hookpoint; none otherwise."""
-    stack, index = _place(model, hookpoint)
-    return [] if stack is None else list(stack)[: index + (Hookpoint.parse(hookpoint).side == "out")]
+    _, stack, below = _place(model, hookpoint)
+    return stack[:below]
 
 
 def later_layers(model: nn.Module, hookpoint: str) -> list[str]:
     """The outputs of all layers of the stack that lie above the hookpoint."""
-    stack, index = _place(model, hookpoint)
-    if stack is None:
+    name, stack, below = _place(model, hookpoint)
+    if not stack:
         raise ValueError(f"{hookpoint!r} is not a layer of a stack: name the later hookpoints yourself")
+    return [f"{name}.{i}" for i in range(below, len(stack))]
+
+
+def _place(model: nn.Module, hookpoint: str) -> tuple[str, list[nn.Module], int]:
+    """The stack that the hookpoint's module is a layer of, by name, and how many of its layers lie below; else none."""
     point = Hookpoint.parse(hookpoint)
-    name = point.path.rpartition(".")[0]
-    return [f"{name}.{i}" for i in range(index + (point.side == "out"), len(stack))]
-
-
-def _place(model: nn.Module, hookpoint: str) -> tuple[nn.ModuleList | None, int]:
-    """The stack that the hookpoint's module is a layer of, and its number in it."""
-    name, _, index = Hookpoint.parse(hookpoint).path.rpartition(".")
+    name, _, index = point.path.rpartition(".")
     stack = dict(model.named_modules()).get(name)
-    return (stack, int(index)) if isinstance(stack, nn.ModuleList) else (None, 0)
+    return (name, list(stack), int(index) + (point.side == "out")) if isinstance(stack, nn.ModuleList) else ("", [], 0)
 
 
 @contextmanager
 def passed_over(layers: Iterable[tuple[nn.Module, bool]]) -> Iterator[None]:
     """Within the block these layers hand on the stream unchanged, in a tuple where the flag says so."""
 
-    def hand_on(in_tuple: bool) -> Callable[..., Any]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (hidden_states,) if in_tuple else hidden_states
-
-        return forward
+    def hand_on(in_tuple: bool, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states,) if in_tuple else hidden_states
 
     before = [(m, m.__dict__.get("forward")) for m, _ in layers]
     try:
         for module, in_tuple in layers:
-            module.forward = hand_on(in_tuple)
+            module.forward = partial(hand_on, in_tuple)
         yield
     finally:
         for module, own in before:

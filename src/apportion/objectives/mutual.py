@@ -103,10 +103,8 @@ class MutualFeatureRegularisation(Objective):
 
     def after_step(self, trainer: Trainer) -> None:
         """At the end of each dead window, give idle latents (or unbalanced SAEs) new weights."""
-        window = trainer.config.dead_window
-        if self.config.redraw == "none" or trainer.tokens // window == (
-            (trainer.tokens - trainer.config.batch_tokens) // window
-        ):
+        window, before = trainer.config.dead_window, trainer.tokens - trainer.config.batch_tokens
+        if self.config.redraw == "none" or trainer.tokens // window == before // window:
             return
         for i, learner in enumerate(trainer.learners):
             latents = self._to_redraw(learner)

@@ -25,16 +25,7 @@ from apportion.evals import FIGURES, evaluate_rows
 from apportion.evals.plots import save_plots
 from apportion.evals.rows import recalibrate
 from apportion.recipes.command import main
-from apportion.recipes.experiment import (
-    SECONDS,
-    Experiment,
-    Record,
-    check_known,
-    over_seeds,
-    publish,
-    run_all,
-    table,
-)
+from apportion.recipes.experiment import SECONDS, Experiment, Record, check_known, over_seeds, publish, run_all, table
 from apportion.recipes.parts import CachePart
 from apportion.training import TrainConfig
 

@@ -36,6 +36,8 @@ from apportion.training import TrainConfig, Trainer
 logger = logging.getLogger(__name__)
 
 RECORD, STORIES = "demo.json", "stories.jsonl"
+MAY_DIFFER = ("out", "device", "load", "eval_tokens", "ce_tokens")
+"""What another call in the same folder may say otherwise."""
 METHODS: dict[str, dict[str, Any]] = {
     "topk": {},
     "mutual_choice": {},
@@ -92,16 +94,8 @@ class Demo:
         acts = self.out / "acts"
         if not acts.exists():
             logger.info("Collecting activations of %s at %s", self.model, hookpoint)
-            manifest = collect(
-                model,
-                tokenizer,
-                hookpoint,
-                self._text(),
-                tokens=self.tokens,
-                out=acts,
-                context_tokens=self.context_tokens,
-                keep_interrupted=False,
-            )
+            how = {"context_tokens": self.context_tokens, "keep_interrupted": False}
+            manifest = collect(model, tokenizer, hookpoint, self._text(), tokens=self.tokens, out=acts, **how)
             if manifest["rows"] < 10 * self.batch_tokens:
                 self._forget(acts)  # a longer text may follow
                 raise ValueError(
@@ -111,23 +105,16 @@ class Demo:
         store = ActivationStore(acts)
         saes = {name: self._trained(sae, store) for name, sae in saes.items()}
         logger.info("Evaluating, and drawing up the report")
-        source = CacheSource(store, seed=self.seed)
-        rows = held_out_rows(store, source.held_out_share)[
-            : self.eval_tokens // self.context_tokens * self.context_tokens
-        ]
+        rows = held_out_rows(store, CacheSource(store).held_out_share)
+        rows = rows[: self.eval_tokens // self.context_tokens * self.context_tokens]
         report = make_report(saes, store, rows, model, tokenizer, ce_tokens=self.ce_tokens)
         report.write(self.out / "report.html", self.out / "report.json")
         return report
 
     def _claim_folder(self, found: dict[str, Any]) -> None:
         """Refuse a folder that holds something else; note what this one is for."""
-        mine = {
-            k: v
-            for k, v in vars(self).items()
-            if k not in ("out", "device", "load", "eval_tokens", "ce_tokens", "text")
-        }
-        text = None if self.text is None else self.text.describe().to_json()
-        mine = json.loads(json.dumps(mine | found | {"text": text}))
+        mine = {name: value for name, value in vars(self).items() if name not in MAY_DIFFER}
+        mine = json.loads(json.dumps(mine | found | {"text": self.text and self.text.describe().to_json()}))
         record = self.out / RECORD
         if record.exists():
             theirs = as_now(read_json(record))
@@ -160,8 +147,7 @@ class Demo:
         return TextSource(file)
 
     def _new(self, name: str, d_in: int) -> SAE:
-        d_sae = self.d_sae or 8 * d_in
-        sae = create(name, d_in=d_in, d_sae=d_sae, k=self.k, seed=self.seed, **METHODS[name])
+        sae = create(name, d_in=d_in, d_sae=self.d_sae or 8 * d_in, k=self.k, seed=self.seed, **METHODS[name])
         sae.allocation.check_batch(self._batch(sae))
         return sae
 
@@ -170,10 +156,8 @@ class Demo:
         return max(self.batch_tokens, math.ceil(sae.d_sae / self.k))
 
     def _trained(self, sae: SAE, store: ActivationStore) -> SAE:
-        folder = self.out / "runs" / sae.name
-        source = CacheSource(store, seed=self.seed)
-        batch = self._batch(sae)
+        source, batch = CacheSource(store, seed=self.seed), self._batch(sae)
         total = source.num_rows // batch * batch
         config = TrainConfig(lr=self.lr, batch_tokens=batch, total_tokens=total, seed=self.seed)
         logger.info("Training %s: %d latents, %d of them per token", sae.name, sae.d_sae, self.k)
-        return Trainer(sae.to(self.device), config).fit(source, folder, resume=True)
+        return Trainer(sae.to(self.device), config).fit(source, self.out / "runs" / sae.name, resume=True)

@@ -38,16 +38,9 @@ FIGURES_OF = {"truth": (*BASIC, *RECOVERY), "cache": (*BASIC, "delta_ce", SECOND
 """What the table of a part shows."""
 
 
-@dataclass(frozen=True)
-class Own:
-    """Where an SAE does not go by its defaults."""
-
-    settings: dict[str, Any]
-    why: str
-
-
 UNEVEN = "uniform budgets cost FVU (docs/experiments.md), and which latent gets which budget is to be measured first"
-OWN = {"feature_choice": Own({"budgets": "zipf", "switch_at": 0.3}, UNEVEN)}
+OWN: dict[str, dict[str, Any]] = {"feature_choice": {"budgets": "zipf", "switch_at": 0.3}}
+"""Where an SAE does not go by its defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +113,8 @@ def notes(part: Part, name: str) -> Iterator[str]:
         yield f"Not in this table: `{name}`, which {why}."
         return
     if name in OWN:
-        settings = ", ".join(f"{key} = {value}" for key, value in OWN[name].settings.items())
-        yield f"`{name}` with {settings}: {OWN[name].why}."
+        settings = ", ".join(f"{key} = {value}" for key, value in OWN[name].items())
+        yield f"`{name}` with {settings}: {UNEVEN}."
     sae = new_sae(part, name, seed=0)
     if isinstance(part, Caches) and (kind := kind_here(sae)) != "one":
         first, second = part.hookpoints[kind]
@@ -144,9 +137,8 @@ def why_left_out(part: Part, name: str) -> str | None:
 
 def new_sae(part: Part, name: str, seed: int) -> SAE:
     """An untrained SAE as this comparison wants it."""
-    settings = OWN[name].settings if name in OWN else {}
     d_sae = SAES[name].architecture.d_sae_for(part.d_in) or part.d_sae
-    return create(name, d_in=part.d_in, d_sae=d_sae, k=part.k, seed=seed, **settings)
+    return create(name, d_in=part.d_in, d_sae=d_sae, k=part.k, seed=seed, **OWN.get(name, {}))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class Objectives:
         """What the figures of a run depend on besides what its name says."""
         left_out = ("out", "text", "further_lrs", "mutual_weights")
         mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
-        return json.loads(json.dumps(mine | {"text": None if self.text is None else self.text.describe().to_json()}))
+        return json.loads(json.dumps(mine | {"text": self.text and self.text.describe().to_json()}))
 
     # The model, its text and its activations
 
@@ -121,8 +121,7 @@ class Objectives:
     def source(self) -> ContextSource:
         """Enough contexts to train on `tokens` once."""
         wanted = int(self.tokens / (1 - HELD_OUT)) + 20 * self.context_tokens
-        text = self.text or stories()
-        contexts = read_contexts(self.lm[1], text, tokens=wanted, context_tokens=self.context_tokens)
+        contexts = read_contexts(self.lm[1], self.text or stories(), tokens=wanted, context_tokens=self.context_tokens)
         return ContextSource(*self.lm, self.place, contexts, held_out_share=HELD_OUT, seed=self.seed)
 
     @cached_property
@@ -144,8 +143,7 @@ class Objectives:
 
     def once(self, name: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """The figures of a run in the folder `name`, from disk if they are there."""
-        folder = self.out / "runs" / name
-        record = self.out / "runs" / f"{name}.json"
+        folder, record = self.out / "runs" / name, self.out / "runs" / f"{name}.json"
         if record.exists():
             found = read_json(record)
             if as_now(found["settings"]) != self.settings():
@@ -162,8 +160,7 @@ class Objectives:
         start = self.once("start", lambda folder: {"objective": "start", **self.in_model(load(self.start))})
         best = []
         for preset in PRESETS:
-            further = partial(self.further, preset)
-            runs = [self.once(f"{preset}-lr{lr:g}", partial(further, lr)) for lr in self.further_lrs]
+            runs = [self.once(f"{preset}-lr{lr:g}", partial(self.further, preset, lr)) for lr in self.further_lrs]
             best.append(min(runs, key=lambda r: r["chosen_by"]["delta_ce"]))
         return [start, *best]
 
@@ -201,8 +198,7 @@ class Objectives:
         found = evaluate_layers(sae, together, held_out_rows(together, HELD_OUT), progress=False)
         return {
             "seconds": trainer.seconds,
-            "fvu": {name: one.result()["fvu"] for name, one in found.layers.items()},
-            "l0": {name: one.result()["l0"] for name, one in found.layers.items()},
+            **{key: {name: one.result()[key] for name, one in found.layers.items()} for key in ("fvu", "l0")},
             "dead": found.pooled.result()["dead"],
             "variances": found.statistics.result(),
         }

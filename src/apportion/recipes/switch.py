@@ -53,9 +53,8 @@ class Kind:
     """1: no Switch but a TopK SAE."""
 
     def new(self, d_in: int, k: int, seed: int = 0) -> SAE:
-        if self.num_experts == 1:
-            return create("topk", d_in=d_in, d_sae=self.d_sae, k=k, seed=seed)
-        return create("switch", d_in=d_in, d_sae=self.d_sae, k=k, num_experts=self.num_experts, seed=seed)
+        name, experts = ("topk", {}) if self.num_experts == 1 else ("switch", {"num_experts": self.num_experts})
+        return create(name, d_in=d_in, d_sae=self.d_sae, k=k, seed=seed, **experts)
 
     def encoder_mflop(self, d_in: int) -> float:
         """Of the encoder's products for one token, in millions, with the router's."""

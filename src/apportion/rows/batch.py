@@ -8,11 +8,13 @@ where it stands. `ArraySource` is the simplest one: a tensor in memory. `CacheSo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -39,11 +41,38 @@ class Batch:
 
     def rows(self) -> Batch:
         """The rows that take part, with no mask left."""
-        if self.mask is None:
-            return self
-        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "mask"}
-        kept = {name: None if column is None else column[self.mask] for name, column in columns.items()}
-        return replace(self, **kept, mask=None)
+        return self if self.mask is None else replace(self, mask=None)[self.mask]
+
+    def _columns(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        return {f.name: column for f in fields(self) if (column := getattr(self, f.name)) is not None}
+
+    def __getitem__(self, which: Tensor | slice) -> Batch:
+        """Some of the rows."""
+        return replace(self, **{name: column[which] for name, column in self._columns().items()})
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Several batches, which have the same columns, as one."""
+    each = [part._columns() for part in parts]
+    return Batch(**{name: torch.cat([columns[name] for columns in each]) for name in each[0]})
+
+
+def regrouped(parts: Iterable[Batch], size: int, row: int = 0) -> Iterator[tuple[Batch, int, int]]:
+    """All rows but the first `row`, in batches of `size`; each with the number of the part in which it ends and the row
+    there. What fills no batch at the end is dropped."""
+    waiting, missing = list[Batch](), size
+    for number, rows in enumerate(parts):
+        while row < len(rows):
+            waiting.append(rows[row : row + missing])
+            row, missing = row + len(waiting[-1]), missing - len(waiting[-1])
+            if not missing:
+                yield joined(waiting), number, row
+                waiting, missing = [], size
+        row -= len(rows)
 
 
 @runtime_checkable
@@ -143,16 +172,36 @@ def chunks(store: RowStore, rows: Int[Tensor, " n"], size: int | None = None) ->
         yield replace(store.batch(indices), index=indices, mask=store.mask[indices])
 
 
-def read_held_out(
-    gather: Callable[[Tensor], Batch], rows: Int[Tensor, " n"], max_rows: int, chunk: int, seed: int
-) -> Iterator[Batch]:
-    """At most `max_rows` of `rows`, in random order, gathered in chunks."""
-    chosen = rows[permutation(len(rows), seed, "held out")[:max_rows]]
-    for indices in chosen.split(chunk) if len(chosen) else ():
-        yield replace(gather(indices), index=indices)
+class IndexedSource(ABC):
+    """A source whose rows lie still: it visits them in an order, and knows which are held out."""
+
+    _order: EpochOrder
+    _held_out: Int[Tensor, " n"]
+
+    @property
+    def num_rows(self) -> int:
+        return self._order.num_rows
+
+    @abstractmethod
+    def _read(self, indices: Int[Tensor, " n"]) -> Batch:
+        """These rows, each with its index."""
+
+    def sample(self, n: int) -> Batch:
+        return self._read(self._order.sample(n))
+
+    def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
+        chosen = self._held_out[permutation(len(self._held_out), self._order.seed, "held out")[:max_rows]]
+        for indices in chosen.split(chunk) if len(chosen) else ():
+            yield self._read(indices)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._order.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._order.load_state_dict(state)
 
 
-class ArraySource:
+class ArraySource(IndexedSource):
     """Rows of a tensor in memory, all of which count as filtered; every tenth is held out by default.
 
     `target` has what each row is to be reconstructed to, if that is not the row itself (transcoders).
@@ -169,40 +218,19 @@ class ArraySource:
             raise ValueError(f"x has shape {tuple(x.shape)}: give rows [n, d_in], or [n, num_sites, d_in].")
         if target is not None and len(target) != len(x):
             raise ValueError(f"x has {len(x)} rows, target {len(target)}; each row needs its target.")
-        self.x, self.target, self.held_out_share, self.seed = x, target, held_out_share, seed
+        self.x, self.target, self.d_in, self.held_out_share, self.seed = x, target, x.shape[-1], held_out_share, seed
         is_held_out = held_out_groups(len(x), held_out_share)
         self._held_out = is_held_out.nonzero().squeeze(1)
         self._order = EpochOrder((~is_held_out).nonzero().squeeze(1), seed)
 
-    @property
-    def d_in(self) -> int:
-        return self.x.shape[-1]
-
-    @property
-    def num_rows(self) -> int:
-        return self._order.num_rows
-
-    def _gather(self, indices: Int[Tensor, " n"]) -> Batch:
+    def _read(self, indices: Int[Tensor, " n"]) -> Batch:
         target = None if self.target is None else self.target[indices.to(self.target.device)].float()
-        return Batch(self.x[indices.to(self.x.device)].float(), target)
+        return Batch(self.x[indices.to(self.x.device)].float(), target, index=indices)
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
         for indices, position in self._order.upcoming(batch_tokens):
             self._order.position = position
-            yield replace(self._gather(indices), index=indices)
-
-    def sample(self, n: int) -> Batch:
-        indices = self._order.sample(n)
-        return replace(self._gather(indices), index=indices)
-
-    def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
-        return read_held_out(self._gather, self._held_out, max_rows, chunk, self.seed)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._order.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._order.load_state_dict(state)
+            yield self._read(indices)
 
     def describe(self) -> About:
         return About(

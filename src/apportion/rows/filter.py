@@ -100,6 +100,20 @@ class TokenFilter:
         left_out = self.reasons(row_norms(x), tokens, positions)
         return ~(left_out["first_position"] | left_out["special"] | left_out["norm_outlier"])
 
+    def counted(
+        self,
+        norms: Float[Tensor, " n"],
+        tokens: Int[Tensor, " n"],
+        positions: Int[Tensor, " n"],
+        counts: dict[str, int],
+    ) -> Bool[Tensor, " n"]:
+        """True for the rows of these norms that take part; the others are counted by their reasons."""
+        mask = torch.ones_like(norms, dtype=torch.bool)
+        for reason, rows in self.reasons(norms, tokens, positions).items():
+            counts[reason] += int(rows.sum())
+            mask &= ~rows
+        return mask
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"special_ids": list(self.special_ids)}
 

@@ -57,12 +57,7 @@ class EpochOrder:
 
     def __init__(self, rows: Int[Tensor, " n"], seed: int) -> None:
         self.rows = rows.int() if len(rows) and int(rows.max()) < 2**31 else rows
-        self.seed = seed
-        self.position = Position()
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.rows)
+        self.num_rows, self.seed, self.position = len(rows), seed, Position()
 
     def upcoming(self, batch_tokens: int) -> Iterator[tuple[Int[Tensor, " batch_tokens"], Position]]:
         """From the current position on: the rows of the next batch, and the position once it is handed out.

@@ -30,15 +30,15 @@ class SaneRows:
         self._pointed_out = False
         self.check(sample, what)
 
-    def check(self, rows: Batch, what: str, first: int | None = None) -> None:
+    def check(self, rows: Batch, what: str) -> None:
         """ValueError naming the first row of `rows` that holds NaN or infinity, or is absurdly large. A row is named
-        by its place in the source: as the batch has it, or else counted from `first`."""
+        by its place in the source, if the batch has it."""
         for part, usual in zip(_parts(rows), self.usual, strict=True):
             norms = _norms(part)
             if not len(norms) or bool(norms.amax() <= LARGE * usual):  # false for NaN too
                 continue
             worst = int(norms.nan_to_num(torch.inf).argmax())
-            where = f"{what}{_place(rows, worst, first)}"
+            where = what if rows.index is None else f"{what} (row {int(rows.index[worst])} of the source)"
             if not bool(norms[worst].isfinite()):
                 raise ValueError(f"{where} hold NaN or infinity. Leave such rows out.")
             norm, times = norms[worst].item(), (norms[worst] / usual).item()
@@ -48,12 +48,6 @@ class SaneRows:
             if not self._pointed_out:
                 self._pointed_out = True
                 logger.warning("%s have %s; the token filter (norm_outlier) would leave it out", where, found)
-
-
-def _place(rows: Batch, at: int, first: int | None) -> str:
-    if rows.index is not None:
-        return f" (row {int(rows.index[at])} of the source)"
-    return "" if first is None else f" (row {first + at} of the source)"
 
 
 def _parts(rows: Batch) -> list[Tensor]:

@@ -40,18 +40,20 @@ def open_stores(folder: str | Path, hookpoints: str | None = None) -> list[Activ
 class Aligned(ABC):
     """Base of the stores here: several `ActivationStore`s whose rows are the same tokens."""
 
-    def __init__(self, stores: Sequence[ActivationStore]) -> None:
+    def __init__(self, stores: Sequence[ActivationStore], one_width: bool = True) -> None:
         if len(stores) < 2:
             here = ", ".join(s.hookpoint for s in stores) or "none"
             raise ValueError(f"{type(self).__name__} joins two hookpoints or more, got {here}. Name at least two.")
         self.stores = list(stores)
         self.folder, self.d_in, self.rows = stores[0].folder, stores[0].d_in, stores[0].rows
+        self.hookpoint = ",".join(store.hookpoint for store in stores)
         for other in stores[1:]:
             _check_aligned(stores[0], other)
-
-    @property
-    def hookpoint(self) -> str:
-        return ",".join(store.hookpoint for store in self.stores)
+            if one_width and other.d_in != self.d_in:
+                raise ValueError(
+                    f"{stores[0].hookpoint} has width {self.d_in}, {other.hookpoint} has {other.d_in}: "
+                    "choose hookpoints of one width"
+                )
 
     @cached_property
     def mask(self) -> Bool[Tensor, " rows"]:
@@ -97,22 +99,12 @@ class PairStore(Aligned):
     """What a transcoder takes: activations at one hookpoint, and as target those of the same token at another."""
 
     def __init__(self, x: ActivationStore, target: ActivationStore) -> None:
-        super().__init__([x, target])
-        self.d_out = target.d_in
-
-    @property
-    def hookpoint(self) -> str:
-        """Where x comes from."""
-        return self.stores[0].hookpoint
-
-    @property
-    def target_hookpoint(self) -> str:
-        return self.stores[1].hookpoint
+        super().__init__([x, target], one_width=False)
+        self.d_out, self.hookpoint, self.target_hookpoint = target.d_in, x.hookpoint, target.hookpoint
 
     def batch(self, indices: Int[Tensor, " n"]) -> Batch:
         x, target = self.stores
-        tokens, positions = x.gather_labels(indices)
-        return Batch(x.gather(indices), target.gather(indices), tokens, positions)
+        return replace(x.batch(indices), target=target.gather(indices))
 
     def describe(self) -> About:
         return replace(super().describe(), target_hookpoint=self.target_hookpoint)
@@ -123,7 +115,6 @@ class SitesStore(Aligned):
 
     def __init__(self, stores: Sequence[ActivationStore]) -> None:
         super().__init__(stores)
-        _check_same_width(stores)
         self.num_sites = len(stores)
 
     def gather(self, indices: Int[Tensor, " n"]) -> Float[Tensor, "n num_sites d_in"]:
@@ -139,13 +130,11 @@ class LayersStore(Aligned):
 
     def __init__(self, stores: Sequence[ActivationStore]) -> None:
         super().__init__(stores)
-        _check_same_width(stores)
         self.rows = len(stores) * stores[0].rows
 
     @cached_property
     def mask(self) -> Bool[Tensor, " rows"]:
-        tokens = reduce(torch.logical_and, (store.mask for store in self.stores))
-        return tokens.repeat_interleave(len(self.stores))
+        return super().mask.repeat_interleave(len(self.stores))
 
     @property
     def groups(self) -> Int[Tensor, " rows"]:
@@ -169,23 +158,11 @@ class LayersStore(Aligned):
         return replace(super().describe(), rows=self.rows)
 
 
-def _check_same_width(stores: Sequence[ActivationStore]) -> None:
-    for other in stores[1:]:
-        if other.d_in != stores[0].d_in:
-            raise ValueError(
-                f"{stores[0].hookpoint} has width {stores[0].d_in}, {other.hookpoint} has {other.d_in}: "
-                "choose hookpoints of one width"
-            )
-
-
 def _check_aligned(one: ActivationStore, other: ActivationStore) -> None:
     """ValueError unless row i of both is the same token."""
     if one.folder.resolve() == other.folder.resolve():
         return
-    same = (
-        one.rows == other.rows and torch.equal(one.tokens, other.tokens) and torch.equal(one.contexts, other.contexts)
-    )
-    if not same:
+    if not (torch.equal(one.tokens, other.tokens) and torch.equal(one.contexts, other.contexts)):
         raise ValueError(
             f"the caches {str(one.folder)!r} and {str(other.folder)!r} hold different tokens: collect both from the "
             "same text with the same tokenizer, number of tokens and context length"

@@ -11,26 +11,27 @@ whatever the thread was doing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor
 
 from apportion.about import About
-from apportion.rows.batch import Batch, RowStore, read_held_out
+from apportion.rows.batch import Batch, IndexedSource, RowStore
 from apportion.rows.order import EpochOrder, Position, held_out_groups, split_held_out
 
 PREFETCH = 2
 
 
-class CacheSource:
+class CacheSource(IndexedSource):
     """The rows of a store that take part (of a cache, of an array): each epoch permutes all of them."""
 
     def __init__(self, store: RowStore, held_out_share: float = 0.1, seed: int = 0) -> None:
         self.store, self.held_out_share, self.seed = store, held_out_share, seed
+        self.d_in, self.hookpoint = store.d_in, store.hookpoint
         if not store.rows:
             raise ValueError(f"{store.folder} has no rows to train on.")
         groups = store.groups
@@ -45,37 +46,13 @@ class CacheSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.load_state_dict(state)
 
-    @property
-    def d_in(self) -> int:
-        return self.store.d_in
-
-    @property
-    def hookpoint(self) -> str | None:
-        return self.store.hookpoint
-
-    @property
-    def num_rows(self) -> int:
-        return self._order.num_rows
-
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
-        for batch, position in _read_ahead(self._batch, self._order.upcoming(batch_tokens)):
+        for batch, position in _read_ahead(self._read, self._order.upcoming(batch_tokens)):
             self._order.position = position
             yield batch
 
-    def sample(self, n: int) -> Batch:
-        return self._batch(self._order.sample(n))
-
-    def _batch(self, indices: Tensor) -> Batch:
+    def _read(self, indices: Int[Tensor, " n"]) -> Batch:
         return replace(self.store.batch(indices), index=indices)
-
-    def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
-        return read_held_out(self.store.batch, self._held_out, max_rows, chunk, self.seed)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._order.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._order.load_state_dict(state)
 
     def describe(self) -> About:
         split = {"held_out_share": self.held_out_share, "seed": self.seed}
@@ -83,16 +60,15 @@ class CacheSource:
         return replace(self.store.describe(), **split, **counts)
 
 
-def _read_ahead(read: Any, upcoming: Iterable[tuple[Tensor, Position]]) -> Iterator[tuple[Batch, Position]]:
+def _read_ahead(read: Any, upcoming: Iterator[tuple[Tensor, Position]]) -> Iterator[tuple[Batch, Position]]:
     """Read `PREFETCH` batches ahead in a thread that ends with this iterator."""
-    upcoming = iter(upcoming)
     waiting: deque[tuple[Future[Batch], Position]] = deque()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="apportion-read-ahead")
     try:
         while True:
             while len(waiting) < PREFETCH:
                 indices, position = next(upcoming)
-                waiting.append((pool.submit(partial(read, indices)), position))
+                waiting.append((pool.submit(read, indices), position))
             batch, position = waiting.popleft()
             yield batch.result(), position
     finally:

@@ -49,6 +49,7 @@ class ActivationStore:
         self.folder = expanded(folder)
         self._place = self.folder.absolute()
         self.manifest = read_manifest(self.folder)
+        self.num_shards, self.context_tokens = len(self.manifest["shards"]), self.manifest["context_tokens"]
         self.hookpoint = self._choose(hookpoint)
         self._about = about_manifest(self.manifest)
         self.site = self._about.at(self.hookpoint)
@@ -63,15 +64,6 @@ class ActivationStore:
     def __reduce__(self) -> tuple[Any, ...]:
         """Where it lies, not what it holds: a process that it is sent to opens it again."""
         return type(self), (self._place, self.hookpoint)
-
-    @property
-    def context_tokens(self) -> int:
-        """Length of a context."""
-        return self.manifest["context_tokens"]
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.manifest["shards"])
 
     def _choose(self, hookpoint: str | None) -> str:
         names = list(self.manifest["hookpoints"])

@@ -8,7 +8,7 @@ rows only once: a run on it needs enough of them, and cannot be resumed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from apportion.about import About
 from apportion.architectures.inputs import as_tensor, first_tensor
-from apportion.rows.batch import Batch
+from apportion.rows.batch import Batch, joined, regrouped
 from apportion.rows.order import held_out_groups
 from apportion.rows.sane import SaneRows
 
@@ -55,41 +55,37 @@ def check_alike(rows: Batch, first: Batch) -> None:
 class StreamSource:
     """Rows of an iterable, in its order."""
 
+    num_rows = None
+    """How many there are shows only at the end."""
+
     def __init__(
         self, items: Iterable[Any], held_out_share: float = 0.1, row_dims: int = 1, pairs: bool = False
     ) -> None:
         """`row_dims` is 2 for rows [num_sites, d_in]; `pairs`: what it yields has a target besides."""
         self.items, self.held_out_share, self.row_dims, self.pairs = items, held_out_share, row_dims, pairs
         self.again = iter(items) is not items
-        self._rows_out, self._skip = 0, 0
+        self._rows_out, self._skip, self._trained = 0, 0, 0
         self._kept_back: list[Batch] = []
         self._num_kept_back = 0
         self._pass = self._parts()
         self._first = list(self._peek(SAMPLE_ROWS))
         if not self._first:
             raise ValueError("There are no rows to train on: the source of activations is empty.")
+        self.d_in = self._first[0].x.shape[-1]
         self._sane = SaneRows(self.sample(SAMPLE_ROWS), "The first rows")
-
-    @property
-    def d_in(self) -> int:
-        return self._first[0].x.shape[-1]
-
-    @property
-    def num_rows(self) -> None:
-        """How many there are shows only at the end."""
 
     def _parts(self) -> Iterator[Batch]:
         """All rows of one pass over the iterable."""
         first: Batch | None = None
         for item in self.items:
             rows = rows_in(item, self.row_dims, self.pairs)
-            first = first or rows
+            first = rows if first is None else first
             check_alike(rows, first)
             yield Batch(rows.x.float(), None if rows.target is None else rows.target.float())
 
     def _peek(self, rows: int) -> Iterator[Batch]:
         while rows > 0 and (part := next(self._pass, None)) is not None:
-            rows -= len(part.x)
+            rows -= len(part)
             yield part
 
     def _training(self) -> Iterator[Batch]:
@@ -99,15 +95,16 @@ class StreamSource:
         while True:
             seen = 0
             for part in parts:
-                place = seen + torch.arange(len(part.x) + 1, dtype=torch.float64)
+                place = seen + torch.arange(len(part) + 1, dtype=torch.float64)
                 out = ((place * self.held_out_share + 1e-9).floor().diff() > 0).to(part.x.device)
                 if first_pass and self._num_kept_back < MOST_HELD_OUT:
-                    kept = replace(_chosen(part, out), index=seen + out.nonzero().squeeze(1))
-                    self._sane.check(kept, "The held-out rows")
+                    kept = part[out]
+                    self._sane.check(replace(kept, index=seen + out.nonzero().squeeze(1)), "The held-out rows")
                     self._kept_back.append(kept)
-                    self._num_kept_back += len(kept.x)
-                seen += len(part.x)
-                yield _chosen(part, ~out)
+                    self._num_kept_back += len(kept)
+                seen += len(part)
+                self._trained += len(part) - int(out.sum())
+                yield part[~out]
             if not self.again:
                 return
             if not seen:
@@ -115,34 +112,26 @@ class StreamSource:
             parts, first_pass = self._parts(), False
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
-        waiting: list[Batch] = []
-        size = 0
-        for part in self._training():
-            skipped = min(self._skip, len(part.x))
-            self._skip -= skipped
-            waiting.append(_chosen(part, slice(skipped, None)))
-            size += len(waiting[-1].x)
-            while size >= batch_tokens:
-                rows = joined(waiting)
-                waiting, size = [_chosen(rows, slice(batch_tokens, None))], size - batch_tokens
-                self._rows_out += batch_tokens
-                yield _chosen(rows, slice(batch_tokens))
+        skip, self._skip = self._skip, 0
+        for rows, _, _ in regrouped(self._training(), batch_tokens, skip):
+            self._rows_out += batch_tokens
+            yield rows
         raise ValueError(
-            f"The rows ended after {self._rows_out + size:,} to train on: give more, lower total_tokens, or give "
+            f"The rows ended after {self._trained:,} to train on: give more, lower total_tokens, or give "
             "something that can be read again (a list, a DataLoader) in place of a generator."
         )
 
     def sample(self, n: int) -> Batch:
-        return _chosen(joined(self._first), slice(n))
+        return joined(self._first)[:n]
 
     def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
         """What was held out of the rows that have come so far."""
-        rows = joined(self._kept_back or [_chosen(self._first[0], slice(0))])
-        if not len(rows.x):
+        rows = joined(self._kept_back or [self._first[0][:0]])
+        if not len(rows):
             first = joined(self._first)
-            rows = _chosen(first, held_out_groups(len(first.x), self.held_out_share).to(first.x.device))
-        for start in range(0, min(max_rows, len(rows.x)), chunk):
-            yield _chosen(rows, slice(start, min(start + chunk, max_rows)))
+            rows = first[held_out_groups(len(first), self.held_out_share).to(first.x.device)]
+        for start in range(0, min(max_rows, len(rows)), chunk):
+            yield rows[start : min(start + chunk, max_rows)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows_out": self._rows_out}
@@ -154,13 +143,3 @@ class StreamSource:
 
     def describe(self) -> About:
         return About(kind="stream", d_in=self.d_in, held_out_share=self.held_out_share)
-
-
-def _chosen(rows: Batch, which: Tensor | slice) -> Batch:
-    return Batch(rows.x[which], None if rows.target is None else rows.target[which])
-
-
-def joined(parts: Sequence[Batch]) -> Batch:
-    """Several batches of rows as one."""
-    targets = [part.target for part in parts if part.target is not None]
-    return Batch(torch.cat([part.x for part in parts]), torch.cat(targets) if targets else None)

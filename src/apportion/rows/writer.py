@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,19 +16,11 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from apportion.about import Site
-from apportion.disk import occupied, whole_folder, write_json, write_tensors
+from apportion.disk import existing, occupied, whole_folder, write_json, write_tensors
 from apportion.durable import place_in
 from apportion.locks import Lock, lock_of
 from apportion.rows.filter import FIT_ROWS, REASONS, TokenFilter, row_norms
-from apportion.rows.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    acts_file,
-    folder_name,
-    sealed,
-    token_file,
-    torch_dtype,
-)
+from apportion.rows.manifest import FORMAT_VERSION, MANIFEST, acts_file, folder_name, sealed, token_file, torch_dtype
 from apportion.rows.shards import sample_sha256_of, sha256_of
 from apportion.trust import resolved, within
 
@@ -53,10 +44,7 @@ class _HookpointStats:
 
     def mask(self, norms: Tensor, tokens: Tensor, positions: Tensor) -> Bool[Tensor, " n"]:
         """The rows that take part, counted."""
-        mask = torch.ones(len(norms), dtype=torch.bool)
-        for reason, rows in self.filter.reasons(norms, tokens, positions).items():
-            self.filtered[reason] += int(rows.sum())
-            mask &= ~rows
+        mask = self.filter.counted(norms, tokens, positions, self.filtered)
         self.kept_rows += int(mask.sum())
         self.norm_sum += float(norms[mask].double().sum())
         return mask
@@ -104,10 +92,8 @@ class StoreWriter:
             within(self.partial, folder_name(name)).mkdir(parents=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._whole.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._whole.__exit__(*error)
 
     @property
     def rows(self) -> int:
@@ -140,10 +126,9 @@ class StoreWriter:
             mask = stats.mask(norms, tokens, positions)
             files.append(self._save(acts_file(name, number), {"acts": x.contiguous(), "mask": mask}))
         self._labels, self._pending = [labels[:, rows:].clone()], self._pending - rows
-        digests = {"sha256": sha256_of, "sample_sha256": sample_sha256_of}
-        self.shards.append({"rows": rows} | {
-            field: {file: digest(self.partial / file) for file in files} for field, digest in digests.items()
-        })  # fmt: skip
+        digests = {file: sha256_of(self.partial / file) for file in files}
+        samples = {file: sample_sha256_of(self.partial / file) for file in files}
+        self.shards.append({"rows": rows, "sha256": digests, "sample_sha256": samples})
 
     def _save(self, name: str, tensors: dict[str, Tensor]) -> str:
         write_tensors(self.partial / name, tensors)
@@ -175,7 +160,7 @@ def check_out(out: str | Path) -> Path:
     if occupied(place):
         raise ValueError(f"{str(out)!r} exists already: choose another folder or delete it first")
     try:
-        with place_in(existing_folder(place), place.name):
+        with place_in(existing(place), place.name):
             pass
         if place.parent.is_dir():
             with Lock(lock_of(place), f"the cache {str(out)!r}"):
@@ -185,16 +170,9 @@ def check_out(out: str | Path) -> Path:
     return place
 
 
-def existing_folder(place: Path) -> Path:
-    """`place`, or the nearest folder above it that exists."""
-    while not place.exists():
-        place = place.parent
-    return place
-
-
 def check_free_disk(out: Path, needed_bytes: int) -> None:
     """ValueError if the disk that will hold `out` has less than `needed_bytes` free."""
-    free = shutil.disk_usage(existing_folder(out.resolve())).free
+    free = shutil.disk_usage(existing(out.resolve())).free
     if needed_bytes > free:
         raise ValueError(
             f"{str(out)!r} needs {size_text(needed_bytes)} but its disk has {size_text(free)} free: "

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import count
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from apportion.about import About
 from apportion.kernels import decode_matches
 from apportion.latents import Latents, concatenated, from_matches
 from apportion.rows.arrays import ArrayStore
-from apportion.rows.batch import Batch
+from apportion.rows.batch import Batch, regrouped
 from apportion.rows.order import check_same_source, seeded
 from apportion.synthetic.world import GroundTruthConfig, World
 
@@ -38,24 +39,17 @@ class GroundTruthSource:
     """Endless rows of one world, on the CPU."""
 
     makes_rows = True
+    num_rows = None
+    """There are no epochs."""
 
     def __init__(self, config: GroundTruthConfig | None = None, seed: int = 0, held_out_rows: int = 200_000) -> None:
         """`seed` is that of the rows (the world has its own); `held_out_rows` are offered for calibration."""
         if held_out_rows < 1:
             raise ValueError(f"held_out_rows must be at least 1 (calibration needs some), got {held_out_rows}.")
         self.config, self.seed, self.held_out_rows = config or GroundTruthConfig(), seed, held_out_rows
-        self.world = World(self.config)
+        self.world, self.d_in = World(self.config), self.config.d_in
         self.block_rows = max(1, BLOCK_ENTRIES // self.config.num_features)
         self._position = (0, 0)
-
-    @property
-    def d_in(self) -> int:
-        return self.config.d_in
-
-    @property
-    def num_rows(self) -> None:
-        """There are no epochs."""
-        return None
 
     @property
     def directions(self) -> Float[Tensor, " num_features *out"]:
@@ -79,20 +73,20 @@ class GroundTruthSource:
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}.")
-        for x, position in self._rows("train", batch_tokens, *self._position):
+        for batch, position in self._rows("train", batch_tokens, *self._position):
             self._position = position
-            yield self._batch(x)
+            yield batch
 
     def sample(self, n: int) -> Batch:
-        return self._batch(next(self._rows("sample", n))[0])
+        return next(self._rows("sample", n))[0]
 
     def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
         left = min(max_rows, self.held_out_rows)
-        for x, _ in self._rows("held out", chunk):
+        for batch, _ in self._rows("held out", chunk):
             if left <= 0:
                 return
-            yield self._batch(x[:left])
-            left -= len(x)
+            yield batch[:left]
+            left -= len(batch)
 
     def state_dict(self) -> dict[str, Any]:
         block, row = self._position
@@ -115,20 +109,11 @@ class GroundTruthSource:
             return Batch(x)
         return Batch(x[:, 0], target=x[:, 1] if self.config.layout == "target" else None)
 
-    def _rows(
-        self, stream: str, n: int, block: int = 0, row: int = 0
-    ) -> Iterator[tuple[Float[Tensor, "n sites d_in"], tuple[int, int]]]:
+    def _rows(self, stream: str, n: int, block: int = 0, row: int = 0) -> Iterator[tuple[Batch, tuple[int, int]]]:
         """Endlessly `n` rows of a stream, with the position behind them; `row` rows of `block` have been handed out."""
-        x, parts, missing = self._block(stream, block)[0], [], n
-        while True:
-            if row == self.block_rows:
-                block, row = block + 1, 0
-                x = self._block(stream, block)[0]
-            parts.append(x[row : row + missing])
-            row, missing = row + len(parts[-1]), missing - len(parts[-1])
-            if not missing:
-                yield torch.cat(parts), (block, row)
-                parts, missing = [], n
+        blocks = (Batch(self._block(stream, number)[0]) for number in count(block))
+        for batch, number, end in regrouped(blocks, n, row):
+            yield self._batch(batch.x), (block + number, end)
 
     def _block(self, stream: str, number: int) -> tuple[Float[Tensor, "rows sites d_in"], Latents]:
         """Block `number` of a stream: rows and their true codes."""

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.rows.order import seeded
-from apportion.settings import settle
+from apportion.settings import require, settle
 
 Layout = Literal["row", "sites", "target"]
 MAX_SHARED = 0.9
@@ -81,15 +81,11 @@ class GroundTruthConfig:
 
     def __post_init__(self) -> None:
         settle(self)
-        for name in ("d_in", "num_features"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("num_roots", "branching", "depth", "correlation_rank", "repulsion_steps", "noise", "magnitude_sd"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}.")
-        for name in ("max_probability", "child_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a probability above 0 and at most 1, got {getattr(self, name)}.")
+        require(self, ("d_in", "num_features"), lambda n: n >= 1, "must be at least 1")
+        at_least_0 = ("num_roots", "branching", "depth", "correlation_rank", "repulsion_steps", "noise", "magnitude_sd")
+        require(self, at_least_0, lambda n: not n < 0, "cannot be negative")
+        shares = ("max_probability", "child_share")
+        require(self, shares, lambda p: 0 < p <= 1, "is a probability above 0 and at most 1")
         if not self.difficulty or min(self.difficulty) < 0 or not sum(self.difficulty) > 0:
             raise ValueError(
                 f"difficulty needs positive numbers, got {self.difficulty}; (1.0,) makes all tokens alike."
@@ -123,13 +119,7 @@ class GroundTruthConfig:
 
 
 LIKE_SYNTH_SAE_BENCH = GroundTruthConfig(
-    d_in=768,
-    num_features=16_384,
-    active=34.0,
-    difficulty=(1.0,),
-    num_roots=128,
-    depth=3,
-    correlation_rank=25,
+    d_in=768, num_features=16_384, active=34.0, difficulty=(1.0,), num_roots=128, depth=3, correlation_rank=25
 )
 """Of the size and with the ingredients of SynthSAEBench-16k, not equal to it: its trees keep Zipf probabilities for
 children, ours divide the parent's, and its directions are made nearly orthogonal (`repulsion_steps` does that)."""

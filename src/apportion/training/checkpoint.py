@@ -38,7 +38,8 @@ def write_checkpoint(folder: Path, trainer: Trainer, source: Source) -> None:
             sae.save(partial / name)
         write_tensors(partial / TENSORS, {name: t.detach().cpu() for name, t in tensors.items()})
         record = plain({**values, "source": source.state_dict()})
-        record["crc32"] = {str(file.relative_to(partial)): _checksum(file) for file in _files(partial)}
+        files = sorted(file for file in partial.rglob("*") if file.is_file())
+        record["crc32"] = {str(file.relative_to(partial)): _checksum(file) for file in files}
         record["crc32"][VALUES] = _own_checksum(record)
         write_json(partial / VALUES, record)
 
@@ -57,10 +58,6 @@ def read_checkpoint(folder: Path, trainer: Trainer) -> Checkpoint:
     tensors = load_file(folder / TENSORS)
     trainer.check_state(tensors, values)
     return Checkpoint(saved, tensors, values)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def _checksum(file: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from apportion.settings import check_names, settle
+from apportion.settings import check_names, require, settle
 
 
 class _Named(type):
@@ -56,16 +56,11 @@ class TrainConfig(metaclass=_Named):
 
     def __post_init__(self) -> None:
         settle(self)
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+        require(self, ("beta1", "beta2"), lambda value: 0 <= value < 1, "must be at least 0 and below 1")
         positive = ("lr", "batch_tokens", "clip_ratio", "log_every_steps", "checkpoint_every_tokens")
-        for name in (*positive, "checkpoint_every_minutes"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("dead_window_tokens", "density_window_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        require(self, (*positive, "checkpoint_every_minutes"), lambda value: value > 0, "must be positive")
+        windows = ("dead_window_tokens", "density_window_tokens")
+        require(self, windows, lambda value: value is None or value >= 1, "must be at least 1")
         if self.screen and self.dtype != "float32":
             raise ValueError(f"screen = {self.screen!r} needs dtype float32, got {self.dtype!r}. Drop one of the two.")
         if self.total_tokens is not None and self.total_tokens < self.batch_tokens:

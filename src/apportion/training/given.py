@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from apportion.architectures.inputs import is_array
-from apportion.rows.batch import ArraySource, Batch, Source
-from apportion.rows.stream import StreamSource, check_alike, joined, rows_in
+from apportion.rows.batch import ArraySource, Batch, Source, joined
+from apportion.rows.stream import StreamSource, check_alike, rows_in
 
 CALIBRATION_ROWS = 1_000_000
 """Held-out rows on which thresholds are calibrated, at most."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -25,20 +23,12 @@ class Learner:
         self.clipping = RelativeClipping(config.clip_ratio).to(device)
         self.bounds: Tensor | None = None
         """Of the selection, carried from step to step."""
-        self.optimizer = Adam(
-            sae.parameters(),
-            unit_rows=sae.unit_rows(),
-            lr_factors=sae.lr_factors(),
-            beta1=config.beta1,
-            beta2=config.beta2,
-        )
+        betas = {"beta1": config.beta1, "beta2": config.beta2}
+        self.optimizer = Adam(sae.parameters(), unit_rows=sae.unit_rows(), lr_factors=sae.lr_factors(), **betas)
+        self.trains = bool(self.optimizer.parameters)
+        """False for a baseline without anything to learn."""
         self.l0: float | None = None
         """Of the previous step."""
-
-    @property
-    def trains(self) -> bool:
-        """False for a baseline without anything to learn."""
-        return bool(self.optimizer.parameters)
 
     def begin_step(self, progress: float, batch_tokens: int, lr_share: float) -> StepContext:
         """Put the SAE in train mode and advance its schedules."""
@@ -90,13 +80,15 @@ class Learner:
         self.activity.forget(latents)
         self.bounds = None
 
+    def _counts(self) -> dict[str, Tensor]:
+        parts = {"activity": self.activity, "clipping": self.clipping}
+        return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
+
     def state(self) -> dict[str, Tensor]:
         """Everything besides the SAE that its next step depends on."""
-        tensors = {f"activity.{name}": t for name, t in self.activity.state_dict().items()}
-        tensors |= {f"clipping.{name}": t for name, t in self.clipping.state_dict().items()}
+        tensors = self._counts()
         for name, p in self.sae.named_parameters():
-            for key, value in self.optimizer.state(p).items():
-                tensors[f"adam.{name}.{key}"] = value
+            tensors |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state(p).items()}
         if self.bounds is not None:
             tensors["warm.bounds"] = self.bounds
         if self.l0 is not None:
@@ -105,8 +97,7 @@ class Learner:
 
     def check_state(self, tensors: dict[str, Tensor]) -> None:
         """ValueError unless this is all of what `state` returned after a step, for an SAE like this one."""
-        wanted = {f"activity.{name}": t.shape for name, t in self.activity.state_dict().items()}
-        wanted |= {f"clipping.{name}": t.shape for name, t in self.clipping.state_dict().items()}
+        wanted = {name: t.shape for name, t in self._counts().items()}
         for name, p in self.sae.named_parameters():
             if p in set(self.optimizer.parameters):
                 wanted |= {f"adam.{name}.{key}": shape for key, shape in self.optimizer.shapes(p).items()}
@@ -118,13 +109,15 @@ class Learner:
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        modules: dict[str, Any] = {"activity.": self.activity, "clipping.": self.clipping}
-        for part, module in modules.items():
-            module.load_state_dict({n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)})
+        self.activity.load_state_dict(under("activity.", tensors))
+        self.clipping.load_state_dict(under("clipping.", tensors))
         for name, p in self.sae.named_parameters():
-            prefix = f"adam.{name}."
-            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            if state:
+            if state := under(f"adam.{name}.", tensors):
                 self.optimizer.load_state(p, state)
         self.bounds = tensors.get("warm.bounds")
         self.l0 = tensors["l0"].item() if "l0" in tensors else None
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

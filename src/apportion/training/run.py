@@ -21,7 +21,6 @@ import sys
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from apportion.answers import out_of_memory
@@ -83,10 +82,8 @@ class RunFolder:
             if_it_fails.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._lock.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._lock.__exit__()
 
     def _claim(self, record: Path) -> None:
         sweep(self.folder)
@@ -111,11 +108,7 @@ class RunFolder:
         if final.exists():  # it is damaged: the run went on from an older one
             remove(final)
         write_checkpoint(final, trainer, source)
-        self._keep(final, trainer.tokens)
-
-    def _keep(self, newest: Path, tokens: int) -> None:
-        """Note what is on the disk, and remove other checkpoints."""
-        self._kept, self._saved_tokens = [*self._kept, newest][-KEPT:], tokens
+        self._kept, self._saved_tokens = [*self._kept, final][-KEPT:], trainer.tokens
         for folder in checkpoints(self.folder):
             if folder not in self._kept:
                 remove(folder)

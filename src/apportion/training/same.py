@@ -12,10 +12,7 @@ from apportion.about import About, ModelRecord
 from apportion.disk import json_text
 from apportion.same_model import model_difference
 
-MAY_DIFFER = {
-    *("log_every_steps", "checkpoint_every_tokens", "checkpoint_every_minutes"),
-    *about.MAY_DIFFER,
-}
+MAY_DIFFER = {"log_every_steps", "checkpoint_every_tokens", "checkpoint_every_minutes"} | about.MAY_DIFFER
 """What may change when a run is resumed: how it is watched, and what says nothing of which rows it is trained on."""
 
 
@@ -28,28 +25,19 @@ def check_same(
     for each part. Of the source only what was recorded is compared.
     """
     now = json.loads(json_text(now))  # as a record has it
-    for part, where in (("sae", ("sae", "settings")), ("objective", ("objective",)), ("train", ("train",)),
-                        ("source", ("source",))):  # fmt: skip
-        old, new = _at(before, where, folder, optional=part == "objective"), _at(now, where, folder, optional=True)
-        if part != "source":
-            old = {name: defaults.get(part, {}).get(name) for name in new.keys() & defaults.get(part, {}).keys()} | old
-        else:
-            old = _source(old, folder)
-        _compare(folder, part, old, new, old.keys() if part == "source" else old.keys() | new.keys())
-    for part, name, default in (("sae", "name", None), ("run", "num_saes", 1)):
-        old, new = (record["sae"] if part == "sae" else record for record in (before, now))
-        _compare(folder, part, {name: old.get(name, default)}, {name: new.get(name, default)}, [name])
+    for part in ("sae", "objective", "train"):
+        old, new = (_settings(record, part) for record in (before, now))
+        usual = {name: value for name, value in defaults[part].items() if name in new}
+        _compare(folder, part, usual | old, new, old.keys() | new.keys())
+    old = _source(before["source"], folder)
+    _compare(folder, "source", old, now["source"], old)
+    _compare(folder, "sae", before["sae"], now["sae"], ["name"])
+    _compare(folder, "run", {"num_saes": 1, **before}, {"num_saes": 1, **now}, ["num_saes"])
 
 
-def _at(record: Mapping[str, Any], where: tuple[str, ...], folder: Path, optional: bool) -> dict[str, Any]:
-    found: Any = record
-    for name in where:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    if found is None and optional:
-        return {}
-    if not isinstance(found, dict):
-        raise ValueError(f"{folder / 'run.json'} is damaged: it has no {'.'.join(where)}. Begin anew elsewhere.")
-    return found
+def _settings(record: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Those of the SAE, of the objective (which may have none), of training."""
+    return record["sae"]["settings"] if part == "sae" else record.get(part) or {}
 
 
 def _source(recorded: dict[str, Any], folder: Path) -> dict[str, Any]:

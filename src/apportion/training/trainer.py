@@ -12,9 +12,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from apportion.torch_state import usual
 from apportion.training.checkpoint import Checkpoint
 from apportion.training.config import TrainConfig
 from apportion.training.given import HeldOut, source_of
-from apportion.training.learner import Learner
+from apportion.training.learner import Learner, under
 from apportion.training.objective import Losses, Objective, TrainingContext, as_objective, local_reconstruction
 from apportion.training.run import RunFolder, restore
 from apportion.training.same import MAY_DIFFER
@@ -75,7 +76,10 @@ class Trainer:
                 raise ValueError(
                     "switch_at is a share of the run, so it needs total_tokens; set it, or use switch_at = 0."
                 )
-        self.learners = [Learner(s, self.config) for s in self.saes]
+        self.sae, self.learners = self.saes[0], [Learner(s, self.config) for s in self.saes]
+        """The SAE, or the first of several; and what belongs to each."""
+        self.trains = any(learner.trains for learner in self.learners)
+        """False if there is nothing to learn, as for PCA and neurons."""
         self.steps = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -83,16 +87,6 @@ class Trainer:
         """After `fit`: what is wrong with the result, if anything is."""
         self._input_ready = not any(s.needs_fit for s in self.saes)
         self._torn = False
-
-    @property
-    def sae(self) -> SAE:
-        """The SAE, or the first of several."""
-        return self.saes[0]
-
-    @property
-    def trains(self) -> bool:
-        """False if there is nothing to learn, as for PCA and neurons."""
-        return any(learner.trains for learner in self.learners)
 
     @usual(learning=True)
     def step(self, batch: Any) -> dict[str, Tensor]:
@@ -213,8 +207,7 @@ class Trainer:
             run = None
             if out is not None:
                 refuse_several_processes()
-                folder = RunFolder(Path(out), self.describe(source), resume, self.defaults())
-                run = until_then.enter_context(folder)
+                run = until_then.enter_context(RunFolder(Path(out), self.describe(source), resume, self.defaults()))
             try:
                 self._run(source, run, total_steps, progress, interrupts)
             except KeyboardInterrupt as stopped:
@@ -284,11 +277,10 @@ class Trainer:
         self, source: Source, run: RunFolder | None, total_steps: int, progress: bool, interrupts: Interrupts
     ) -> None:
         """All remaining steps, with log lines and checkpoints."""
-        bar = progress_bar("training", total_steps * self.config.batch_tokens, self.tokens, show=progress)
-        with bar as show:
+        with progress_bar("training", total_steps * self.config.batch_tokens, self.tokens, show=progress) as show:
             started = time.perf_counter() - self.seconds
             saved_tokens, saved_seconds = self.tokens, self.seconds
-            for batch in self._remaining(source, total_steps):
+            for batch in islice(source.batches(self.config.batch_tokens), total_steps - self.steps):
                 metrics = self.step(batch)
                 self.seconds = time.perf_counter() - started
                 last, stop = self.steps == total_steps, interrupts.arrived
@@ -307,14 +299,6 @@ class Trainer:
                     saved_tokens, saved_seconds = self.tokens, self.seconds
                 if stop or (save and interrupts.arrived):
                     raise KeyboardInterrupt
-
-    def _remaining(self, source: Source, total_steps: int) -> Iterator[Batch]:
-        if self.steps >= total_steps:
-            return
-        for batch in source.batches(self.config.batch_tokens):
-            yield batch
-            if self.steps >= total_steps:
-                return
 
     def _check_run(self, source: Source) -> int:
         total = self.config.total_steps
@@ -372,7 +356,7 @@ class Trainer:
             if isinstance(values.get(name), bool) or not isinstance(values.get(name), kind):
                 raise ValueError(f"{name} is {values.get(name)!r}")
         for i, own in enumerate(self.learners):
-            own.check_state({n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")})
+            own.check_state(under(f"{i}.", tensors))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a run was; everything is checked already."""
@@ -383,7 +367,7 @@ class Trainer:
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Restore what `state` returned; the SAEs themselves are restored separately."""
         for i, own in enumerate(self.learners):
-            own.load_state({n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")})
+            own.load_state(under(f"{i}.", tensors))
         self.steps, self.tokens, self.seconds = values["steps"], values["tokens"], values["seconds"]
         self._input_ready = True
         self._torn = False
