@@ -80,10 +80,9 @@ def make_report(
 ) -> Report:
     """Measure SAEs of one kind on `rows` (whole contexts, in order; all by default) and draw up the report.
 
-    `store` is whatever `evaluate_rows` accepts: a cache, an array, any RowStore. `model` is the one
-    the cache was made with; over the first `ce_tokens` of the rows it is run with each SAE spliced in, for the loss
-    that this adds. Without it, with `ce_tokens = 0`, and for SAEs of several sites that is left out. Without tokens or
-    a tokenizer examples are the numbers of rows.
+    `store` is whatever `evaluate_rows` accepts. `model` is the one the cache was made with; over the first `ce_tokens`
+    of the rows it is run with each SAE spliced in, for the loss that this adds. Without it, with `ce_tokens = 0`, and
+    for SAEs of several sites that is left out. Without tokens or a tokenizer examples are the numbers of rows.
     """
     check_report()
     if len(saes) > MOST_SAES:
