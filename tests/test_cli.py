@@ -61,6 +61,7 @@ def train(cache: Path, out: Path, *more: str) -> int:
     return main(["train", str(cache), *options, *more])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("sae", ["topk", "mutual_choice", "feature_choice"])
 def test_from_text_to_an_evaluated_sae(
     sae: str, cache: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -201,6 +202,7 @@ def evaluated(run: Path, tmp_path: Path, *more: str) -> dict[str, Any]:
     return json.loads((tmp_path / "out.json").read_text())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("sae", ["transcoder", "skip_transcoder"])
 def test_a_transcoder_from_a_cache_of_two_hookpoints(
     sae: str, layers: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -625,6 +627,7 @@ def test_ctrl_c_before_anything_is_collected(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_resume_gives_the_same_result(cache: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "apportion", "train", str(cache), "--k", "4", "--d-sae", "64", "--lr", "3e-3"]
     command += ["--batch-tokens", "64", "--tokens", "16k", "--log-every-steps", "1"]

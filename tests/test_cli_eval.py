@@ -150,6 +150,7 @@ def test_one_context_cannot_be_halved(where: str, home: Path, capsys: pytest.Cap
     assert "give more" in capsys.readouterr().err
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("where", ["text", "acts"])
 def test_recalibrating_may_read_the_rows_again(
     where: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -309,7 +310,7 @@ def report(words: list[str], out: Path) -> dict[str, Any]:
     return json.loads((out / "report.json").read_text())
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("sae", "more"),
     [

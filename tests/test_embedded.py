@@ -167,6 +167,7 @@ def test_an_interrupted_corpus_leaves_nothing_behind(tmp_path: Path, monkeypatch
     assert (tmp_path / "old.txt.xz").read_text() == "old"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -273,6 +274,7 @@ def test_shipped_model() -> None:
     assert sum(tokenizer.decode(ids).startswith(("Once upon a time", "One day")) for ids in written) >= 4
 
 
+@pytest.mark.slow
 def test_shipped_stories() -> None:
     model, tokenizer = load_model("embedded")
     texts = embedded.stories()

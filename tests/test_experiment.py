@@ -76,7 +76,7 @@ def results(one: Experiment) -> list[dict[str, Any]]:
     return [{key: value for key, value in run.items() if key != "seconds"} for run in one.done]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("where", range(8))
 def test_what_was_interrupted_goes_on_and_nothing_is_trained_twice(
     where: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

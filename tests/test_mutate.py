@@ -110,6 +110,7 @@ def test_noticed_survived_timed_out_and_gone_on_with(checkout: Path, capsys: pyt
     assert {f: f.read_bytes() for f in checkout.rglob("*") if f.is_file()} == before
 
 
+@pytest.mark.slow
 def test_what_says_nothing_is_refused(checkout: Path) -> None:
     for old, times in (("found", 4), ("nowhere", 0)):
         with pytest.raises(SystemExit, match=f"{times} times, not once: '{old}'"):

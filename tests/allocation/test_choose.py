@@ -167,7 +167,7 @@ def test_the_screen_misses_nothing_that_bfloat16_can_tell(p, make, block):
         check(p, make(k, len(p.W)), screen="bfloat16")
 
 
-@pytest.mark.few(50)
+@pytest.mark.few(25)
 @pytest.mark.parametrize("p", SMALL.values(), ids=list(SMALL))
 @pytest.mark.parametrize("make", COUPLED.values(), ids=list(COUPLED))
 def test_warm_starts_change_nothing(p, make, block):

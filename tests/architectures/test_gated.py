@@ -120,6 +120,7 @@ def bias_after_training(name: str, x: torch.Tensor, **settings: object) -> float
     return ((x_hat * x_hat).sum() / (x_hat * x).sum()).item()
 
 
+@pytest.mark.slow
 def test_gates_do_not_shrink_reconstructions_as_an_l1_penalty_does() -> None:
     g = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(32, 16, generator=g), dim=1)

@@ -84,7 +84,7 @@ MOMENTS = {at_step: 8, while_saving: 6, while_calibrating: STEPS, at_the_end: No
 """When the signal comes, and the step that is on the disk then."""
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.fault("signals")
 @pytest.mark.parametrize("trial", trials([(s.name, s, m) for s, m in product(SIGNALS, MOMENTS)], short=8))
 def test_told_to_end(trial: tuple[str, signal.Signals, Callable[..., None]], tmp_path: Path, whole: dict) -> None:
@@ -170,6 +170,7 @@ def test_before_the_first_checkpoint_the_message_says_so(tmp_path: Path) -> None
     assert "has no checkpoint yet" in words and newest_step(tmp_path / "run") == 0
 
 
+@pytest.mark.few(1)
 @pytest.mark.fault("signals")
 @pytest.mark.parametrize("watched", [True, False], ids=["a bar is drawn", "no bar"])
 def test_the_terminal_is_closed(watched: bool, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def the_others(count: int) -> list[int]:
 some = pytest.mark.parametrize("chosen", [a_few, pytest.param(the_others, marks=pytest.mark.slow)])
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.fault("SIGKILL before every change of the file system")
 @some
 @pytest.mark.parametrize("name", WORK)
@@ -177,6 +177,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], flo
     return contents(folder), time.perf_counter() - begun
 
 
+@pytest.mark.few(3)
 @pytest.mark.fault("SIGKILL at random moments")
 @pytest.mark.parametrize("seed", trials(range(50), short=6))
 def test_killed_at_any_moment(seed: int, tmp_path: Path, whole: tuple[dict[str, Any], float]) -> None:

@@ -39,7 +39,7 @@ def fits(name: str, settings: dict[str, Any], format: str) -> bool:
     return not thresholds and name != "gated" and "d_out" not in settings
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(10)
 @pytest.mark.parametrize(("name", "settings"), SAES, ids=str)
 def test_every_format_holds_it_or_says_why_not(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     sae = trained(name, **settings)

@@ -201,7 +201,7 @@ MASKS = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("case", MASKS)
 def test_gradients_equal_float64_autograd(case, dtype, monkeypatch, launched):

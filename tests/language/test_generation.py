@@ -154,7 +154,7 @@ def generated(model: Any, prompts: list[list[int]], **settings: Any) -> tuple[li
     return out.sequences[:, longest:].tolist(), torch.stack(out.logits, dim=1)
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(10)
 @pytest.mark.parametrize("kind", ["splice", "edit", "transcoder", "steer", "ablate"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generation_under_an_intervention_is_that_of_whole_texts(name: str, kind: str) -> None:

@@ -192,7 +192,7 @@ def test_the_preset_local_is_plain_reconstruction(lm):
     assert terms["reconstruction"].item() == plain["reconstruction"].item()
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["topk", "mutual_choice", *sorted({"relu", "gated", "jumprelu"} & ap.SAES.keys())])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_whole_runs(lm, name, preset, tmp_path):

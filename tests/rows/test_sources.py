@@ -80,7 +80,7 @@ def test_sources_follow_the_protocol(make: Make) -> None:
     assert About.from_json(json.loads(json.dumps(about.to_json()))) == about
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("stop", [1, 9, 40])
 def test_resuming_continues_bit_for_bit(make: Make, stop: int) -> None:
     batch_tokens = 23

@@ -145,6 +145,7 @@ def test_fit_equals_steps(case):
 # Resuming
 
 
+@pytest.mark.few(2)
 def test_resuming_after_a_crash_is_exact(case, tmp_path):
     """20 steps are 10 steps, a checkpoint, a crash three steps later, fresh objects, and 10 steps more."""
     trainer(case).fit(Source(), tmp_path / "whole")
@@ -190,7 +191,7 @@ def test_the_step_after_resuming_is_exact_even_with_an_unusual_gradient(name, se
     assert unusual > 10 * usual, "it is clipped"
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("at", [1, 7, 20])
 def test_ctrl_c_finishes_the_step_and_can_be_resumed(case, at, tmp_path):
     trainer(case).fit(Source(), tmp_path / "whole")
@@ -484,6 +485,7 @@ def fvu(sae: ap.SAE, x: torch.Tensor) -> float:
     return measure.value()
 
 
+@pytest.mark.few(1)
 @pytest.mark.few(2)
 def test_training_lowers_fvu(case):
     x, test = synthetic(8000, 0), synthetic(2000, 1)
