@@ -124,7 +124,7 @@ def test_a_report_on_text_leaves_out_what_training_left_out(home: Path, tmp_path
     assert json.loads((tmp_path / "out" / "report.json").read_text())["methods"]["topk"]["filtered_share"] == 0
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["text", "acts"])
 def test_recalibrated_on_half_the_text(
     where: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -150,7 +150,7 @@ def test_one_context_cannot_be_halved(where: str, home: Path, capsys: pytest.Cap
     assert "give more" in capsys.readouterr().err
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["text", "acts"])
 def test_recalibrating_may_read_the_rows_again(
     where: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -210,6 +210,7 @@ def test_several_runs_stand_in_one_table(home: Path, tmp_path: Path, capsys: pyt
     assert main(["eval"]) == 2
 
 
+@pytest.mark.slow
 def test_the_chat_model_of_a_base_model(
     home: Path, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str], caplog: Any
 ) -> None:

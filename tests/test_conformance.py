@@ -29,8 +29,8 @@ def subject(name: str) -> Subject:
     return Subject(partial(ap.create, name))
 
 
-FIRST = ("topk", "mutual_choice", "feature_choice", "jumprelu", "switch", "crosscoder", "transcoder")
-"""Of each kind one; the others are slow."""
+FIRST = ("mutual_choice", "feature_choice", "jumprelu", "crosscoder")
+"""The others are slow."""
 
 
 @pytest.mark.parametrize("check", CHECKS)
