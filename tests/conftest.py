@@ -14,6 +14,7 @@ from jaxtyping import config, install_import_hook
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for subprocesses
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with Ctrl-C ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup is what its name says
 torch.set_num_threads(1)  # tiny tensors: on a busy machine a second thread costs a hundred times what it gives
 
 PACKAGE = Path(__file__).parents[1] / "src" / "apportion"

@@ -56,8 +56,8 @@ class Found:
     """A figure of one SAE."""
 
     key: str
-    value: float | None
-    """None where it does not exist for this SAE; NaN and numbers of torch and numpy are made plain."""
+    value: Any
+    """A number, also of numpy or torch; None, or NaN, where it does not exist for this SAE."""
     tokens: int
     """Over how many rows."""
     mode: str
