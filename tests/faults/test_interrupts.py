@@ -42,6 +42,7 @@ def said(work: Callable[[], Any], note: Path) -> str:
         try:
             work()
         except Interrupted as stopped:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # on a busy machine the second comes late
             note.write_text(str(stopped))
             raise
 
