@@ -13,6 +13,7 @@ import torch
 from tiny_models import make
 
 from apportion.about import ModelRecord, TokenizerRecord
+from apportion.cli.arguments import check_same_model
 from apportion.language import load_model
 from apportion.language.fingerprint import model_fingerprint, tokenizer_fingerprint
 from apportion.same_model import model_difference
@@ -163,3 +164,10 @@ def test_the_embedded_model_is_the_same_everywhere() -> None:
     assert (found.weights_sha256 or "").startswith(EMBEDDED_DIGEST)
     assert (found.probe or ())[:3] == pytest.approx(EMBEDDED_PROBE, abs=1e-3)
     assert (found.hidden_size, found.dtype) == (192, "float32")
+
+
+def test_records_are_compared_wherever_they_lie(model: Any, known: ModelRecord) -> None:
+    """By scripts that were written against dicts, too."""
+    check_same_model({"model": known}, {"model": model_fingerprint(model)}, "it")
+    with pytest.raises(ValueError, match="it belongs to another model"):
+        check_same_model({"model": known}, replace(known, hidden_size=5), "it")

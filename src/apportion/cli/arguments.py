@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation, Overflow
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from apportion.about import ModelRecord, Site
+from apportion.about import Site
 from apportion.trust import expanded, shown
 
 
@@ -171,10 +171,14 @@ def best_device(name: str) -> str:
     return name
 
 
-def check_same_model(ours: ModelRecord, theirs: ModelRecord, where: str, allowed: bool = False) -> None:
-    """Refuse activations of another model than the SAE was trained on; if it is `allowed`, say what that means."""
+def check_same_model(ours: Any, theirs: Any, where: str, allowed: bool = False) -> None:
+    """Refuse activations of another model than the SAE was trained on; if it is `allowed`, say what that means.
+
+    Both are records of models, or what has one as "model".
+    """
     from apportion.same_model import model_difference
 
+    ours, theirs = (one["model"] if isinstance(one, Mapping) else one for one in (ours, theirs))
     difference = model_difference(ours, theirs)
     if difference is None:
         return
