@@ -93,9 +93,10 @@ def without_fsync() -> None:
     durable._sync = lambda *_: None
 
 
-def cut_at(chance: random.Random, seconds: float, disk: Disk, note: Path, before: Any = lambda: None) -> None:
+def cut(disk: Disk, note: Path, wait: Callable[[], None], before: Callable[[], None] = lambda: None) -> None:
+    """Begin a run, wait, and cut the power."""
     pid = start(lambda: slow_run(disk.place / "run", note, before))
-    time.sleep(chance.uniform(0.1, 1.0) * seconds)
+    wait()
     os.kill(pid, signal.SIGKILL)
     end_of(pid)
     disk.cut_power()
@@ -106,7 +107,7 @@ def cut_at(chance: random.Random, seconds: float, disk: Disk, note: Path, before
 def test_power_is_cut(seed: int, disk: Disk, tmp_path: Path, whole: tuple[dict[str, Any], float]) -> None:
     wanted, seconds = whole
     note, out = tmp_path / "note", disk.place / "run"
-    cut_at(random.Random(seed), seconds, disk, note)
+    cut(disk, note, lambda: time.sleep(random.Random(seed).uniform(0.1, 1.0) * seconds))
     safe = int(note.read_text()) if note.exists() else 0
     finished = (out / "finished.json").exists()
     assert finished or newest_step(out) >= safe, "a checkpoint that was said to be on the disk is not"
@@ -115,9 +116,14 @@ def test_power_is_cut(seed: int, disk: Disk, tmp_path: Path, whole: tuple[dict[s
     assert not orphans(disk.place)
 
 
-def test_without_fsync_the_method_loses_runs(disk: Disk, tmp_path: Path, whole: tuple[dict[str, Any], float]) -> None:
+def test_without_fsync_the_method_loses_runs(disk: Disk, tmp_path: Path) -> None:
     """Else nothing above would mean anything."""
-    note = tmp_path / "note"
-    cut_at(random.Random(1), 1.5 * whole[1], disk, note, without_fsync)
+    note, deadline = tmp_path / "note", time.monotonic() + 60
+
+    def a_checkpoint() -> None:
+        while not note.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    cut(disk, note, a_checkpoint, without_fsync)
     assert int(note.read_text()) >= EVERY
     assert newest_step(disk.place / "run") < int(note.read_text())
