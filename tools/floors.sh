@@ -18,7 +18,7 @@ PYTHON
 if [ ! -x "$folder/bin/python" ]; then
   python3 -m venv "$folder"
 fi
-"$folder/bin/pip" install --quiet $floors "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6" "beartype>=0.21"
+"$folder/bin/pip" install --quiet $floors "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6" "beartype>=0.21" "pyparsing<3.3"
 "$folder/bin/pip" install --quiet --no-deps -e "$root"
 "$folder/bin/pip" check
 echo "$floors"
