@@ -108,6 +108,11 @@ def correlation(a: Real[Tensor, " n"], b: Real[Tensor, " n"]) -> float:
     return (x @ y / (x.norm() * y.norm())).item()
 
 
+def known(value: float) -> float | None:
+    """None for NaN, which is no figure: of rows that are all equal there is nothing to explain."""
+    return None if value != value else value
+
+
 def recovered(ce: float, ce_clean: float, ce_ablated: float) -> float:
     """Share of the loss increase of an ablation that the reconstruction avoids: 1 perfect, 0 as bad as the ablation.
 

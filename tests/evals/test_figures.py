@@ -165,6 +165,15 @@ def test_an_evaluator_yields_figures_only(loudness, monkeypatch: pytest.MonkeyPa
         ap.evaluate(sae(), X, evals=["loudness"])
 
 
+def test_the_command_line_keeps_what_is_known(loudness, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    """An evaluator cannot put another FVU in place of ours."""
+    monkeypatch.setattr(Loudness, "run", lambda self, subject: iter([Found("fvu", 0.0, 1, "eval mode")]))
+    np.save(tmp_path / "x.npy", X.numpy())
+    sae().save(tmp_path / "sae")
+    assert main(["eval", str(tmp_path / "sae"), "--acts", str(tmp_path / "x.npy"), "--on", "loudness"]) == 2
+    assert "yields 'fvu', which is known already" in capsys.readouterr().err
+
+
 def test_figures_are_plain_numbers(loudness, monkeypatch: pytest.MonkeyPatch):
     """Whatever an evaluator computes with."""
     for given, wanted in ((torch.tensor(2.5), 2.5), (np.float32(2.5), 2.5), (float("nan"), None)):

@@ -112,11 +112,12 @@ class Eval:
     def _evals(self) -> list[str]:
         return [name.strip() for name in (self.on or "").split(",") if name.strip()]
 
-    def _others(self, sae: Any, store: Any, rows: Any, model: Any) -> dict[str, Any]:
-        """What the evaluators of --on find."""
-        from apportion.evals.evaluator import Subject, figures_by
+    def _with_others(self, found: dict[str, Any], sae: Any, store: Any, rows: Any, model: Any) -> dict[str, Any]:
+        """These figures, and what the evaluators of --on find."""
+        from apportion.evals.evaluator import Subject, evaluators, with_found
 
-        return figures_by(self._evals, Subject(sae, store, rows, model, progress=True))
+        subject = Subject(sae, store, rows, model, progress=True)
+        return with_found(found, evaluators(self._evals, subject), subject)
 
     # On rows of a cache
 
@@ -139,9 +140,9 @@ class Eval:
             found = evaluate_layers(sae, store, rows)
             layers = {hookpoint: one.result() for hookpoint, one in found.layers.items()}
             figures = found.pooled.result() | {"layers": layers, "layer_statistics": found.statistics.result()}
-            return found.pooled, figures | {"rows": what} | self._others(sae, store, rows, model), layers
+            return found.pooled, self._with_others(figures | {"rows": what}, sae, store, rows, model), layers
         measurement = evaluate_rows({sae.name: sae}, store, rows)[sae.name]
-        figures = measurement.result() | {"rows": what} | self._others(sae, store, rows, model)
+        figures = self._with_others(measurement.result() | {"rows": what}, sae, store, rows, model)
         names = (store.hookpoint or "").split(",") if store.hookpoint else []
         each = enumerate(zip_longest(figures.get("fvu_sites", []), names[: len(figures.get("fvu_sites", []))]))
         sites = {
@@ -228,5 +229,5 @@ class Eval:
         )
         measurement = found[sae.name]
         seen = ", which the SAE was trained on" if same_text(trained_on.lm.text, text.describe()) else ""
-        what = {"rows": f"text {text.where}{seen}", "model": name} | self._others(sae, None, None, model)
-        return measurement, measurement.result() | entropies.of(sae.name) | what, {}
+        figures = measurement.result() | entropies.of(sae.name) | {"rows": f"text {text.where}{seen}", "model": name}
+        return measurement, self._with_others(figures, sae, None, None, model), {}

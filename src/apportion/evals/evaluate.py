@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.architectures import SAE
-from apportion.evals.evaluator import Subject, evaluators, figures_of
+from apportion.evals.evaluator import Subject, evaluators, with_found
 from apportion.evals.rows import as_store, chosen_rows, evaluate_rows
 from apportion.rows.batch import RowStore
 
@@ -33,6 +33,4 @@ def evaluate(
     subject = Subject(sae, store, rows, model, progress)
     chosen = evaluators([evals] if isinstance(evals, str) else evals, subject)
     found = evaluate_rows({"sae": sae}, subject.store, rows, progress=progress)["sae"].result()
-    for evaluator in chosen:
-        found |= figures_of(evaluator, subject, found)
-    return found
+    return with_found(found, chosen, subject)

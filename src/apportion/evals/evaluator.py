@@ -89,11 +89,10 @@ AnyEvaluator = TypeVar("AnyEvaluator", bound=type[Evaluator])
 def found_in(
     result: Mapping[str, Any], figures: Iterable[Figure], tokens: int, mode: str = "eval mode"
 ) -> Iterator[Found]:
-    """Those of the figures that a result has; NaN is None."""
+    """Those of the figures that a result has."""
     for figure in figures:
         if figure.key in result:
-            value = result[figure.key]
-            yield Found(figure.key, None if value is None or value != value else value, tokens, mode)
+            yield Found(figure.key, result[figure.key], tokens, mode)
 
 
 def add_evaluator(evaluator: AnyEvaluator) -> AnyEvaluator:
@@ -138,25 +137,18 @@ def load_others() -> None:
             ) from error
 
 
-def figures_by(names: Iterable[str], subject: Subject) -> dict[str, Any]:
-    """What these evaluators find, by key; all that can be wrong shows before the first is run."""
-    found: dict[str, Any] = {}
-    for one in evaluators(names, subject):
-        found |= figures_of(one, subject, found)
-    return found
-
-
-def figures_of(evaluator: Evaluator, subject: Subject, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What it finds, by key. ValueError for what is no number, and for a figure that nobody has defined, or that is
-    known already with another value."""
-    found: dict[str, Any] = {}
-    for one in evaluator.run(subject):
-        said, value = f"The evaluator {evaluator.name} yields {one.key!r}", plain(one.value)
-        if one.key not in FIGURES:
-            raise ValueError(f"{said}, which nobody has defined.")
-        if value is not None and not is_number(value):
-            raise ValueError(f"{said} = {value!r}, and a figure is a number or None.")
-        if (known or {}).get(one.key) not in (None, value):
-            raise ValueError(f"{said}, which is known already and has another value. Choose another key.")
-        found[one.key] = value
+def with_found(found: Mapping[str, Any], evaluators: Iterable[Evaluator], subject: Subject) -> dict[str, Any]:
+    """What is known of an SAE, and what these evaluators find, by key. ValueError for what is no number, and for a
+    figure that nobody has defined, or that is known already and has another value."""
+    found = dict(found)
+    for evaluator in evaluators:
+        for one in evaluator.run(subject):
+            said, value = f"The evaluator {evaluator.name} yields {one.key!r}", plain(one.value)
+            if one.key not in FIGURES:
+                raise ValueError(f"{said}, which nobody has defined.")
+            if value is not None and not is_number(value):
+                raise ValueError(f"{said} = {value!r}, and a figure is a number or None.")
+            if found.get(one.key) not in (None, value):
+                raise ValueError(f"{said}, which is known already and has another value. Choose another key.")
+            found[one.key] = value
     return found

@@ -14,7 +14,7 @@ from torch import Tensor
 from apportion.allocation.zipf import fit_zipf
 from apportion.architectures import SAE
 from apportion.evals.measure import Measure, Seen, add_measure
-from apportion.metrics import FVU, Activations, correlation
+from apportion.metrics import FVU, Activations, correlation, known
 
 MIN_FIRINGS = 10
 """Latents that fired less often are left out of the Zipf fit: their measured densities are noise."""
@@ -101,11 +101,6 @@ def _l0_against(activations: Activations, other: Float[Tensor, " n"] | None) -> 
         return None
     there = ~other.isnan()
     return known(correlation(activations.l0()[there].double(), other[there]))
-
-
-def known(value: float) -> float | None:
-    """None for NaN, which is no figure: of rows that are all equal there is nothing to explain."""
-    return None if value != value else value
 
 
 def _zipf(activations: Activations) -> dict[str, float] | None:

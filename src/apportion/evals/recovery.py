@@ -31,7 +31,7 @@ from apportion.evals.figures import Figure
 from apportion.kernels.primitives import weighted_sums
 from apportion.latents import Latents, concatenated
 from apportion.matching import assign
-from apportion.metrics import FVU, Activations, correlation, variance
+from apportion.metrics import FVU, Activations, correlation, known, variance
 from apportion.rows.batch import Batch
 
 CHUNK = 4096
@@ -53,7 +53,6 @@ def recovery(sae: SAE, batch: Batch, codes: Latents, directions: Float[Tensor, "
     correlations = correlation_matrix(found, codes)[:, fires]
     true = torch.nn.functional.normalize(directions.flatten(1).to(sae.dtype).cpu(), dim=1)
     cosines = decoder_directions(sae) @ true.T
-    l0_correlation = correlation(found.l0().double(), codes.l0().double())
     latents, features = matching(correlations)
     precision, recall = detection(found, codes, latents, fires.nonzero().squeeze(1)[features])
     return {
@@ -73,7 +72,7 @@ def recovery(sae: SAE, batch: Batch, codes: Latents, directions: Float[Tensor, "
         "cosine_of_latents": cosines.max(1).values.mean().item(),
         "uniqueness": cosines[alive].argmax(1).unique().numel() / max(1, int(alive.sum())),
         "l0_true": codes.nnz / codes.tokens,
-        "l0_correlation": None if l0_correlation != l0_correlation else l0_correlation,
+        "l0_correlation": known(correlation(found.l0().double(), codes.l0().double())),
     }
 
 
