@@ -12,7 +12,6 @@ file that ends in the middle, as one of an interrupted download, gives what is b
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import csv
 import gzip
@@ -98,7 +97,11 @@ def _bytes_of(file: Path) -> Any:
         import pyarrow
 
         return pyarrow.input_stream(str(file), compression="zstd")
-    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, Path.open)(file, "rb")
+    if suffix == ".bz2":
+        import bz2  # not every Python was built with it
+
+        return bz2.open(file)
+    return {".gz": gzip.open, ".xz": lzma.open}.get(suffix, Path.open)(file, "rb")
 
 
 def open_text(file: Path, newline: str | None = None) -> io.TextIOWrapper:
