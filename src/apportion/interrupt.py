@@ -8,6 +8,9 @@
             with interrupts.held():            is finished in any case
                 save()
 
+What ends the work is raised once: a Ctrl-C on its way out neither replaces it nor breaks off what is cleaned up and
+said then. Who catches it and goes on says so (`caught`).
+
 Told to end means SIGTERM, SIGHUP (the terminal was closed), SIGUSR1 (Slurm, before the time is up) and SIGXCPU (the CPU
 time is up). They say it once or often; only Ctrl-C said twice means at once. Signals that are ignored (nohup) stay so,
 and so do handlers that a program has put on others than SIGINT and SIGTERM. Outside the main thread nothing changes.
@@ -20,7 +23,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 TOLD = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU") if hasattr(signal, name)]
 """What tells a process to end, as far as this system has it."""
@@ -39,7 +42,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.arrived = False
-        self._through = self._holding = self._given_up = False
+        self._through = self._holding = self._given_up = self._ending = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -53,12 +56,23 @@ class Interrupts:
     def _take(self, signum: int, frame: FrameType | None) -> None:
         again, self.arrived = self.arrived and signum == signal.SIGINT, True
         self._given_up |= again
-        if self._holding:
+        if self._holding or self._ending:
             return
         if again:
-            raise GivenUp
+            self.end(GivenUp)
         if self._through:
-            raise KeyboardInterrupt
+            self.end()
+
+    def end(self, kind: type[KeyboardInterrupt] = KeyboardInterrupt) -> NoReturn:
+        """Raise what ends the work."""
+        self._ending = True
+        raise kind
+
+    def caught(self) -> None:
+        """Go on after it, unless a second Ctrl-C came meanwhile."""
+        self.arrived, self._ending = True, False
+        if self._given_up:
+            self.end(GivenUp)
 
     @contextmanager
     def let_through(self) -> Iterator[None]:
@@ -66,7 +80,7 @@ class Interrupts:
         self._through = True
         try:
             if self.arrived:
-                raise KeyboardInterrupt
+                self.end()
             yield
         finally:
             self._through = False
@@ -80,7 +94,7 @@ class Interrupts:
         finally:
             self._holding = False
         if self._given_up:
-            raise GivenUp
+            self.end(GivenUp)
 
 
 def _to_take() -> list[int]:

@@ -432,6 +432,26 @@ def test_one_ctrl_c_while_holding_is_remembered():
             pass
 
 
+def test_what_ends_the_work_is_raised_once():
+    with Interrupts() as interrupts:
+        with pytest.raises(KeyboardInterrupt) as stopped, interrupts.let_through():
+            press_ctrl_c()
+        assert not isinstance(stopped.value, GivenUp)
+        press_ctrl_c()
+        with pytest.raises(GivenUp):
+            interrupts.caught()
+        press_ctrl_c()
+
+
+def test_who_catches_it_goes_on():
+    with Interrupts() as interrupts:
+        with pytest.raises(KeyboardInterrupt), interrupts.let_through():
+            press_ctrl_c()
+        interrupts.caught()
+        with pytest.raises(GivenUp):
+            press_ctrl_c()
+
+
 @pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT])
 def test_what_is_ignored_stays_so(ignored, monkeypatch):
     before = signal.signal(ignored, signal.SIG_IGN)

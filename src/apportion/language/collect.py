@@ -156,7 +156,7 @@ def _fill(
             except GivenUp:
                 raise
             except KeyboardInterrupt:
-                interrupts.arrived = True
+                interrupts.caught()
                 return num_contexts
             for name, x in acts.items():
                 check_finite(name, x, ids, range(num_contexts, num_contexts + len(ids)), tokenizer)

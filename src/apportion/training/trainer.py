@@ -240,7 +240,7 @@ class Trainer:
             if run is not None:
                 run.finish(self)
         if interrupts.arrived:
-            raise KeyboardInterrupt
+            interrupts.end()
 
     def _calibrate(self, source: Source) -> None:
         """Set thresholds on held-out rows, and note what the SAEs were trained on, and how."""
@@ -298,7 +298,7 @@ class Trainer:
                         run.save_checkpoint(self, source)
                     saved_tokens, saved_seconds = self.tokens, self.seconds
                 if stop or (save and interrupts.arrived):
-                    raise KeyboardInterrupt
+                    interrupts.end()
 
     def _check_run(self, source: Source) -> int:
         total = self.config.total_steps
