@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -20,14 +21,23 @@ from torch import Tensor, nn
 
 from apportion.allocation import Rule, Selection
 from apportion.architectures.base import SAE, SAEConfig
+from apportion.architectures.start import begin, drawn
 from apportion.kernels import Experts, choose, decode_matches, encode_matches
 from apportion.latents import Latents, from_matches
+from apportion.torch_state import usual
 
 
 @dataclass(frozen=True, kw_only=True)
 class AffineConfig(SAEConfig):
     subtract_b_dec: bool = True
     """Subtract the decoder bias from the encoder's input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedConfig(AffineConfig):
+    init: Literal["random", "data"] = "random"
+    """Where training begins: random, at directions that know nothing; data, at a mixture of these with rows, and at the
+    scale that reconstructs best (architectures/start.py)."""
 
 
 class Affine(SAE):
@@ -42,6 +52,8 @@ class Affine(SAE):
         self.W_enc = nn.Parameter(self._initial_encoder())
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(self.out_shape))
+        self.needs_start = getattr(config, "init", "random") == "data" and not _blank.get()
+        """True until `start` has set the weights that training begins with."""
 
     def _initial_encoder(self) -> Float[Tensor, " d_sae *row"]:
         return self.W_dec.detach().clone()
@@ -95,6 +107,36 @@ class Affine(SAE):
 
     def unit_rows(self) -> list[nn.Parameter]:
         return [self.W_dec]
+
+    # How training begins (start.py)
+
+    @usual(learning=True)
+    def start(self, x: Any, target: Any = None) -> None:
+        """With `init="data"`, for an SAE that was not trained yet: set the weights that training begins with, from raw,
+        filtered rows. The Trainer does it; other loops call it after `fit_input`."""
+        if self.needs_start:
+            begin(self, *self.prepare(self._rows(x), target))
+            self.needs_start = False
+
+    def rows_for_latents(self, x: Float[Tensor, " n *row"], generator: torch.Generator | None) -> Int[Tensor, " d_sae"]:
+        """For each latent a row that its direction is made of."""
+        return drawn(self.d_sae, len(x), generator)
+
+    def set_directions(self, directions: Float[Tensor, " d_sae *row"]) -> None:
+        """Of encoder and decoder; decoder rows keep their norms."""
+        self.W_enc.copy_(directions)
+        self.W_dec.copy_(directions * self.W_dec.flatten(1).norm(dim=1).view(-1, *[1] * len(self.row_shape)))
+
+    def fit_decoder(self, x: Float[Tensor, " n *row"], y: Float[Tensor, " n *out"]) -> None:
+        """Where it is not the encoder's: set it by what encoder and rule make of some prepared rows."""
+
+    def rescale(self, factor: float) -> None:
+        """Make the reconstruction so many times as large, less b_dec."""
+        (self.W_enc if self.unit_rows() else self.W_dec).mul_(factor)
+
+    def load_state_dict(self, *args: Any, **settings: Any) -> Any:
+        self.needs_start = False
+        return super().load_state_dict(*args, **settings)
 
     def fold_in(self, mean: Float[Tensor, "*sites d_in"], scale: Float[Tensor, "*sites"]) -> None:
         if not self.config.subtract_b_dec:

@@ -17,7 +17,7 @@ from torch import Tensor
 from apportion import losses
 from apportion.allocation import Rule, Selection, StepContext, TokenChoice
 from apportion.allocation.zipf import NOISE_SHARE, fit_zipf, zipf_densities
-from apportion.architectures.affine import Affine, AffineConfig
+from apportion.architectures.affine import Affine, LearnedConfig
 from apportion.architectures.base import Pass
 from apportion.kernels import decode_matches
 from apportion.latents import Latents
@@ -27,7 +27,7 @@ MIN_RANKS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuxiliaryConfig(AffineConfig):
+class AuxiliaryConfig(LearnedConfig):
     aux: Literal["none", "aux_k", "aux_zipf"] = "aux_k"
     """Auxiliary loss for silent latents: none, aux_k (dead ones), aux_zipf (dead and underutilised ones)."""
     aux_weight: float = 1 / 32

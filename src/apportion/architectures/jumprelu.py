@@ -42,13 +42,14 @@ near where they end, with a wider window and a higher learning rate, so that the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 from typing import Literal, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from apportion.allocation import LearnedThreshold, Rule, StepContext
+from apportion.allocation import LearnedThreshold, MutualChoice, Rule, StepContext
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
 from apportion.architectures.base import Pass
 from apportion.architectures.sparsity import SparsityCoefficient, SparsityConfig
@@ -191,6 +192,20 @@ class JumpReLU(AffineWithAuxiliary):
         rows = self.finite_rows(x)
         made = self.forward_scaled(self.input.apply_to(rows), StepContext())
         return self.undo(made.y_hat, rows).reshape(x.shape).to(x.dtype)
+
+    def fit_decoder(self, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_in"]) -> None:
+        """The decoder stays; thresholds become those at which these rows have the L0 that they are made for."""
+        if self.config.threshold is None:
+            wanted = min(INITIAL_L0 * self.config.initial_k, self.d_sae)
+            rule = MutualChoice(MutualChoice.Config(k=wanted), self.d_sae)
+            codes = self.encode_scaled(x, self.selection(rule=rule)).values
+            self.log_threshold.fill_(codes.min().log())
+
+    def rescale(self, factor: float) -> None:
+        super().rescale(factor)
+        if self.unit_rows():
+            self.log_threshold.add_(log(factor))
+            self.bandwidth.mul_(factor)
 
     def lr_factors(self) -> dict[Tensor, float]:
         return {self.log_threshold: self.config.threshold_lr}

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion.allocation import StepContext
-from apportion.architectures.affine import AffineConfig
+from apportion.architectures.affine import LearnedConfig
 
 DESCENT = 0.5
 """Share of the run after which L0 is to be k."""
@@ -49,7 +49,7 @@ RAMP = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparsityConfig(AffineConfig):
+class SparsityConfig(LearnedConfig):
     k: float | None = 32
     """Mean number of active latents per token, reached by steering the sparsity coefficient while training. None: of an
     SAE that was loaded and does not say it; training holds the L0 that it has."""

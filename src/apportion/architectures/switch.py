@@ -50,6 +50,7 @@ from apportion.allocation import Rule, Selection, StepContext
 from apportion.architectures.affine import unit_rows
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
 from apportion.architectures.base import Pass
+from apportion.architectures.start import drawn
 from apportion.kernels import Experts
 from apportion.latents import Latents
 
@@ -148,6 +149,15 @@ class Switch(AffineWithAuxiliary):
         routing = self.route(x)
         latents = self._encode(x, self.selection(context), routing)
         return SwitchPass(latents, self.decode_scaled(latents), routing)
+
+    def rows_for_latents(self, x: Float[Tensor, "n d_in"], generator: torch.Generator | None) -> Int[Tensor, " d_sae"]:
+        """Of those that its expert gets."""
+        expert, found = self.route(x).expert, list[Tensor]()
+        for e in range(self.num_experts):
+            own = (expert == e).nonzero().squeeze(1)
+            own = own if len(own) else torch.arange(len(x))
+            found.append(own[drawn(self.expert_width, len(own), generator)])
+        return torch.cat(found)
 
     def own_terms(self, x: Tensor, y: Tensor, made: Pass, context: StepContext) -> dict[str, Tensor]:
         assert isinstance(made, SwitchPass)

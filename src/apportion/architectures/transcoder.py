@@ -40,6 +40,7 @@ from apportion.allocation import Rule
 from apportion.architectures import affine
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
 from apportion.architectures.inputs import InputDescription
+from apportion.architectures.start import ridge
 from apportion.latents import Latents
 
 INITIAL_NORM = 0.1
@@ -92,6 +93,20 @@ class Transcoder(AffineWithAuxiliary):
     @property
     def needs_fit(self) -> bool:
         return self.input.needs_fit or self.output.needs_fit
+
+    def set_directions(self, directions: Float[Tensor, "d_sae d_in"]) -> None:
+        self.W_enc.copy_(directions)
+
+    def fit_decoder(self, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"]) -> None:
+        """W_skip: the linear map that predicts best. W_dec: of what is left the mean over a latent's matches, weighted
+        by its codes, as least squares have it for a latent on its own; zero for one without a match."""
+        y = y - self.b_dec
+        if self.config.skip:
+            self.W_skip.copy_(ridge(x, y))
+            y = y - F.linear(x, self.W_skip)
+        latents = self.encode_scaled(x, self.selection())
+        code = latents.dense()
+        self.W_dec.copy_(code.T @ y / code.square().sum(0).clamp_min(1e-9)[:, None])
 
     @property
     def decode_needs_x(self) -> bool:

@@ -15,7 +15,7 @@ run it interrupts. Without --acts only the first table is made.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -91,11 +91,13 @@ class Family:
             part.check_rows()
             if self.docs is not None:
                 between(self.docs, name, "")
-            arms = {sae: partial(new_sae, part, sae) for sae in self.saes if why_left_out(part, sae) is None}
-            options = {"arms": arms, "lrs": self.lrs, "seeds": self.seeds, "write": self.write}
+            options = {"arms": self.arms(part), "lrs": self.lrs, "seeds": self.seeds, "write": self.write}
             limit = L0_TOLERANCE * part.k
             found.append(Experiment(out=self.out / name, part=part, limit=limit, **options))
         return found
+
+    def arms(self, part: Part) -> dict[str, Callable[[int], SAE]]:
+        return {sae: partial(new_sae, part, sae) for sae in self.saes if why_left_out(part, sae) is None}
 
     def write(self, experiment: Experiment) -> None:
         """Table and results of a part, as far as it has come."""
@@ -135,10 +137,10 @@ def why_left_out(part: Part, name: str) -> str | None:
     return {"sites": "takes two hookpoints at once (--sites)", "pair": "predicts another hookpoint (--pair)"}[kind]
 
 
-def new_sae(part: Part, name: str, seed: int) -> SAE:
+def new_sae(part: Part, name: str, seed: int, **settings: Any) -> SAE:
     """An untrained SAE as this comparison wants it."""
     d_sae = SAES[name].architecture.d_sae_for(part.d_in) or part.d_sae
-    return create(name, d_in=part.d_in, d_sae=d_sae, k=part.k, seed=seed, **OWN.get(name, {}))
+    return create(name, d_in=part.d_in, d_sae=d_sae, k=part.k, seed=seed, **OWN.get(name, {}) | settings)
 
 
 if __name__ == "__main__":

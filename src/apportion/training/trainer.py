@@ -85,7 +85,7 @@ class Trainer:
         self.seconds = 0.0
         self.verdict: Verdict | None = None
         """After `fit`: what is wrong with the result, if anything is."""
-        self._input_ready = not any(s.needs_fit for s in self.saes)
+        self._input_ready = not any(s.needs_fit or s.needs_start for s in self.saes)
         self._torn = False
 
     @usual(learning=True)
@@ -172,10 +172,13 @@ class Trainer:
         return batch
 
     def _fit_input(self, batch: Batch) -> None:
-        """Estimate the input descriptions from these rows, if that has not happened yet."""
+        """Estimate the input descriptions from these rows, and begin, if that has not happened yet."""
         if not self._input_ready:
+            needed = any(sae.needs_fit for sae in self.saes)
             for sae in self.saes:
-                sae.fit_input(batch.x, batch.target)
+                if needed:
+                    sae.fit_input(batch.x, batch.target)
+                sae.start(batch.x, batch.target)
             self._input_ready = True
 
     @usual(learning=True)

@@ -1,0 +1,157 @@
+"""Where training begins: at weights that reconstruct the first rows already."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import apportion as ap
+from apportion.allocation import StepContext
+from apportion.architectures import SAES
+from apportion.architectures.start import drawn, least_squares, mixed
+from apportion.synthetic import GroundTruthConfig, GroundTruthSource
+
+D_IN, D_SAE, K = 16, 64, 4
+LAYOUTS = {"one": "row", "layers": "row", "pair": "target", "sites": "sites"}
+LEARNED = [name for name, entry in SAES.items() if hasattr(entry.architecture.Config, "init")]
+
+
+def batch(name: str, n: int = 2000, seed: int = 0) -> ap.Batch:
+    layout = LAYOUTS[SAES[name].architecture.row_kind]
+    world = GroundTruthConfig(num_features=64, d_in=D_IN, layout=layout)  # type: ignore[arg-type]
+    return GroundTruthSource(world, seed).sample(n)
+
+
+def begun(name: str, rows: ap.Batch, init: str = "data", **settings: object) -> ap.SAE:
+    sae = ap.create(name, d_in=D_IN, d_sae=D_SAE, k=K, **{"seed": 0, "init": init} | settings)  # type: ignore[arg-type]
+    sae.fit_input(rows.x, rows.target)
+    sae.start(rows.x, rows.target)
+    return sae
+
+
+def error(sae: ap.SAE, rows: ap.Batch) -> float:
+    """Of the reconstruction of a training step, by that of the mean row."""
+    x, y = sae.prepare(rows.x, rows.target)
+    with torch.no_grad():
+        y_hat = sae.train().forward_scaled(x, StepContext()).y_hat
+    return float((y - y_hat).square().sum() / (y - y.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_it_beats_the_mean(name: str) -> None:
+    rows = batch(name)
+    assert error(begun(name, rows), rows) < 0.98
+    assert error(begun(name, rows), batch(name, seed=1)) < 1, "on other rows, too"
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_no_other_scale_reconstructs_better(name: str) -> None:
+    """In double precision, and by trying: the reconstruction about b_dec, at a little more and a little less."""
+    rows = batch(name)
+    sae = begun(name, rows).double()
+    x, y = sae.prepare(rows.x, rows.target)
+    with torch.no_grad():
+        made = sae.train().forward_scaled(x, StepContext()).y_hat
+    y, made = y - sae.b_dec.detach(), made - sae.b_dec.detach()
+    if name != "skip_transcoder":
+        assert float((y * made).sum() / made.square().sum()) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_scale_is_that_of_least_squares() -> None:
+    g = torch.Generator().manual_seed(0)
+    y, v = torch.randn(50, 8, generator=g), torch.randn(50, 8, generator=g).abs()
+    v = v + y
+    solved = torch.linalg.lstsq(v.double().reshape(-1, 1), y.double().reshape(-1, 1)).solution.item()
+    assert least_squares(y, v) == pytest.approx(solved, rel=1e-12)
+    assert least_squares(y, -v) == 1 and least_squares(y, torch.zeros_like(v)) == 1
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_the_same_seed_is_the_same_start(name: str) -> None:
+    """However the rows come, and whatever torch's own generator does."""
+    rows = batch(name)
+    torch.manual_seed(7)
+    one = begun(name, rows)
+    torch.manual_seed(8)
+    pieces = ap.Batch(torch.cat(rows.x.split(500)), None if rows.target is None else torch.cat(rows.target.split(500)))
+    for key, value in begun(name, pieces).named_parameters():
+        assert torch.equal(value, dict(one.named_parameters())[key]), key
+    assert not torch.equal(begun(name, rows, seed=1).W_dec, one.W_dec)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_random_is_as_it_was(name: str) -> None:
+    rows = batch(name)
+    sae = begun(name, rows, init="random")
+    fresh = ap.create(name, d_in=D_IN, d_sae=D_SAE, k=K, seed=0, init="random")
+    assert all(torch.equal(p, dict(fresh.named_parameters())[n]) for n, p in sae.named_parameters())
+
+
+def rows_of(kind: str) -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, D_IN, generator=g)
+    return {
+        "few": x[:5],
+        "two": x[:2],
+        "duplicated": x[:4].repeat(100, 1),
+        "sparse": x * (torch.rand(400, D_IN, generator=g) < 0.05),
+        "non-negative": x.abs() + 3,
+        "mostly equal": torch.cat([x[:3], x[3:4].expand(397, D_IN)]),
+        "large": x * 1e6,
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["few", "two", "duplicated", "sparse", "non-negative", "mostly equal", "large"])
+@pytest.mark.parametrize("name", ["topk", "mutual_choice", "feature_choice", "relu", "gated", "jumprelu", "switch"])
+@pytest.mark.parametrize("input_norm", ["dataset", "none"])
+def test_strange_rows(name: str, kind: str, input_norm: str) -> None:
+    rows = ap.Batch(rows_of(kind))
+    sae = begun(name, rows, input_norm=input_norm)
+    assert all(bool(p.isfinite().all()) for p in sae.parameters())
+    assert error(sae, rows) <= 1.001
+    norms = sae.W_dec.norm(dim=1)
+    assert not sae.unit_rows() or torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
+
+
+def test_the_trainer_begins_there_once() -> None:
+    rows = batch("mutual_choice")
+    sae = ap.create("mutual_choice", d_in=D_IN, d_sae=D_SAE, k=K, seed=0, init="data")
+    trainer = ap.Trainer(sae, ap.TrainConfig(lr=1e-12, batch_tokens=500, total_tokens=2000))
+    trainer.step(rows.x)
+    wanted = begun("mutual_choice", rows)
+    assert torch.allclose(sae.W_enc, wanted.W_enc, atol=1e-6)
+    trainer.step(batch("mutual_choice", seed=3).x)
+    assert torch.allclose(sae.W_enc, wanted.W_enc, atol=1e-6) and not sae.needs_start
+
+
+def test_what_was_trained_or_loaded_stays(tmp_path) -> None:
+    rows = batch("topk")
+    sae = begun("topk", rows)
+    sae.save(tmp_path / "sae")
+    loaded = ap.load(tmp_path / "sae")
+    assert loaded.settings()["init"] == "data" and not loaded.needs_start
+    other = ap.create("topk", d_in=D_IN, d_sae=D_SAE, k=K, init="data")
+    other.load_state_dict(sae.state_dict())
+    for one in (loaded, other):
+        ap.Trainer(one, ap.TrainConfig(lr=1e-12, batch_tokens=500, total_tokens=2000)).step(batch("topk", seed=5).x)
+        assert torch.allclose(one.W_enc, sae.W_enc, atol=1e-6)
+
+
+def test_rows_are_drawn_evenly() -> None:
+    g = torch.Generator().manual_seed(0)
+    assert sorted(drawn(10, 4, g).bincount().tolist()) == [2, 2, 3, 3]
+        [3, 3, 2, 2],
+        [3, 2, 3, 2],
+        [3, 2, 2, 3],
+        [2, 3, 3, 2],
+        [2, 3, 2, 3],
+        [2, 2, 3, 3],
+    )
+    assert len(set(drawn(64, 500, g).tolist())) == 64
+
+
+def test_directions_lie_between_random_ones_and_rows() -> None:
+    r, u = torch.eye(4)[:2], torch.eye(4)[2:]
+    assert torch.allclose(mixed(r, 5 * u, 0.5), (r + u) / 2**0.5)
+    assert torch.equal(mixed(r, torch.zeros(2, 4), 0.5), r)
