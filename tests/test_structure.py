@@ -44,7 +44,7 @@ PUBLIC = "apportion"
 HELPERS = {
     "allocation": {"annealing", "base", "zipf", "reference"},
     "architectures": {"affine", "auxiliary", "base", "calibrate", "checks", "convert", "files", "inputs", "loading"}
-    | {"sparsity", "table"},
+    | {"sparsity", "start", "table"},
 }
 """Files of these rooms that are no rule and no architecture."""
 
