@@ -76,7 +76,7 @@ def _with_thresholds(source: Affine, theta: Float[Tensor, " d_sae"]) -> JumpReLU
     shared = {f.name: getattr(source.config, f.name) for f in fields(AffineConfig)}
     config = JumpReLUConfig(**shared | {"affinity": "code", "k": source.k})
     sae = JumpReLU(config, LearnedThreshold(LearnedThreshold.Config(), source.d_sae))
-    sae.name = "jumprelu"
+    sae.name, sae.needs_start = "jumprelu", False
     sae.to(source.device, source.dtype)
     for part in ("W_enc", "b_enc", "W_dec", "b_dec"):
         getattr(sae, part).copy_(getattr(source, part))
