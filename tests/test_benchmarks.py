@@ -165,3 +165,15 @@ def wait_for(fulfilled: Callable[[], bool], seconds: float = 60) -> None:
     while not fulfilled():
         assert monotonic() < until, f"not fulfilled after {seconds} s"
         sleep(0.05)
+
+
+def test_the_cost_of_a_start_is_given_in_steps(tmp_path):
+    file = tmp_path / "start.json"
+    words = ["--d-in", "32", "--d-sae", "64", "--k", "4", "--batch", "64", "--rounds", "2", "--saes", "topk,crosscoder"]
+    words = [sys.executable, "-m", "benchmarks.start", *words, "--json", str(file)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(file.read_text())
+    assert record["hardware"] and list(record["saes"]) == ["topk", "crosscoder"]
+    assert all(found[what] > 0 for found in record["saes"].values() for what in ("start", "step", "ratio"))
+    assert done.stdout.count("ratio") == 2

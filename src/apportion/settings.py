@@ -1,16 +1,18 @@
 """Settings are plain numbers: those of numpy and torch become Python's, whole ones that belong in an int become ints.
 
 A dataclass of settings calls `settle(self)` first thing in its __post_init__, which also looks at words that are one of
-a few. A function that takes settings by name calls `check_names`, which knows what other libraries call them.
+a few. A function that takes settings by name calls `check_names`, which knows what other libraries call them. A
+setting that came later, and whose default is not what was done before, is made by `newer`.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from textwrap import dedent
@@ -33,6 +35,16 @@ ELSEWHERE = {
     "hook_name": "hookpoint",
 }
 """What a setting is called in other libraries, and here."""
+
+
+def newer(default: Any, before: Any) -> Any:
+    """A field of a dataclass of settings; `before` is what records meant that lack it, for they are older than it."""
+    return dataclasses.field(default=default, metadata={"before": before})
+
+
+def in_records(setting: Field[Any]) -> Any:
+    """What a record means that lacks this setting."""
+    return setting.metadata.get("before", setting.default)
 
 
 def plain_number(value: Any) -> Any:

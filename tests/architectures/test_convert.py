@@ -67,7 +67,7 @@ def test_codes_are_kept(name, settings, affinity, trained):
     assert torch.allclose((ours + theirs)[differ], cut[differ], rtol=1e-5), "only what lies on the threshold may differ"
     assert int(differ.sum()) <= 2
     assert torch.equal(ours[~differ], theirs[~differ])
-    assert fvu(form(x), x) == pytest.approx(fvu(sae(x), x), rel=1e-4)
+    assert fvu(form(x), x) == pytest.approx(fvu(sae(x), x), rel=1e-3)
 
 
 @pytest.mark.few(2)

@@ -61,6 +61,14 @@ def test_all_settings_survive(name, tmp_path):
     assert {key: settings[key] for key in changed} == changed
 
 
+def test_a_file_from_before_there_were_starts_says_that_it_began_at_random(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"].pop("init") == "data"
+    for replaced in (config, {key: value for key, value in config.items() if key != "id"}):
+        (folder / "config.json").write_text(json.dumps(replaced))
+        assert ap.load(folder).settings()["init"] == "random"
+
+
 def test_an_sae_that_is_not_calibrated_can_be_saved(tmp_path):
     ap.create("mutual_choice", d_in=D_IN, d_sae=D_SAE, k=K).save(tmp_path)
     with pytest.raises(ValueError, match="calibrate"):

@@ -235,7 +235,7 @@ def test_reaches_the_set_point_with_thresholds_of_their_own(objective, k):
 
 def test_thresholds_have_a_learning_rate_of_their_own():
     """Adam's first step is the learning rate, for whatever has a gradient."""
-    sae = ap.create("jumprelu", d_in=24, d_sae=96, k=3, seed=0, threshold_lr=7.0)
+    sae = ap.create("jumprelu", d_in=24, d_sae=96, k=3, seed=0, threshold_lr=7.0, init="random")
     before = {n: p.detach().clone() for n, p in sae.named_parameters()}
     ap.Trainer(sae, ap.TrainConfig(lr=1e-3, batch_tokens=256)).step(superposition(256, seed=1))
     moved = {n: (p - before[n]).abs().max().item() for n, p in sae.named_parameters()}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,12 +12,12 @@ from torch import Tensor
 import apportion as ap
 from apportion.allocation import StepContext
 from apportion.architectures import SAES
-from apportion.architectures.start import drawn, least_squares, mixed
+from apportion.architectures.start import drawn, least_squares, mixed, whitened
 from apportion.synthetic import GroundTruthConfig, GroundTruthSource
 
 D_IN, D_SAE, K = 16, 64, 4
 LAYOUTS = {"one": "row", "layers": "row", "pair": "target", "sites": "sites"}
-LEARNED = [name for name, entry in SAES.items() if hasattr(entry.architecture.Config, "init")]
+LEARNED = [name for name, entry in SAES.items() if entry.settings().get("init") == "data"]
 
 
 def batch(name: str, n: int = 2000, seed: int = 0) -> ap.Batch:
@@ -80,6 +83,18 @@ def test_the_same_seed_is_the_same_start(name: str) -> None:
     assert not torch.equal(begun(name, rows, seed=1).W_dec, one.W_dec)
 
 
+def test_without_a_seed_it_follows_from_the_weights_that_were_drawn() -> None:
+    rows, made = batch("topk"), []
+    for later in (7, 8):
+        torch.manual_seed(3)
+        sae = ap.create("topk", d_in=D_IN, d_sae=D_SAE, k=K)
+        torch.manual_seed(later)
+        sae.fit_input(rows.x)
+        sae.start(rows.x)
+        made.append(sae)
+    assert torch.equal(made[0].W_enc, made[1].W_enc)
+
+
 @pytest.mark.parametrize("name", LEARNED)
 def test_random_is_as_it_was(name: str) -> None:
     rows = batch(name)
@@ -138,10 +153,54 @@ def test_what_was_trained_or_loaded_stays(tmp_path) -> None:
         assert torch.allclose(one.W_enc, sae.W_enc, atol=1e-6)
 
 
+@pytest.mark.parametrize("change", ["by hand", "on the data"])
+def test_what_is_no_longer_as_it_was_drawn_stays(change: str) -> None:
+    """Such as a dictionary that somebody put in, or weights of a loop that called nothing of this."""
+    rows = batch("topk")
+    sae = ap.create("topk", d_in=D_IN, d_sae=D_SAE, k=K, seed=0)
+    assert sae.needs_start
+    trainer = ap.Trainer(sae, ap.TrainConfig(lr=1e-12, batch_tokens=500, total_tokens=2000))
+    with torch.no_grad():
+        (sae.W_dec.data if change == "on the data" else sae.W_dec)[3] += 1e-3
+    wanted = sae.W_enc.detach().clone()
+    assert not sae.needs_start
+    trainer.step(rows.x)
+    assert torch.allclose(sae.W_enc, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("move", [lambda sae: sae.double(), copy.deepcopy, lambda sae: pickle.loads(pickle.dumps(sae))])
+def test_what_is_as_it_was_drawn_begins_wherever_it_is(move) -> None:
+    moved = move(ap.create("topk", d_in=D_IN, d_sae=D_SAE, k=K, seed=0))
+    assert moved.needs_start
+
+
 def test_rows_are_drawn_evenly() -> None:
     g = torch.Generator().manual_seed(0)
     assert sorted(drawn(10, 4, g).bincount().tolist()) == [2, 2, 3, 3]
     assert len(set(drawn(64, 500, g).tolist())) == 64
+
+
+@pytest.mark.parametrize("sites", [(), (2,)])
+def test_whitened_rows_lie_in_all_directions_alike(sites: tuple[int, ...]) -> None:
+    """Against the covariance in double precision: S^-1/2 is the symmetric root, up to a factor."""
+    g = torch.Generator().manual_seed(0)
+    x = (
+        torch.randn(5000, *sites, 6, generator=g)
+        * torch.logspace(0, 1, 6)
+        @ torch.linalg.qr(torch.randn(6, 6, generator=g))[0]
+    )
+    x = x - x.mean(0)
+    made = whitened(x[:700], x).double().view(700, -1, 6)
+    for site in range(made.shape[1]):
+        rows = x.double().view(5000, -1, 6)[:, site]
+        variances, directions = torch.linalg.eigh(rows.T @ rows)
+        wanted = rows[:700] @ directions * variances.rsqrt() @ directions.T
+        assert torch.allclose(made[:, site] / made[:, site].norm(), wanted / wanted.norm(), atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(5, 4), torch.full((5, 4), 1e30), torch.eye(4) * 1e-30], ids=str)
+def test_whitening_is_finite(rows: Tensor) -> None:
+    assert bool(whitened(rows, rows).isfinite().all())
 
 
 def test_directions_lie_between_random_ones_and_rows() -> None:

@@ -156,7 +156,7 @@ def test_others_stay_and_no_two_redrawn_latents_are_alike():
 
 
 def test_unbalanced_saes_are_redrawn_as_a_whole():
-    t = trainer(sae={"aux": "none"}, redraw="sae", max_score=1.0)
+    t = trainer(sae={"aux": "none", "init": "random"}, redraw="sae", max_score=1.0)
     with torch.no_grad():
         t.saes[1].b_enc[:K] = 1e3  # these two take every token
     before = t.saes[0].W_dec.detach().clone()

@@ -133,7 +133,8 @@ def test_fit_equals_steps(case):
     """fit is the step in a loop, and nothing else."""
     by_fit, by_step, source = trainer(case), trainer(case), Source()
     by_fit.fit(Source())
-    by_step.sae.fit_input(source.sample(32_768).x)
+    by_step.sae.fit_input(x := source.sample(32_768).x)
+    by_step.sae.start(x)
     batches = source.batches(BATCH)
     by_step._input_ready = True
     for _ in range(STEPS):
@@ -270,6 +271,21 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     with pytest.raises(ValueError, match="started with source dtype"):
         trainer().fit(Describing({"dtype": "bfloat16"}), tmp_path / "run", resume=True)
     trainer().fit(Describing({"seconds": 2.0, "tokens_sha256": "a"}), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_from_before_there_were_starts_goes_on(tmp_path):
+    """Its record does not say where it began, which was at random."""
+    case = ("mutual_choice", {"init": "random"})
+    trainer(case).fit(Source(), tmp_path / "whole")
+    with pytest.raises(Crash):
+        trainer(case).fit(Source(at=13, act=crash), tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["sae"]["settings"]["init"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="started with sae init = 'random', now it is 'data'"):
+        trainer().fit(Source(), tmp_path / "run", resume=True)
+    trainer(case).fit(Source(), tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 

@@ -202,7 +202,7 @@ def test_the_configured_screen_is_in_force_within_a_step_only(name, screen, own,
     asked = []
     choose = affine.choose
     monkeypatch.setattr(affine, "choose", lambda *args, **named: asked.append(args[3].screen) or choose(*args, **named))
-    sae = new(name, aux="none")
+    sae = new(name, aux="none", init="random")
     sae.screen = own
     t = ap.Trainer(sae, ap.TrainConfig(batch_tokens=64, screen=screen))
     for _ in range(2):
@@ -387,7 +387,7 @@ def test_folded_saes_take_raw_activations(name, subtract_b_dec):
 def test_bounds_are_carried_from_step_to_step(name, screen, monkeypatch):
     warm, choose = [], affine.choose
     monkeypatch.setattr(affine, "choose", lambda *args, **named: warm.append(args[3].warm) or choose(*args, **named))
-    t = ap.Trainer(new(name, aux="none"), ap.TrainConfig(batch_tokens=64, screen=screen))
+    t = ap.Trainer(new(name, aux="none", init="random"), ap.TrainConfig(batch_tokens=64, screen=screen))
     for seed in range(2):
         t.step(activations(seed=seed))
     first, second = warm

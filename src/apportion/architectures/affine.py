@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from apportion.allocation import Rule, Selection
 from apportion.architectures.base import SAE, SAEConfig
-from apportion.architectures.start import begin, drawn
+from apportion.architectures.start import DATA_SHARE, begin, drawn
 from apportion.kernels import Experts, choose, decode_matches, encode_matches
 from apportion.latents import Latents, from_matches
+from apportion.settings import newer
 from apportion.torch_state import usual
 
 
@@ -35,7 +36,7 @@ class AffineConfig(SAEConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedConfig(AffineConfig):
-    init: Literal["random", "data"] = "random"
+    init: Literal["random", "data"] = newer("data", before="random")
     """Where training begins: random, at directions that know nothing; data, at a mixture of these with rows, and at the
     scale that reconstructs best (architectures/start.py)."""
 
@@ -44,19 +45,24 @@ class Affine(SAE):
     """Base of the architectures with one affine encoder and one affine decoder."""
 
     config: AffineConfig
+    initial_norm = 1.0
+    """Of decoder rows."""
+    data_share = DATA_SHARE
+    """Of a direction that training begins with (start.py)."""
 
     def __init__(self, config: AffineConfig, allocation: Rule, out_shape: tuple[int, ...] | None = None) -> None:
         super().__init__(config, allocation)
         self.out_shape = out_shape or self.row_shape
-        self.W_dec = nn.Parameter(unit_rows(config.d_sae, self.out_shape, config.seed))
-        self.W_enc = nn.Parameter(self._initial_encoder())
+        rows = unit_rows(config.d_sae, self.out_shape, config.seed)
+        self.W_dec = nn.Parameter(self.initial_norm * rows)
+        self.W_enc = nn.Parameter(self._initial_encoder(rows))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(self.out_shape))
-        self.needs_start = getattr(config, "init", "random") == "data" and not _blank.get()
-        """True until `start` has set the weights that training begins with."""
+        self._drawn = self._sums() if getattr(config, "init", "random") == "data" and not _blank.get() else None
 
-    def _initial_encoder(self) -> Float[Tensor, " d_sae *row"]:
-        return self.W_dec.detach().clone()
+    def _initial_encoder(self, rows: Float[Tensor, " d_sae *out"]) -> Float[Tensor, " d_sae *row"]:
+        """Beside a decoder with rows in these directions."""
+        return rows
 
     def encode_scaled(
         self, x: Float[Tensor, " tokens *row"], selection: Selection, experts: Experts | None = None
@@ -110,15 +116,24 @@ class Affine(SAE):
 
     # How training begins (start.py)
 
+    @property
+    def needs_start(self) -> bool:
+        """Whether the weights are still those that were drawn: what was trained, loaded or set by hand is no start."""
+        return self._drawn is not None and torch.allclose(self._drawn, self._sums(), rtol=0, atol=1e-6)
+
+    def _sums(self) -> Float[Tensor, 2]:
+        sums = [weights.detach().sum(dtype=torch.float64) for weights in (self.W_enc, self.W_dec)]
+        return torch.stack(sums).cpu()
+
     @usual(learning=True)
     def start(self, x: Any, target: Any = None) -> None:
         """With `init="data"`, for an SAE that was not trained yet: set the weights that training begins with, from raw,
         filtered rows. The Trainer does it; other loops call it after `fit_input`."""
         if self.needs_start:
-            begin(self, *self.prepare(self._rows(x), target))
-            self.needs_start = False
+            begin(self, *self.prepare(self._rows(x), target), share=self.data_share)
+        self._drawn = None
 
-    def rows_for_latents(self, x: Float[Tensor, " n *row"], generator: torch.Generator | None) -> Int[Tensor, " d_sae"]:
+    def rows_for_latents(self, x: Float[Tensor, " n *row"], generator: torch.Generator) -> Int[Tensor, " d_sae"]:
         """For each latent a row that its direction is made of."""
         return drawn(self.d_sae, len(x), generator)
 
@@ -133,10 +148,6 @@ class Affine(SAE):
     def rescale(self, factor: float) -> None:
         """Make the reconstruction so many times as large, less b_dec."""
         (self.W_enc if self.unit_rows() else self.W_dec).mul_(factor)
-
-    def load_state_dict(self, *args: Any, **settings: Any) -> Any:
-        self.needs_start = False
-        return super().load_state_dict(*args, **settings)
 
     def fold_in(self, mean: Float[Tensor, "*sites d_in"], scale: Float[Tensor, "*sites"]) -> None:
         if not self.config.subtract_b_dec:

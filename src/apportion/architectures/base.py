@@ -92,8 +92,6 @@ class SAE(nn.Module, ABC):
     form: ClassVar[Literal["affine", "gated", "switch"] | None] = None
     """What it computes in eval mode, where other libraries know it too, by the equations of interop/parts.py: affine
     (relu of pre_acts where chosen, one decoder, perhaps a skip), gated, switch. None: something of its own."""
-    needs_start = False
-    """True until `start` has set what it sets."""
     allocation_name: str | None = None
     """The name of its rule, where the rule is a setting."""
 
@@ -220,6 +218,11 @@ class SAE(nn.Module, ABC):
         """Estimate mean and scale of the input description from raw, filtered activations [*lead, d_in], tensors or
         arrays (`dataset` only)."""
         self.input.fit(self._rows(x))
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether `start` would set anything."""
+        return False
 
     def start(self, x: Any, target: Any = None) -> None:
         """Set the weights that training begins with, from raw, filtered rows. Here they are those it was made with."""

@@ -74,9 +74,10 @@ def _log_from_below(theta: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
 
 def _with_thresholds(source: Affine, theta: Float[Tensor, " d_sae"]) -> JumpReLU:
     shared = {f.name: getattr(source.config, f.name) for f in fields(AffineConfig)}
-    config = JumpReLUConfig(**shared | {"affinity": "code", "k": source.k})
+    init = getattr(source.config, "init", "random")
+    config = JumpReLUConfig(**shared | {"affinity": "code", "k": source.k, "init": init})
     sae = JumpReLU(config, LearnedThreshold(LearnedThreshold.Config(), source.d_sae))
-    sae.name, sae.needs_start = "jumprelu", False
+    sae.name = "jumprelu"
     sae.to(source.device, source.dtype)
     for part in ("W_enc", "b_enc", "W_dec", "b_dec"):
         getattr(sae, part).copy_(getattr(source, part))

@@ -80,12 +80,11 @@ class Crosscoder(AffineWithAuxiliary):
     Config = CrosscoderConfig
     config: CrosscoderConfig  # type: ignore[assignment]
     row_kind = "sites"
+    initial_norm = INITIAL_NORM
     site_scale: Tensor
 
     def __init__(self, config: CrosscoderConfig, allocation: Rule) -> None:
         super().__init__(config, allocation)
-        with torch.no_grad():
-            self.W_dec.mul_(INITIAL_NORM)
         self.register_buffer("site_scale", torch.ones(config.num_sites))
 
     @property

@@ -33,6 +33,8 @@ from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConf
 class FrozenConfig(AuxiliaryConfig):
     frozen: Literal["decoder", "soft_decoder", "encoder"] = "decoder"
     """What stays at its random start: the decoder, the decoder within min_cosine (soft_decoder), or the encoder."""
+    init: Literal["random"] = "random"
+    """Where training begins; elsewhere than in random directions it would be no such baseline."""
     min_cosine: float = 0.8
     """soft_decoder: the least cosine of a decoder row with its start."""
 

@@ -71,6 +71,7 @@ class ReLU(Affine):
     Config = ReLUConfig
     config: ReLUConfig  # type: ignore[assignment]
     form = "affine"
+    initial_norm = INITIAL_NORM
     p: Tensor
     """Exponent of the penalty."""
     compensation: Tensor
@@ -78,14 +79,14 @@ class ReLU(Affine):
 
     def __init__(self, config: ReLUConfig, allocation: Rule) -> None:
         super().__init__(config, allocation)
-        with torch.no_grad():
-            self.W_dec.mul_(INITIAL_NORM)
-            self.W_enc.mul_(INITIAL_NORM)
         initial = 0.1 * (config.d_in * config.initial_k) ** -0.5
         self.coefficient = SparsityCoefficient(config.k, config.coefficient, initial=initial)
         self.register_buffer("p", torch.tensor(1.0))
         self.register_buffer("compensation", torch.tensor(1.0))
         self._next_p = 1.0
+
+    def _initial_encoder(self, rows: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
+        return INITIAL_NORM * rows
 
     def unit_rows(self) -> list[nn.Parameter]:
         return []

@@ -1,16 +1,19 @@
 """How training begins: with latents that reconstruct the first rows already, where random ones overshoot them.
 
-    d_j    = (1 - w) r_j + w u_j, at norm 1        r_j a random direction, u_j that of a random row about the mean
+    d_j    = (1 - w) r_j + w u_j, at norm 1        r_j a random direction
+    u_j    = S^-1/2 (x - mean x), at norm 1        of a random row x; S the covariance of rows
     W_enc  = c d      W_dec = d      b_enc = 0     b_dec = mean y
     c      = <y - b_dec, v> / ||v||^2              v = y_hat - b_dec at c = 1, over some rows
 
 c is the least-squares fit of the reconstruction: codes, and with them v, are proportional to W_enc, and no rule
 chooses otherwise when all affinities are multiplied by one number. Where decoder rows have no fixed norm c goes into
-them. Half of a direction is drawn at random, so that latents are no copies of rows, which would hardly ever fire for
-any other; half comes from the data, so that all lie where the data lie.
+them. A part of every direction is drawn at random, so that latents are no copies of rows, which would hardly ever fire
+for any other. Whitened, rows lie in all directions of the data, and not most of them in the few of large variance,
+where latents would crowd out each other; with several sites each is whitened on its own. What this is worth, and how
+w was chosen: docs/start.md.
 
-Rows are prepared ones (scaled data). Which are drawn follows from the seed and their number. Of rows that are too few
-each serves several latents; those that lie at the mean say nothing, and leave a latent its random direction.
+Rows are prepared ones (scaled data). Which are drawn follows from the initial weights and from how many there are. Of
+too few each serves several latents; those that lie at the mean say nothing, and leave a latent its random direction.
 """
 
 from __future__ import annotations
@@ -26,18 +29,22 @@ from apportion.allocation import StepContext
 if TYPE_CHECKING:
     from apportion.architectures.affine import Affine
 
-DATA_SHARE = 0.5
+DATA_SHARE = 0.7
 """w."""
-FITTED_ROWS = 4096
+FITTED_ROWS = 2048
 """Rows for the scale: as many as a batch has."""
+COVARIANCE_ROWS = 4096
+LEAST_VARIANCE = 1e-4
+"""Of a direction, as a share of the mean: less counts as so much, for it may be noise."""
 
 RIDGE = 1e-3
 """Of a linear map, as a share of the mean square of x."""
 
 
-def generator_for(seed: int | None) -> torch.Generator | None:
-    """Other numbers than the initial weights are drawn with; None, torch's global generator, for no seed."""
-    return None if seed is None else torch.Generator().manual_seed((seed << 8) + 1)
+def generator_for(weights: Tensor) -> torch.Generator:
+    """One that follows from the weights that were drawn, and so from their seed, or torch's where they had none."""
+    first, second = weights.detach().flatten()[[0, -1]].float().cpu().view(torch.int32).tolist()
+    return torch.Generator().manual_seed((first << 32 | second & 0xFFFFFFFF) & (1 << 63) - 1)
 
 
 def mixed(
@@ -49,7 +56,22 @@ def mixed(
     return (d / d.norm(dim=1, keepdim=True)).view_as(directions)
 
 
-def drawn(n: int, rows: int, generator: torch.Generator | None) -> Int[Tensor, " n"]:
+def whitened(
+    rows: Float[Tensor, " m *sites d_in"], centred: Float[Tensor, " n *sites d_in"]
+) -> Float[Tensor, " m *sites d_in"]:
+    """Rows as S^-1/2 has them, up to a factor; S of centred rows, for each site."""
+    sites, samples = (t.flatten(1, -2).unbind(1) if t.ndim > 2 else [t] for t in (rows, centred))
+    found = []
+    for site, sample in zip(sites, samples, strict=True):
+        sample = sample / sample.abs().max().clamp_min(torch.finfo(sample.dtype).tiny)
+        variances, directions = torch.linalg.eigh(sample.T @ sample)
+        least = LEAST_VARIANCE * variances.mean()
+        factors = variances.clamp_min(least).rsqrt() if least > 0 else torch.ones_like(variances)
+        found.append(site @ directions * (factors / factors.max()) @ directions.T)
+    return torch.stack(found, 1).view_as(rows) if rows.ndim > 2 else found[0]
+
+
+def drawn(n: int, rows: int, generator: torch.Generator) -> Int[Tensor, " n"]:
     """n places among the rows, none twice before every one was drawn."""
     rounds = [torch.randperm(rows, generator=generator) for _ in range(-(-n // rows))]
     return torch.cat(rounds)[:n]
@@ -62,14 +84,15 @@ def least_squares(y: Tensor, v: Tensor) -> float:
 
 
 @torch.no_grad()
-def begin(sae: Affine, x: Float[Tensor, " n *row"], y: Float[Tensor, " n *out"]) -> None:
+def begin(sae: Affine, x: Float[Tensor, " n *row"], y: Float[Tensor, " n *out"], share: float = DATA_SHARE) -> None:
     """Set the weights of an SAE that has not been trained, from prepared rows and their targets."""
-    generator = generator_for(sae.config.seed)
+    generator = generator_for(sae.W_dec)
     sae.b_dec.copy_(y.mean(0))
     centred = x - (sae.b_dec if sae.config.subtract_b_dec else x.mean(0))
-    sae.set_directions(mixed(sae.W_enc, centred[sae.rows_for_latents(x, generator)], DATA_SHARE))
-    some = drawn(min(FITTED_ROWS, len(x)), len(x), generator)
-    x, y = x[some], y[some]
+    chosen = centred[sae.rows_for_latents(x, generator)]
+    some = drawn(min(COVARIANCE_ROWS, len(x)), len(x), generator)
+    sae.set_directions(mixed(sae.W_enc, whitened(chosen, centred[some]), share))
+    x, y = x[some[:FITTED_ROWS]], y[some[:FITTED_ROWS]]
     sae.fit_decoder(x, y)
     made = sae.forward_scaled(x, StepContext())
     sae.rescale(least_squares(y - sae.b_dec, made.y_hat - sae.b_dec))

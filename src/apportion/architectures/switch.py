@@ -150,7 +150,7 @@ class Switch(AffineWithAuxiliary):
         latents = self._encode(x, self.selection(context), routing)
         return SwitchPass(latents, self.decode_scaled(latents), routing)
 
-    def rows_for_latents(self, x: Float[Tensor, "n d_in"], generator: torch.Generator | None) -> Int[Tensor, " d_sae"]:
+    def rows_for_latents(self, x: Float[Tensor, "n d_in"], generator: torch.Generator) -> Int[Tensor, " d_sae"]:
         """Of those that its expert gets."""
         expert, found = self.route(x).expert, list[Tensor]()
         for e in range(self.num_experts):

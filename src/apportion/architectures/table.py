@@ -10,7 +10,7 @@ that rule: create("matryoshka", allocation="feature_choice", budgets="zipf", ...
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from apportion.allocation import RULES, Rule
@@ -27,7 +27,7 @@ from apportion.architectures.plain import Plain
 from apportion.architectures.relu import ReLU
 from apportion.architectures.switch import Switch
 from apportion.architectures.transcoder import Transcoder
-from apportion.settings import check_kinds, nearest, plain_number, settle
+from apportion.settings import check_kinds, in_records, nearest, plain_number, settle
 from apportion.torch_state import usual
 
 
@@ -65,10 +65,11 @@ class NamedSAE:
         return RULES[allocation]
 
     def settings(self, allocation: str | None = None, *, to_train: bool = True) -> dict[str, Any]:
-        """Every setting with its default under this rule, in order; d_in and d_sae have none."""
+        """Every setting with its default under this rule, in order; d_in and d_sae have none. Unless `to_train` with
+        what its absence means in what was written before there was this setting."""
         rule = self.rule_named(allocation, to_train=to_train)
         of_architecture, of_rule = (
-            {f.name: self.defaults.get(f.name, f.default) for f in fields(part.Config)}
+            {f.name: self.defaults.get(f.name, f.default if to_train else in_records(f)) for f in fields(part.Config)}
             for part in (self.architecture, rule)
         )
         chosen = {"allocation": rule_name(rule)} if self.any_rule else {}
@@ -208,7 +209,7 @@ def _made(name: str, settings: dict[str, Any], to_train: bool) -> SAE:
     missing = [s for s in ("d_in", "d_sae") if s not in settings]
     if missing:
         raise ValueError(f"create({name!r}) needs {' and '.join(missing)}.")
-    values = entry.defaults | settings
+    values = entry.defaults | {s: default for s, default in known.items() if default is not MISSING} | settings
     for part in (entry.architecture, rule_type):
         check_kinds(part.Config, values)
     config, rule_config = (

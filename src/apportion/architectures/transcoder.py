@@ -41,6 +41,7 @@ from apportion.architectures import affine
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
 from apportion.architectures.inputs import InputDescription
 from apportion.architectures.start import ridge
+from apportion.kernels.sparse import sum_by_latent
 from apportion.latents import Latents
 
 INITIAL_NORM = 0.1
@@ -69,17 +70,16 @@ class Transcoder(AffineWithAuxiliary):
     config: TranscoderConfig  # type: ignore[assignment]
     form = "affine"
     row_kind = "pair"
+    initial_norm = INITIAL_NORM
 
     def __init__(self, config: TranscoderConfig, allocation: Rule) -> None:
         super().__init__(config, allocation, (config.d_out or config.d_in,))
         kind = "none" if config.input_norm == "none" else "dataset"
-        with torch.no_grad():
-            self.W_dec.mul_(INITIAL_NORM)
         self.output = InputDescription(self.out_shape, kind, config.centre)
         if config.skip:
             self.W_skip = nn.Parameter(torch.zeros(*self.out_shape, config.d_in))
 
-    def _initial_encoder(self) -> Float[Tensor, "d_sae d_in"]:
+    def _initial_encoder(self, rows: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae d_in"]:
         seed = self.config.seed
         return affine.unit_rows(self.d_sae, self.row_shape, None if seed is None else -1 - seed)  # not those of W_dec
 
@@ -99,14 +99,15 @@ class Transcoder(AffineWithAuxiliary):
 
     def fit_decoder(self, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"]) -> None:
         """W_skip: the linear map that predicts best. W_dec: of what is left the mean over a latent's matches, weighted
-        by its codes, as least squares have it for a latent on its own; zero for one without a match."""
+        by its codes, as least squares have it for a latent on its own; one without a match keeps what it has."""
         y = y - self.b_dec
         if self.config.skip:
             self.W_skip.copy_(ridge(x, y))
             y = y - F.linear(x, self.W_skip)
         latents = self.encode_scaled(x, self.selection())
-        code = latents.dense()
-        self.W_dec.copy_(code.T @ y / code.square().sum(0).clamp_min(1e-9)[:, None])
+        squares = latents.values.new_zeros(self.d_sae).index_add_(0, latents.indices, latents.values.square())
+        found = sum_by_latent(latents, latents.values, y) / squares.clamp_min(1e-9)[:, None]
+        self.W_dec.copy_(torch.where(squares[:, None] > 0, found, self.W_dec))
 
     @property
     def decode_needs_x(self) -> bool:

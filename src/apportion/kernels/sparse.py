@@ -71,7 +71,7 @@ class _Encode(torch.autograd.Function):
         of_x, of_W, of_b, of_centre, _ = ctx.needs_input_grad
         db = d_centre = None
         dx = _sum_by_row(ctx.matches, g, W_enc) if of_x else None
-        dW = _sum_by_latent(ctx.matches, g, x) if of_W else None
+        dW = sum_by_latent(ctx.matches, g, x) if of_W else None
         if of_b or of_centre:
             db = g.new_zeros(ctx.matches.d_sae).index_add_(0, ctx.matches.indices, g)
             d_centre = -(db @ W_enc) if of_centre else None
@@ -91,7 +91,7 @@ class _Decode(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         of_values, of_W, _ = ctx.needs_input_grad
         d_values = match_products(ctx.latents, g, W_dec) if of_values else None
-        dW = _sum_by_latent(ctx.latents, values, g) if of_W else None
+        dW = sum_by_latent(ctx.latents, values, g) if of_W else None
         return d_values, dW, None
 
 
@@ -106,7 +106,7 @@ def _sum_by_row(latents: Latents, weights: Tensor, table: Float[Tensor, "d_sae d
     return weighted_sums(latents.indices, latents.offsets, weights, table)
 
 
-def _sum_by_latent(latents: Latents, weights: Tensor, table: Float[Tensor, "tokens d"]) -> Float[Tensor, "d_sae d"]:
+def sum_by_latent(latents: Latents, weights: Tensor, table: Float[Tensor, "tokens d"]) -> Float[Tensor, "d_sae d"]:
     """sum over the matches of each latent of weight * table[token]."""
     if _is_dense(latents):
         total = table.new_zeros(latents.d_sae, table.shape[1])

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from tyro.conf import arg
 
@@ -80,6 +80,8 @@ class Family:
     truth: TruthPart = field(default_factory=TruthPart)
     cache: Annotated[Caches, arg(name="")] = field(default_factory=Caches)
 
+    figures: ClassVar[dict[str, tuple[str, ...]]] = FIGURES_OF
+
     def run(self) -> None:
         run_all(*self.experiments())
 
@@ -93,7 +95,11 @@ class Family:
                 between(self.docs, name, "")
             options = {"arms": self.arms(part), "lrs": self.lrs, "seeds": self.seeds, "write": self.write}
             limit = L0_TOLERANCE * part.k
-            found.append(Experiment(out=self.out / name, part=part, limit=limit, **options))
+            found.append(
+                Experiment(
+                    out=self.out / name, part=part, limit=limit, word=lambda arm: arm.replace(" ", "-"), **options
+                )
+            )
         return found
 
     def arms(self, part: Part) -> dict[str, Callable[[int], SAE]]:
@@ -103,7 +109,7 @@ class Family:
         """Table and results of a part, as far as it has come."""
         part, name = experiment.part, experiment.out.name
         head = f"{part.describe()}. k {part.k}, {part.d_sae} latents, {experiment.setting()}."
-        shown = table("SAE", experiment.done, over_seeds(*FIGURES_OF[name]), "`{}`".format)
+        shown = table("SAE", experiment.done, over_seeds(*self.figures[name]), "`{}`".format)
         said = "".join(f"* {note}\n" for sae in self.saes for note in notes(part, sae))
         text = f"{head}\n\n{shown}\n{said}"
         publish(self, text, {"runs": experiment.done}, f"{name}.json", f"{name}.md", name)

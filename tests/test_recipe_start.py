@@ -1,0 +1,68 @@
+"""The command that compares where training begins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import apportion as ap
+from apportion.recipes.start import LEARNED, Start, Truth, nearest_row
+from apportion.synthetic import GroundTruthConfig
+
+
+def small(out: Path, **options: object) -> Start:
+    world = GroundTruthConfig(num_features=48, d_in=16)
+    truth = Truth(k=3, d_sae=48, total_tokens=2048, batch_tokens=256, eval_tokens=500, world=world)
+    settings = {"saes": ("topk", "relu"), "starts": ("random", "data", "0"), "seeds": (0,)}
+    return Start(out=out, truth=truth, **settings | options)  # type: ignore[arg-type]
+
+
+def test_every_start_is_trained_and_has_a_line(tmp_path: Path) -> None:
+    recipe = small(tmp_path / "start")
+    recipe.run()
+    table = (tmp_path / "start" / "truth.md").read_text()
+    runs = {run["name"]: run for run in json.loads((tmp_path / "start" / "truth.json").read_text())["runs"]}
+    assert list(runs) == [f"{sae} {start}" for sae in ("topk", "relu") for start in ("random", "data", "0")]
+    assert all(f"| `{name}` |" in table for name in runs) and "nearest row" in table and "duplicated" in table
+    assert len({round(run["fvu"], 6) for run in runs.values()}) == 6, "each is another one"
+    assert all(0 < run["nearest_row"] < 1 for run in runs.values())
+    saved = ap.load(tmp_path / "start" / "truth" / "topk-random-lr0.003-seed0")
+    assert saved.settings()["init"] == "random"
+
+
+def test_a_start_is_made_of_what_it_says(tmp_path: Path) -> None:
+    (experiment,) = small(tmp_path).experiments()
+    rows = experiment.part.source(experiment.arms["topk data"](0), 0).sample(1000)
+    made = {}
+    for name in ("topk random", "topk data", "topk 0"):
+        made[name] = sae = experiment.arms[name](0)
+        sae.fit_input(rows.x)
+        sae.start(rows.x)
+    assert torch.allclose(made["topk 0"].W_dec, made["topk random"].W_dec)
+    assert not torch.allclose(made["topk 0"].W_enc, made["topk random"].W_enc), "another scale"
+    assert not torch.allclose(made["topk data"].W_dec, made["topk random"].W_dec)
+
+
+@pytest.mark.parametrize("start", ["date", "1.5", "-0.1", "nan"])
+def test_what_is_no_start_is_refused(start: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--starts takes random, data and shares between 0 and 1; got"):
+        small(tmp_path, starts=(start,)).experiments()
+
+
+def test_copies_of_rows_are_seen() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 8, generator=g)
+    sae = ap.create("topk", d_in=8, d_sae=16, k=2, seed=0, input_norm="none")
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.nn.functional.normalize((x - x.mean(0))[:16], dim=1))
+    assert nearest_row(sae, ap.Batch(x)) == pytest.approx(1, abs=1e-6)
+    with torch.no_grad():
+        sae.W_dec[8:] = 0
+    assert nearest_row(sae, ap.Batch(x)) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_all_that_can_begin_at_the_data_do() -> None:
+    assert len(LEARNED) == 13 and not {"frozen_decoder", "pca"} & set(LEARNED)
