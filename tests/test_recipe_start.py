@@ -52,6 +52,15 @@ def test_what_is_no_start_is_refused(start: str, tmp_path: Path) -> None:
         small(tmp_path, starts=(start,)).experiments()
 
 
+def test_tables_are_made_alone(tmp_path: Path) -> None:
+    (experiment,) = small(tmp_path, parts=("truth",)).experiments()
+    assert experiment.part.k == 3
+    with pytest.raises(ValueError, match="needs two caches: give --acts and --eval-acts"):
+        small(tmp_path, parts=("cache",)).experiments()
+    with pytest.raises(ValueError, match="There is no table named cash"):
+        small(tmp_path, parts=("cash",)).experiments()
+
+
 def test_copies_of_rows_are_seen() -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(200, 8, generator=g)

@@ -75,6 +75,8 @@ class Family:
     """Seeds of initial weights and data order."""
     lrs: listed(float, "LR,LR,..") = (3e-3,)  # pyright: ignore[reportInvalidTypeForm]
     """Learning rates that every SAE may choose from."""
+    parts: listed(str, "A,B") = ("truth", "cache")  # pyright: ignore[reportInvalidTypeForm]
+    """Which tables; without --acts only the first."""
     docs: Path | None = None
     """A markdown file that gets the tables, between <!-- truth --> and <!-- /truth -->, <!-- cache --> and so on."""
     truth: TruthPart = field(default_factory=TruthPart)
@@ -88,8 +90,10 @@ class Family:
     def experiments(self) -> list[Experiment]:
         """One for each table. ValueError for what cannot work."""
         check_known(self.saes, SAES, "SAE")
-        found = []
-        for name, part in {"truth": self.truth, **({"cache": self.cache} if self.cache.acts else {})}.items():
+        known, found = {"truth": self.truth, "cache": self.cache}, []
+        check_known(self.parts, known, "table")
+        for name in [name for name in self.parts if name == "truth" or self.cache.acts or "truth" not in self.parts]:
+            part = known[name]
             part.check_rows()
             if self.docs is not None:
                 between(self.docs, name, "")
