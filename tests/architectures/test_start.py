@@ -12,7 +12,8 @@ from torch import Tensor
 import apportion as ap
 from apportion.allocation import StepContext
 from apportion.architectures import SAES
-from apportion.architectures.start import drawn, least_squares, mixed, whitened
+from apportion.architectures.jumprelu import INITIAL_L0
+from apportion.architectures.start import drawn, least_squares, mixed, standardised
 from apportion.synthetic import GroundTruthConfig, GroundTruthSource
 
 D_IN, D_SAE, K = 16, 64, 4
@@ -27,7 +28,7 @@ def batch(name: str, n: int = 2000, seed: int = 0) -> ap.Batch:
 
 
 def begun(name: str, rows: ap.Batch, init: str = "data", **settings: object) -> ap.SAE:
-    sae = ap.create(name, d_in=D_IN, d_sae=D_SAE, k=K, **{"seed": 0, "init": init} | settings)  # type: ignore[arg-type]
+    sae = ap.create(name, d_in=D_IN, k=K, **{"d_sae": D_SAE, "seed": 0, "init": init} | settings)  # type: ignore[arg-type]
     sae.fit_input(rows.x, rows.target)
     sae.start(rows.x, rows.target)
     return sae
@@ -180,27 +181,70 @@ def test_rows_are_drawn_evenly() -> None:
     assert len(set(drawn(64, 500, g).tolist())) == 64
 
 
-@pytest.mark.parametrize("sites", [(), (2,)])
-def test_whitened_rows_lie_in_all_directions_alike(sites: tuple[int, ...]) -> None:
-    """Against the covariance in double precision: S^-1/2 is the symmetric root, up to a factor."""
-    g = torch.Generator().manual_seed(0)
-    x = (
-        torch.randn(5000, *sites, 6, generator=g)
-        * torch.logspace(0, 1, 6)
-        @ torch.linalg.qr(torch.randn(6, 6, generator=g))[0]
-    )
-    x = x - x.mean(0)
-    made = whitened(x[:700], x).double().view(700, -1, 6)
-    for site in range(made.shape[1]):
-        rows = x.double().view(5000, -1, 6)[:, site]
-        variances, directions = torch.linalg.eigh(rows.T @ rows)
-        wanted = rows[:700] @ directions * variances.rsqrt() @ directions.T
-        assert torch.allclose(made[:, site] / made[:, site].norm(), wanted / wanted.norm(), atol=1e-4)
-
-
 @pytest.mark.parametrize("rows", [torch.zeros(5, 4), torch.full((5, 4), 1e30), torch.eye(4) * 1e-30], ids=str)
-def test_whitening_is_finite(rows: Tensor) -> None:
-    assert bool(whitened(rows, rows).isfinite().all())
+def test_standardised_rows_are_finite(rows: Tensor) -> None:
+    assert bool(standardised(rows, rows).isfinite().all())
+
+
+def test_directions_of_rows_are_those_about_the_mean_in_units_of_the_spread() -> None:
+    """With nothing random in them, and a mean far from zero."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(500, D_IN, generator=g) * torch.logspace(0, 1, D_IN) + 20
+    sae = ap.create("mutual_choice", d_in=D_IN, d_sae=D_SAE, k=K, seed=0, input_norm="none")
+    sae.data_share = 1.0  # type: ignore[misc]
+    sae.start(x)
+    u = torch.nn.functional.normalize((x - x.mean(0)) / x.std(0), dim=1)
+    assert torch.allclose((sae.W_dec @ u.T).amax(1), torch.ones(D_SAE), atol=1e-5)
+    assert torch.allclose(sae.b_dec, x.mean(0))
+
+
+def test_latents_of_an_expert_are_made_of_rows_that_it_gets() -> None:
+    rows = batch("switch")
+    sae = ap.create("switch", d_in=D_IN, d_sae=D_SAE, k=K, seed=0, num_experts=4)
+    sae.data_share = 1.0  # type: ignore[misc]
+    sae.fit_input(rows.x)
+    sae.start(rows.x)
+    x, _ = sae.prepare(rows.x)
+    u = torch.nn.functional.normalize((x - sae.b_dec) / x.std(0), dim=1)
+    fresh = ap.create("switch", d_in=D_IN, d_sae=D_SAE, k=K, seed=0, num_experts=4)
+    with torch.no_grad():
+        fresh.b_dec.copy_(sae.b_dec)
+        expert = fresh.route(x).expert[(sae.W_dec @ u.T).argmax(1)]
+    assert len(expert.unique()) > 1 and torch.equal(expert, torch.arange(4).repeat_interleave(D_SAE // 4))
+
+
+def test_a_latent_without_a_match_keeps_its_decoder() -> None:
+    rows = batch("transcoder", n=20)
+    sae = begun("transcoder", rows)
+    with torch.no_grad():
+        matched = sae.train().forward_scaled(sae.prepare(rows.x, rows.target)[0], StepContext()).latents.counts() > 0
+    assert not bool(matched.all()) and bool((sae.W_dec.norm(dim=1) > 0).all())
+
+
+def test_what_is_linear_is_for_the_skip_connection() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, D_IN, generator=g)
+    rows = ap.Batch(x, target=x @ torch.randn(D_IN, D_IN, generator=g))
+    assert error(begun("skip_transcoder", rows), rows) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["relu", "gated"])
+@pytest.mark.parametrize("input_norm", ["dataset", "none"])
+def test_biases_begin_where_three_times_k_are_open(name: str, input_norm: str) -> None:
+    rows = batch(name)
+    sae = begun(name, rows, d_sae=512, input_norm=input_norm)
+    with torch.no_grad():
+        made = sae.train().forward_scaled(sae.prepare(rows.x)[0], StepContext())
+    gates = getattr(made, "gates", made.latents)
+    assert gates.nnz / len(rows) == pytest.approx(3 * K, rel=0.02)
+
+
+def test_thresholds_begin_where_as_many_match_as_they_are_made_for() -> None:
+    rows = batch("jumprelu")
+    sae = begun("jumprelu", rows, d_sae=512)
+    with torch.no_grad():
+        made = sae.train().forward_scaled(sae.prepare(rows.x)[0], StepContext())
+    assert made.latents.nnz / len(rows) == pytest.approx(INITIAL_L0 * K, rel=0.02)
 
 
 def test_directions_lie_between_random_ones_and_rows() -> None:

@@ -131,7 +131,6 @@ class Affine(SAE):
         filtered rows. The Trainer does it; other loops call it after `fit_input`."""
         if self.needs_start:
             begin(self, *self.prepare(self._rows(x), target), share=self.data_share)
-        self._drawn = None
 
     def rows_for_latents(self, x: Float[Tensor, " n *row"], generator: torch.Generator) -> Int[Tensor, " d_sae"]:
         """For each latent a row that its direction is made of."""
@@ -142,12 +141,13 @@ class Affine(SAE):
         self.W_enc.copy_(directions)
         self.W_dec.copy_(directions * self.W_dec.flatten(1).norm(dim=1).view(-1, *[1] * len(self.row_shape)))
 
-    def fit_decoder(self, x: Float[Tensor, " n *row"], y: Float[Tensor, " n *out"]) -> None:
-        """Where it is not the encoder's: set it by what encoder and rule make of some prepared rows."""
+    def fit_rest(self, x: Float[Tensor, " n *row"], y: Float[Tensor, " n *out"]) -> None:
+        """Set by some prepared rows what directions do not: thresholds, a decoder that is not the encoder's."""
 
     def rescale(self, factor: float) -> None:
         """Make the reconstruction so many times as large, less b_dec."""
-        (self.W_enc if self.unit_rows() else self.W_dec).mul_(factor)
+        for weights in (self.W_enc, self.b_enc) if self.unit_rows() else (self.W_dec,):
+            weights.mul_(factor)
 
     def fold_in(self, mean: Float[Tensor, "*sites d_in"], scale: Float[Tensor, "*sites"]) -> None:
         if not self.config.subtract_b_dec:

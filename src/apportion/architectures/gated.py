@@ -37,7 +37,7 @@ from apportion import losses
 from apportion.allocation import Rule, Selection, StepContext
 from apportion.architectures.affine import Affine
 from apportion.architectures.base import Pass
-from apportion.architectures.sparsity import SparsityCoefficient, SparsityConfig
+from apportion.architectures.sparsity import SparsityCoefficient, SparsityConfig, begin_sparse
 from apportion.kernels import decode_matches
 from apportion.latents import Latents
 
@@ -61,6 +61,9 @@ class Gated(Affine):
         self.b_mag = nn.Parameter(torch.zeros(config.d_sae))
         initial = 0.1 * (config.d_in * config.initial_k) ** -0.5
         self.coefficient = SparsityCoefficient(config.k, config.coefficient, initial=initial)
+
+    def fit_rest(self, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_in"]) -> None:
+        begin_sparse(self, x)
 
     def begin_step(self, context: StepContext) -> None:
         super().begin_step(context)

@@ -49,10 +49,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from apportion.allocation import LearnedThreshold, MutualChoice, Rule, StepContext
+from apportion.allocation import LearnedThreshold, Rule, StepContext
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
 from apportion.architectures.base import Pass
 from apportion.architectures.sparsity import SparsityCoefficient, SparsityConfig
+from apportion.architectures.start import cut_for
 from apportion.kernels import encode_matches
 from apportion.kernels.window import felt_by_thresholds, reach, with_jumps
 from apportion.latents import Latents
@@ -193,13 +194,10 @@ class JumpReLU(AffineWithAuxiliary):
         made = self.forward_scaled(self.input.apply_to(rows), StepContext())
         return self.undo(made.y_hat, rows).reshape(x.shape).to(x.dtype)
 
-    def fit_decoder(self, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_in"]) -> None:
-        """The decoder stays; thresholds become those at which these rows have the L0 that they are made for."""
-        if self.config.threshold is None:
-            wanted = min(INITIAL_L0 * self.config.initial_k, self.d_sae)
-            rule = MutualChoice(MutualChoice.Config(k=wanted), self.d_sae)
-            codes = self.encode_scaled(x, self.selection(rule=rule)).values
-            self.log_threshold.fill_(codes.min().log())
+    def fit_rest(self, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_in"]) -> None:
+        """Thresholds become those at which these rows have the L0 that they are made for."""
+        if self.config.threshold is None and (cut := cut_for(self, x, INITIAL_L0 * self.config.initial_k)):
+            self.log_threshold.fill_(log(cut))
 
     def rescale(self, factor: float) -> None:
         super().rescale(factor)

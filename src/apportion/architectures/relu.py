@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from apportion.allocation import Rule, StepContext
 from apportion.architectures.affine import Affine
 from apportion.architectures.base import Pass
-from apportion.architectures.sparsity import SparsityCoefficient, SparsityConfig
+from apportion.architectures.sparsity import SparsityCoefficient, SparsityConfig, begin_sparse
 from apportion.group import Group
 from apportion.latents import Latents
 
@@ -90,6 +90,9 @@ class ReLU(Affine):
 
     def unit_rows(self) -> list[nn.Parameter]:
         return []
+
+    def fit_rest(self, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_in"]) -> None:
+        begin_sparse(self, x)
 
     def begin_step(self, context: StepContext) -> None:
         super().begin_step(context)

@@ -31,10 +31,12 @@ from math import log
 from typing import final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from apportion.allocation import StepContext
-from apportion.architectures.affine import LearnedConfig
+from apportion.architectures.affine import Affine, LearnedConfig
+from apportion.architectures.start import cut_for
 
 DESCENT = 0.5
 """Share of the run after which L0 is to be k."""
@@ -44,6 +46,8 @@ INTEGRAL = 0.03
 CLIP = 0.5
 LEAST_LR_SHARE = 0.3
 LEAST = 0.03
+INITIAL_L0 = 3.0
+"""L0 that biases begin at, in units of k: with half of all latents most of a run would go into closing them."""
 RAMP = 0.05
 """Share of the run in which a fixed coefficient rises linearly from zero."""
 
@@ -67,6 +71,13 @@ class SparsityConfig(LearnedConfig):
     def initial_k(self) -> float:
         """What initial values are made for."""
         return 32 if self.k is None else self.k
+
+
+def begin_sparse(sae: Affine, x: Float[Tensor, "n d_in"]) -> None:
+    """Set biases below zero, alike, so far that prepared rows have the L0 to begin with (start.py)."""
+    assert isinstance(sae.config, SparsityConfig)
+    if cut := cut_for(sae, x, INITIAL_L0 * sae.config.initial_k):
+        sae.b_enc.fill_(-cut)
 
 
 @final

@@ -1,16 +1,15 @@
 """How training begins: with latents that reconstruct the first rows already, where random ones overshoot them.
 
     d_j    = (1 - w) r_j + w u_j, at norm 1        r_j a random direction
-    u_j    = S^-1/2 (x - mean x), at norm 1        of a random row x; S the covariance of rows
+    u_j    = (x - mean x) / std x, at norm 1       of a random row x; mean and std of every dimension
     W_enc  = c d      W_dec = d      b_enc = 0     b_dec = mean y
     c      = <y - b_dec, v> / ||v||^2              v = y_hat - b_dec at c = 1, over some rows
 
 c is the least-squares fit of the reconstruction: codes, and with them v, are proportional to W_enc, and no rule
 chooses otherwise when all affinities are multiplied by one number. Where decoder rows have no fixed norm c goes into
 them. A part of every direction is drawn at random, so that latents are no copies of rows, which would hardly ever fire
-for any other. Whitened, rows lie in all directions of the data, and not most of them in the few of large variance,
-where latents would crowd out each other; with several sites each is whitened on its own. What this is worth, and how
-w was chosen: docs/start.md.
+for any other. In units of their standard deviation all dimensions count alike: else most rows would lie in the few of
+large variance, where latents would crowd out each other. What this is worth, and how w was chosen: docs/start.md.
 
 Rows are prepared ones (scaled data). Which are drawn follows from the initial weights and from how many there are. Of
 too few each serves several latents; those that lie at the mean say nothing, and leave a latent its random direction.
@@ -24,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apportion.allocation import StepContext
+from apportion.allocation import MutualChoice, StepContext
 
 if TYPE_CHECKING:
     from apportion.architectures.affine import Affine
@@ -33,9 +32,8 @@ DATA_SHARE = 0.7
 """w."""
 FITTED_ROWS = 2048
 """Rows for the scale: as many as a batch has."""
-COVARIANCE_ROWS = 4096
-LEAST_VARIANCE = 1e-4
-"""Of a direction, as a share of the mean: less counts as so much, for it may be noise."""
+LEAST_SPREAD = 1e-2
+"""Standard deviation of a dimension, as a share of the rms over all: less counts as so much, for it may be noise."""
 
 RIDGE = 1e-3
 """Of a linear map, as a share of the mean square of x."""
@@ -56,19 +54,12 @@ def mixed(
     return (d / d.norm(dim=1, keepdim=True)).view_as(directions)
 
 
-def whitened(
-    rows: Float[Tensor, " m *sites d_in"], centred: Float[Tensor, " n *sites d_in"]
-) -> Float[Tensor, " m *sites d_in"]:
-    """Rows as S^-1/2 has them, up to a factor; S of centred rows, for each site."""
-    sites, samples = (t.flatten(1, -2).unbind(1) if t.ndim > 2 else [t] for t in (rows, centred))
-    found = []
-    for site, sample in zip(sites, samples, strict=True):
-        sample = sample / sample.abs().max().clamp_min(torch.finfo(sample.dtype).tiny)
-        variances, directions = torch.linalg.eigh(sample.T @ sample)
-        least = LEAST_VARIANCE * variances.mean()
-        factors = variances.clamp_min(least).rsqrt() if least > 0 else torch.ones_like(variances)
-        found.append(site @ directions * (factors / factors.max()) @ directions.T)
-    return torch.stack(found, 1).view_as(rows) if rows.ndim > 2 else found[0]
+def standardised(rows: Float[Tensor, " m *row"], centred: Float[Tensor, " n *row"]) -> Float[Tensor, " m *row"]:
+    """Rows in units of the standard deviation that each dimension has in centred rows."""
+    deviations = centred / centred.abs().max().clamp_min(torch.finfo(centred.dtype).tiny)
+    spread = deviations.square().mean(0).sqrt()
+    least = LEAST_SPREAD * spread.square().mean().sqrt()
+    return rows / spread.clamp_min(least) if least > 0 else rows
 
 
 def drawn(n: int, rows: int, generator: torch.Generator) -> Int[Tensor, " n"]:
@@ -89,13 +80,21 @@ def begin(sae: Affine, x: Float[Tensor, " n *row"], y: Float[Tensor, " n *out"],
     generator = generator_for(sae.W_dec)
     sae.b_dec.copy_(y.mean(0))
     centred = x - (sae.b_dec if sae.config.subtract_b_dec else x.mean(0))
-    chosen = centred[sae.rows_for_latents(x, generator)]
-    some = drawn(min(COVARIANCE_ROWS, len(x)), len(x), generator)
-    sae.set_directions(mixed(sae.W_enc, whitened(chosen, centred[some]), share))
-    x, y = x[some[:FITTED_ROWS]], y[some[:FITTED_ROWS]]
-    sae.fit_decoder(x, y)
+    chosen = sae.rows_for_latents(x, generator)
+    sae.set_directions(mixed(sae.W_enc, standardised(centred[chosen], centred), share))
+    some = drawn(min(FITTED_ROWS, len(x)), len(x), generator)
+    x, y = x[some], y[some]
+    sae.fit_rest(x, y)
     made = sae.forward_scaled(x, StepContext())
     sae.rescale(least_squares(y - sae.b_dec, made.y_hat - sae.b_dec))
+
+
+def cut_for(sae: Affine, x: Float[Tensor, " n *row"], l0: float) -> float | None:
+    """What a pre-activation must exceed for so many latents of a prepared row to do so, in the mean; None if none is
+    above zero."""
+    rule = MutualChoice(MutualChoice.Config(k=min(l0, sae.d_sae)), sae.d_sae)
+    values = sae.encode_centred(sae.centred(x), sae.selection(rule=rule)).values
+    return values.min().item() if len(values) else None
 
 
 def ridge(x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"]) -> Float[Tensor, "d_out d_in"]:

@@ -97,7 +97,7 @@ class Transcoder(AffineWithAuxiliary):
     def set_directions(self, directions: Float[Tensor, "d_sae d_in"]) -> None:
         self.W_enc.copy_(directions)
 
-    def fit_decoder(self, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"]) -> None:
+    def fit_rest(self, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"]) -> None:
         """W_skip: the linear map that predicts best. W_dec: of what is left the mean over a latent's matches, weighted
         by its codes, as least squares have it for a latent on its own; one without a match keeps what it has."""
         y = y - self.b_dec
