@@ -28,7 +28,7 @@ def batch(name: str, n: int = 2000, seed: int = 0) -> ap.Batch:
 
 
 def begun(name: str, rows: ap.Batch, init: str = "data", **settings: object) -> ap.SAE:
-    sae = ap.create(name, d_in=D_IN, k=K, **{"d_sae": D_SAE, "seed": 0, "init": init} | settings)  # type: ignore[arg-type]
+    sae = ap.create(name, d_in=D_IN, **{"d_sae": D_SAE, "k": K, "seed": 0, "init": init} | settings)  # type: ignore[arg-type]
     sae.fit_input(rows.x, rows.target)
     sae.start(rows.x, rows.target)
     return sae
@@ -196,6 +196,10 @@ def test_directions_of_rows_are_those_about_the_mean_in_units_of_the_spread() ->
     u = torch.nn.functional.normalize((x - x.mean(0)) / x.std(0), dim=1)
     assert torch.allclose((sae.W_dec @ u.T).amax(1), torch.ones(D_SAE), atol=1e-5)
     assert torch.allclose(sae.b_dec, x.mean(0))
+    other = ap.create("mutual_choice", d_in=D_IN, d_sae=D_SAE, k=K, seed=1, input_norm="none")
+    other.data_share = 1.0  # type: ignore[misc]
+    other.start(x)
+    assert len(set((sae.W_dec @ u.T).argmax(1).tolist()) & set((other.W_dec @ u.T).argmax(1).tolist())) < 30
 
 
 def test_latents_of_an_expert_are_made_of_rows_that_it_gets() -> None:
@@ -241,10 +245,11 @@ def test_biases_begin_where_three_times_k_are_open(name: str, input_norm: str) -
 
 def test_thresholds_begin_where_as_many_match_as_they_are_made_for() -> None:
     rows = batch("jumprelu")
-    sae = begun("jumprelu", rows, d_sae=512)
+    sae = begun("jumprelu", rows, d_sae=512, k=60)
     with torch.no_grad():
         made = sae.train().forward_scaled(sae.prepare(rows.x)[0], StepContext())
-    assert made.latents.nnz / len(rows) == pytest.approx(INITIAL_L0 * K, rel=0.02)
+    assert made.latents.nnz / len(rows) == pytest.approx(INITIAL_L0 * 60, rel=0.02)
+    assert float(sae.W_enc.detach().norm(dim=1).mean()) < 0.7, "another scale than the thresholds were chosen at"
 
 
 def test_directions_lie_between_random_ones_and_rows() -> None:
