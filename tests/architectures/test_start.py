@@ -245,11 +245,10 @@ def test_biases_begin_where_three_times_k_are_open(name: str, input_norm: str) -
 
 def test_thresholds_begin_where_as_many_match_as_they_are_made_for() -> None:
     rows = batch("jumprelu")
-    sae = begun("jumprelu", rows, d_sae=512, k=60)
+    sae = begun("jumprelu", rows, d_sae=512, k=60, objective="l0_target")
     with torch.no_grad():
         made = sae.train().forward_scaled(sae.prepare(rows.x)[0], StepContext())
     assert made.latents.nnz / len(rows) == pytest.approx(INITIAL_L0 * 60, rel=0.02)
-    assert float(sae.W_enc.detach().norm(dim=1).mean()) < 0.7, "another scale than the thresholds were chosen at"
 
 
 def test_directions_lie_between_random_ones_and_rows() -> None:
