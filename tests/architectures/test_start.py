@@ -154,7 +154,7 @@ def test_what_was_trained_or_loaded_stays(tmp_path) -> None:
         assert torch.allclose(one.W_enc, sae.W_enc, atol=1e-6)
 
 
-@pytest.mark.parametrize("change", ["by hand", "on the data"])
+@pytest.mark.parametrize("change", ["by hand", "on the data", "a bias"])
 def test_what_is_no_longer_as_it_was_drawn_stays(change: str) -> None:
     """Such as a dictionary that somebody put in, or weights of a loop that called nothing of this."""
     rows = batch("topk")
@@ -162,7 +162,7 @@ def test_what_is_no_longer_as_it_was_drawn_stays(change: str) -> None:
     assert sae.needs_start
     trainer = ap.Trainer(sae, ap.TrainConfig(lr=1e-12, batch_tokens=500, total_tokens=2000))
     with torch.no_grad():
-        (sae.W_dec.data if change == "on the data" else sae.W_dec)[3] += 1e-3
+        {"by hand": sae.W_dec, "on the data": sae.W_dec.data, "a bias": sae.b_enc}[change][3] += 1e-3
     wanted = sae.W_enc.detach().clone()
     assert not sae.needs_start
     trainer.step(rows.x)

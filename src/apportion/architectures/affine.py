@@ -121,9 +121,9 @@ class Affine(SAE):
         """Whether the weights are still those that were drawn: what was trained, loaded or set by hand is no start."""
         return self._drawn is not None and torch.allclose(self._drawn, self._sums(), rtol=0, atol=1e-6)
 
-    def _sums(self) -> Float[Tensor, 2]:
-        sums = [weights.detach().sum(dtype=torch.float64) for weights in (self.W_enc, self.W_dec)]
-        return torch.stack(sums).cpu()
+    def _sums(self) -> Float[Tensor, " 4"]:
+        drawn = (self.W_enc, self.W_dec, self.b_enc, self.b_dec)
+        return torch.stack([weights.detach().sum(dtype=torch.float64) for weights in drawn]).cpu()
 
     @usual(learning=True)
     def start(self, x: Any, target: Any = None) -> None:
