@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -59,6 +60,17 @@ def test_tables_are_made_alone(tmp_path: Path) -> None:
         small(tmp_path, parts=("cache",)).experiments()
     with pytest.raises(ValueError, match="There is no table named cash"):
         small(tmp_path, parts=("cash",)).experiments()
+
+
+def test_training_has_other_settings(tmp_path: Path) -> None:
+    recipe = small(tmp_path)
+    part = dataclasses.replace(recipe.truth, train=("decay_share=0.4", "screen=bfloat16", "dead_window_tokens=null"))
+    config = part.config(1e-3, 0)
+    assert (config.decay_share, config.screen, config.dead_window_tokens, config.lr) == (0.4, "bfloat16", None, 1e-3)
+    for words, match in (("decay=1", "no setting 'decay'|decay_share"), ("decay_share", "is not NAME=VALUE")):
+        with pytest.raises((ValueError, TypeError), match=match):
+            dataclasses.replace(recipe, truth=dataclasses.replace(part, train=(words,))).run()
+    assert not list(tmp_path.iterdir()), "before anything is made"
 
 
 def test_copies_of_rows_are_seen() -> None:

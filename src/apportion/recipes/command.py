@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 import tyro
@@ -31,6 +33,16 @@ def listed(kind: type, name: str) -> Any:
             str_from_instance=lambda value: [",".join(str(v) for v in value)],
         ),
     ]
+
+
+def assigned(words: str) -> tuple[str, Any]:
+    """NAME=VALUE; a value is what it is in JSON, or a word."""
+    name, given, value = words.partition("=")
+    if not (name and given):
+        raise ValueError(f"{words!r} is not NAME=VALUE, such as decay_share=0.4.")
+    with suppress(json.JSONDecodeError):
+        return name, json.loads(value)
+    return name, value
 
 
 def main(

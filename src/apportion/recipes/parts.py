@@ -28,7 +28,7 @@ from apportion.evals.language_model import evaluate_cache_in_model
 from apportion.evals.rows import halves, recalibrate
 from apportion.language import load_model
 from apportion.language.fingerprint import model_fingerprint
-from apportion.recipes.command import listed
+from apportion.recipes.command import assigned, listed
 from apportion.rows import ActivationStore, CacheSource, Source
 from apportion.rows.batch import RowStore
 from apportion.rows.manifest import read_manifest
@@ -56,6 +56,8 @@ class Part(ABC):
     """Tokens of a run."""
     batch_tokens: int = 1024
     """Tokens of a step."""
+    train: listed(str, "NAME=VALUE,..") = ()  # pyright: ignore[reportInvalidTypeForm]
+    """Other settings of training that are not at their default, such as decay_share=0.4."""
 
     @property
     @abstractmethod
@@ -86,7 +88,8 @@ class Part(ABC):
 
     def config(self, lr: float, seed: int) -> TrainConfig:
         """Settings of a run; everything else is at its default."""
-        return TrainConfig(lr=lr, batch_tokens=self.batch_tokens, total_tokens=self.total_tokens, seed=seed)
+        sizes = {"batch_tokens": self.batch_tokens, "total_tokens": self.total_tokens}
+        return TrainConfig(lr=lr, seed=seed, **sizes | dict(map(assigned, self.train)))
 
 
 @dataclass(frozen=True, kw_only=True)
