@@ -52,7 +52,7 @@ def test_it_beats_the_mean(name: str) -> None:
 @pytest.mark.parametrize("name", LEARNED)
 def test_no_other_scale_reconstructs_better(name: str) -> None:
     """In double precision, and by trying: the reconstruction about b_dec, at a little more and a little less."""
-    rows = batch(name)
+    rows = batch(name, n=1000)  # all of which the scale is fitted to
     sae = begun(name, rows).double()
     x, y = sae.prepare(rows.x, rows.target)
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_directions_of_rows_are_those_about_the_mean_in_units_of_the_spread() ->
     sae.start(x)
     u = torch.nn.functional.normalize((x - x.mean(0)) / x.std(0), dim=1)
     assert torch.allclose((sae.W_dec @ u.T).amax(1), torch.ones(D_SAE), atol=1e-5)
-    assert torch.allclose(sae.b_dec, x.mean(0))
+    assert torch.allclose(sae.b_dec, x.mean(0), atol=1e-4)
     other = ap.create("mutual_choice", d_in=D_IN, d_sae=D_SAE, k=K, seed=1, input_norm="none")
     other.data_share = 1.0  # type: ignore[misc]
     other.start(x)
@@ -240,7 +240,7 @@ def test_biases_begin_where_three_times_k_are_open(name: str, input_norm: str) -
     with torch.no_grad():
         made = sae.train().forward_scaled(sae.prepare(rows.x)[0], StepContext())
     gates = getattr(made, "gates", made.latents)
-    assert gates.nnz / len(rows) == pytest.approx(3 * K, rel=0.02)
+    assert gates.nnz / len(rows) == pytest.approx(3 * K, rel=0.05)
 
 
 def test_thresholds_begin_where_as_many_match_as_they_are_made_for() -> None:
@@ -248,7 +248,7 @@ def test_thresholds_begin_where_as_many_match_as_they_are_made_for() -> None:
     sae = begun("jumprelu", rows, d_sae=512, k=60, objective="l0_target")
     with torch.no_grad():
         made = sae.train().forward_scaled(sae.prepare(rows.x)[0], StepContext())
-    assert made.latents.nnz / len(rows) == pytest.approx(INITIAL_L0 * 60, rel=0.02)
+    assert made.latents.nnz / len(rows) == pytest.approx(INITIAL_L0 * 60, rel=0.05)
 
 
 def test_directions_lie_between_random_ones_and_rows() -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from apportion.allocation import Rule, Selection
 from apportion.architectures.base import SAE, SAEConfig
-from apportion.architectures.start import DATA_SHARE, begin, drawn
+from apportion.architectures.inputs import as_tensor
+from apportion.architectures.start import DATA_SHARE, begin, drawn, generator_for, rows_needed
 from apportion.kernels import Experts, choose, decode_matches, encode_matches
 from apportion.latents import Latents, from_matches
 from apportion.settings import newer
@@ -130,7 +131,10 @@ class Affine(SAE):
         """With `init="data"`, for an SAE that was not trained yet: set the weights that training begins with, from raw,
         filtered rows. The Trainer does it; other loops call it after `fit_input`."""
         if self.needs_start:
-            begin(self, *self.prepare(self._rows(x), target), share=self.data_share)
+            x, generator = self._rows(x), generator_for(self.W_dec)
+            some = drawn(min(len(x), rows_needed(self)), len(x), generator)
+            target = None if target is None else as_tensor(target).flatten(0, -2)[some]
+            begin(self, *self.prepare(x[some], target), generator, self.data_share)
 
     def rows_for_latents(self, x: Float[Tensor, " n *row"], generator: torch.Generator) -> Int[Tensor, " d_sae"]:
         """For each latent a row that its direction is made of."""

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 DATA_SHARE = 0.7
 """w."""
-FITTED_ROWS = 2048
-"""Rows for the scale: as many as a batch has."""
+FITTED_ROWS = 1024
+"""Rows for the scale, and as many others for thresholds and decoders: about what a batch has."""
 LEAST_SPREAD = 1e-2
 """Standard deviation of a dimension, as a share of the rms over all: less counts as so much, for it may be noise."""
 
@@ -74,17 +74,22 @@ def least_squares(y: Tensor, v: Tensor) -> float:
     return best if best > 0 and best < float("inf") else 1.0
 
 
+def rows_needed(sae: Affine) -> int:
+    """How many rows a start is made of, if there are as many."""
+    return max(sae.d_sae, 2 * FITTED_ROWS)
+
+
 @torch.no_grad()
-def begin(sae: Affine, x: Float[Tensor, " n *row"], y: Float[Tensor, " n *out"], share: float = DATA_SHARE) -> None:
-    """Set the weights of an SAE that has not been trained, from prepared rows and their targets."""
-    generator = generator_for(sae.W_dec)
+def begin(
+    sae: Affine, x: Float[Tensor, " n *row"], y: Float[Tensor, " n *out"], generator: torch.Generator, share: float
+) -> None:
+    """Set the weights of an SAE that has not been trained, from prepared rows in random order and their targets."""
     sae.b_dec.copy_(y.mean(0))
     centred = x - (sae.b_dec if sae.config.subtract_b_dec else x.mean(0))
     chosen = sae.rows_for_latents(x, generator)
     sae.set_directions(mixed(sae.W_enc, standardised(centred[chosen], centred), share))
-    some = drawn(min(FITTED_ROWS, len(x)), len(x), generator)
-    x, y = x[some], y[some]
-    sae.fit_rest(x, y)
+    sae.fit_rest(x[:FITTED_ROWS], y[:FITTED_ROWS])
+    x, y = x[-FITTED_ROWS:], y[-FITTED_ROWS:]
     made = sae.forward_scaled(x, StepContext())
     sae.rescale(least_squares(y - sae.b_dec, made.y_hat - sae.b_dec))
 
@@ -94,7 +99,7 @@ def cut_for(sae: Affine, x: Float[Tensor, " n *row"], l0: float) -> float | None
     above zero."""
     rule = MutualChoice(MutualChoice.Config(k=min(l0, sae.d_sae)), sae.d_sae)
     values = sae.encode_centred(sae.centred(x), sae.selection(rule=rule)).values
-    return values.min().item() if len(values) else None
+    return values.min().item() * (1 - 1e-5) if len(values) else None  # below what rounding makes of equal ones
 
 
 def ridge(x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"]) -> Float[Tensor, "d_out d_in"]:
