@@ -66,8 +66,14 @@ def test_training_has_other_settings(tmp_path: Path) -> None:
     recipe = small(tmp_path)
     part = dataclasses.replace(recipe.truth, train=("decay_share=0.4", "screen=bfloat16", "dead_window_tokens=null"))
     config = part.config(1e-3, 0)
+    (experiment,) = dataclasses.replace(recipe, truth=part).experiments()
+    assert ", decay_share=0.4, " in experiment.setting(), "the table says so"
     assert (config.decay_share, config.screen, config.dead_window_tokens, config.lr) == (0.4, "bfloat16", None, 1e-3)
-    for words, match in (("decay=1", "no setting 'decay'|decay_share"), ("decay_share", "is not NAME=VALUE")):
+    for words, match in (
+        ("decay=1", "no setting 'decay'|decay_share"),
+        ("decay_share", "is not NAME=VALUE"),
+        ("lr=1", "takes no lr"),
+    ):
         with pytest.raises((ValueError, TypeError), match=match):
             dataclasses.replace(recipe, truth=dataclasses.replace(part, train=(words,))).run()
     assert not list(tmp_path.iterdir()), "before anything is made"

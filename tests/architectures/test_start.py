@@ -254,4 +254,4 @@ def test_thresholds_begin_where_as_many_match_as_they_are_made_for() -> None:
 def test_directions_lie_between_random_ones_and_rows() -> None:
     r, u = torch.eye(4)[:2], torch.eye(4)[2:]
     assert torch.allclose(mixed(r, 5 * u, 0.5), (r + u) / 2**0.5)
-    assert torch.equal(mixed(r, torch.zeros(2, 4), 0.5), r)
+    assert all(torch.equal(mixed(r, torch.zeros(2, 4), share), r) for share in (0.5, 1.0))

@@ -129,7 +129,8 @@ def test_idle_latents_are_redrawn_at_the_end_of_a_dead_window():
         t.step(data(BATCH, seed=step))
     sae, own = t.saes[1], t.learners[1]
     assert sae.b_enc[2] == sae.b_enc[7] == 0 and not own.activity.dead().any()
-    assert torch.equal(sae.W_enc[[2, 7]], sae.W_dec[[2, 7]])
+    directions = torch.nn.functional.normalize(sae.W_enc[[2, 7]], dim=1)
+    assert torch.allclose(directions, sae.W_dec[[2, 7]])
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
     for name in ("W_enc", "W_dec", "b_enc"):
         moments = own.optimizer.moments[sae.get_parameter(name)]
@@ -185,6 +186,25 @@ def test_redrawing_reaches_whatever_has_a_row_per_latent(name):
         if key.rpartition(".")[2] in ("W_enc", "W_dec", "b_enc", "threshold"):
             assert p.shape[0] == d_sae and not (p[[1, 3]] == 9).any(), key
         assert (p[[0, 2, 4]] == 9).all() if p.shape[0] == d_sae else (p == 9).all(), key
+
+
+def test_redrawn_latents_are_no_louder_than_the_others():
+    """Weights that training has made small, or a start at the data."""
+    sae = ap.create("topk", d_in=16, d_sae=32, k=K)
+    learner = Learner(sae, ap.TrainConfig())
+    with torch.no_grad():
+        sae.W_enc.mul_(0.2)
+    learner.redraw(torch.tensor([1, 3]), seed=5)
+    assert torch.allclose(sae.W_enc.norm(dim=1), torch.full((32,), 0.2))
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(32))
+
+
+def test_what_belongs_to_outputs_is_not_redrawn():
+    sae = ap.create("skip_transcoder", d_in=16, d_out=32, d_sae=32, k=K)
+    with torch.no_grad():
+        sae.W_skip.fill_(9.0), sae.b_dec.fill_(9.0)
+    Learner(sae, ap.TrainConfig()).redraw(torch.tensor([1, 3]), seed=5)
+    assert bool((sae.W_skip == 9).all()) and bool((sae.b_dec == 9).all())
 
 
 # Whole runs

@@ -2,14 +2,15 @@
 
     d_j    = (1 - w) r_j + w u_j, at norm 1        r_j a random direction
     u_j    = (x - mean x) / std x, at norm 1       of a random row x; mean and std of every dimension
-    W_enc  = c d      W_dec = d      b_enc = 0     b_dec = mean y
+    W_enc  = c d      W_dec = d      b_dec = mean y
     c      = <y - b_dec, v> / ||v||^2              v = y_hat - b_dec at c = 1, over some rows
 
 c is the least-squares fit of the reconstruction: codes, and with them v, are proportional to W_enc, and no rule
 chooses otherwise when all affinities are multiplied by one number. Where decoder rows have no fixed norm c goes into
-them. A part of every direction is drawn at random, so that latents are no copies of rows, which would hardly ever fire
-for any other. In units of their standard deviation all dimensions count alike: else most rows would lie in the few of
-large variance, where latents would crowd out each other. What this is worth, and how w was chosen: docs/start.md.
+them. Biases are zero, but for SAEs that a penalty makes sparse (sparsity.py). A part of every direction is drawn at
+random, so that latents are no copies of rows, which would hardly ever fire for any other. In units of their standard
+deviation all dimensions count alike: else most rows would lie in the few of large variance, where latents would crowd
+out each other. What it is worth: docs/start.md. All of it is ours; no paper is followed.
 
 Rows are prepared ones (scaled data). Which are drawn follows from the initial weights and from how many there are. Of
 too few each serves several latents; those that lie at the mean say nothing, and leave a latent its random direction.
@@ -50,7 +51,8 @@ def mixed(
 ) -> Float[Tensor, " d_sae *row"]:
     """Between the directions and those of the rows, at norm 1; the directions alone for rows of norm zero."""
     r, u = (t.flatten(1) / t.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-12) for t in (directions, rows))
-    d = (1 - share) * r + share * u
+    of_rows = share * u.any(1, keepdim=True)
+    d = (1 - of_rows) * r + of_rows * u
     return (d / d.norm(dim=1, keepdim=True)).view_as(directions)
 
 

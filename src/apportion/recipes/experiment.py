@@ -145,7 +145,8 @@ class Experiment:
         config, rates = self.part.config(self.lrs[0], seed=0), ", ".join(f"{lr:g}" for lr in self.lrs)
         return (
             f"{config.total_tokens:,} training tokens in batches of {config.batch_tokens}, learning rate "
-            f"{'chosen from ' * (len(self.lrs) > 1)}{rates}, seeds {', '.join(map(str, self.seeds))}"
+            f"{'chosen from ' * (len(self.lrs) > 1)}{rates}, {''.join(f'{other}, ' for other in self.part.train)}"
+            f"seeds {', '.join(map(str, self.seeds))}"
         )
 
 

@@ -92,18 +92,13 @@ class Family:
         check_known(self.saes, SAES, "SAE")
         known, found = {"truth": self.truth, "cache": self.cache}, []
         check_known(self.parts, known, "table")
-        for name in [name for name in self.parts if name == "truth" or self.cache.acts or "truth" not in self.parts]:
+        for name in self.parts if self.cache.acts or "truth" not in self.parts else ("truth",):
             part = known[name]
             part.check_rows()
             if self.docs is not None:
                 between(self.docs, name, "")
-            options = {"arms": self.arms(part), "lrs": self.lrs, "seeds": self.seeds, "write": self.write}
-            limit = L0_TOLERANCE * part.k
-            found.append(
-                Experiment(
-                    out=self.out / name, part=part, limit=limit, word=lambda arm: arm.replace(" ", "-"), **options
-                )
-            )
+            options = {"lrs": self.lrs, "seeds": self.seeds, "write": self.write, "limit": L0_TOLERANCE * part.k}
+            found.append(Experiment(out=self.out / name, part=part, arms=self.arms(part), word=in_one, **options))
         return found
 
     def arms(self, part: Part) -> dict[str, Callable[[int], SAE]]:
@@ -117,6 +112,11 @@ class Family:
         said = "".join(f"* {note}\n" for sae in self.saes for note in notes(part, sae))
         text = f"{head}\n\n{shown}\n{said}"
         publish(self, text, {"runs": experiment.done}, f"{name}.json", f"{name}.md", name)
+
+
+def in_one(arm: str) -> str:
+    """An arm's name as part of a file's."""
+    return arm.replace(" ", "-")
 
 
 def notes(part: Part, name: str) -> Iterator[str]:

@@ -88,8 +88,11 @@ class Part(ABC):
 
     def config(self, lr: float, seed: int) -> TrainConfig:
         """Settings of a run; everything else is at its default."""
-        sizes = {"batch_tokens": self.batch_tokens, "total_tokens": self.total_tokens}
-        return TrainConfig(lr=lr, seed=seed, **sizes | dict(map(assigned, self.train)))
+        own = {"lr": lr, "seed": seed, "batch_tokens": self.batch_tokens, "total_tokens": self.total_tokens}
+        others = dict(map(assigned, self.train))
+        if twice := own.keys() & others:
+            raise ValueError(f"--train takes no {', '.join(sorted(twice))}, which has an option of its own.")
+        return TrainConfig(**own, **others)
 
 
 @dataclass(frozen=True, kw_only=True)

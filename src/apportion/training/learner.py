@@ -14,6 +14,9 @@ from apportion.training.adam import Adam
 from apportion.training.clipping import RelativeClipping
 from apportion.training.config import TrainConfig
 
+PER_OUTPUT = {"b_dec", "W_skip"}
+"""Parameters whose rows are dimensions of the output."""
+
 
 class Learner:
     def __init__(self, sae: SAE, config: TrainConfig) -> None:
@@ -69,13 +72,18 @@ class Learner:
     def redraw(self, latents: Int[Tensor, " n"], seed: int) -> None:
         """Give latents the weights of a new SAE; optimiser, counters and bounds forget what they were.
 
-        Everything that has one row per latent is redrawn (the decoder bias is not per latent, even if d_in = d_sae).
+        Everything that has one row per latent is redrawn (what has one per output has not, even if d_out = d_sae).
+        Rows whose norm is learned get the mean norm that these have by now: at that of a new SAE they would take the
+        budget of all others.
         """
         sae = self.sae
         fresh = rebuild(sae.name, **sae.settings() | {"seed": seed})
         for name, p in sae.named_parameters():
-            if p.shape[:1] == (sae.d_sae,) and name != "b_dec":
-                p[latents] = fresh.get_parameter(name).to(p)[latents]
+            if p.shape[:1] == (sae.d_sae,) and name not in PER_OUTPUT:
+                rows = fresh.get_parameter(name).to(p)
+                if p.ndim > 1 and p not in self.optimizer.unit_rows:
+                    rows = rows * (p.flatten(1).norm(dim=1).mean() / rows.flatten(1).norm(dim=1).mean())
+                p[latents] = rows[latents]
                 self.optimizer.forget(p, latents)
         self.activity.forget(latents)
         self.bounds = None
