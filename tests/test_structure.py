@@ -19,7 +19,19 @@ PACKAGE = Path(apportion.__file__).parent
 
 ORDER = [
     {"latents", "metrics", "losses", "disk", "durable", "interrupt", "locks", "processes", "settings", "torch_state"}
-    | {"about", "answers", "blocks", "extras", "fields", "group", "matching", "progress", "same_model", "trust"},
+    | {
+        "about",
+        "answers",
+        "blocks",
+        "choices",
+        "extras",
+        "fields",
+        "group",
+        "matching",
+        "progress",
+        "same_model",
+        "trust",
+    },
     {"allocation"},
     {"kernels"},
     {"architectures", "embedded"},
@@ -43,7 +55,18 @@ PUBLIC = "apportion"
 
 HELPERS = {
     "allocation": {"annealing", "base", "zipf", "reference"},
-    "architectures": {"affine", "auxiliary", "base", "calibrate", "checks", "convert", "files", "inputs", "loading"}
+    "architectures": {
+        "affine",
+        "auxiliary",
+        "base",
+        "calibrate",
+        "checks",
+        "convert",
+        "counting",
+        "files",
+        "inputs",
+        "loading",
+    }
     | {"sparsity", "start", "table"},
 }
 """Files of these rooms that are no rule and no architecture."""
@@ -182,10 +205,11 @@ def test_the_check_itself_finds_violations():
     assert violations("evals", "from apportion.explorer import page"), "rooms of one group stay apart"
 
 
-def loaded_by_import() -> set[str]:
-    code = "import sys, apportion; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+def loaded_by(code: str) -> set[str]:
+    """What is imported once `code` has run."""
+    code += "\nimport sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    return set(done.stdout.splitlines()[-1].split())
 
 
 HEAVY = {
@@ -195,9 +219,37 @@ HEAVY = {
 
 
 def test_import_loads_nothing_heavy():
-    loaded = loaded_by_import()
-    assert {"torch", "safetensors", "apportion"} <= loaded
+    """Not even torch, before it is used."""
+    assert not loaded_by("import apportion") & (HEAVY | {"torch", "numpy", "safetensors"})
+    loaded = loaded_by("import apportion; apportion.Trainer")
+    assert {"torch", "safetensors"} <= loaded
     assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("name", apportion.__dir__())
+def test_public_names_are_where_they_are_said_to_be(name):
+    found = getattr(apportion, name)
+    assert found is getattr(importlib.import_module(apportion.LATER[name]), name, sys.modules[apportion.LATER[name]])
+
+
+def test_rooms_are_names_too():
+    assert apportion.rows is importlib.import_module("apportion.rows")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = apportion.nothing
+
+
+SAID_AT_ONCE = (
+    ["--help"], ["train", "--help"], ["train", "--sae", "gated", "--help"], ["collect"], ["train", "acts", "--out"],
+    ["train", "acts", "--out", "x", "--lr", "fast"], ["train", "--sae", "topkk"], ["eval", "--nothing"], ["nothing"],
+    ["train", "--sae", "topk", "--allocation", "topk"], ["train", "--training-objective", "nothing"],
+    ["train", "--sae", "matryoshka", "--allocation", "threshold"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SAID_AT_ONCE, ids=" ".join)
+def test_help_and_mistakes_do_not_wait_for_torch(words):
+    code = f"from apportion.cli import main\ntry:\n    main({words})\nexcept SystemExit:\n    pass"
+    assert not loaded_by(code) & {"torch", "numpy", "jaxtyping"}
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,15 @@ x_hat = sae.decode(latents)
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-
-from apportion.architectures import SAES as SAES
-from apportion.architectures import create as create
-from apportion.architectures import to_jumprelu as to_jumprelu
-from apportion.architectures.base import SAE as SAE
-from apportion.latents import Latents as Latents
-from apportion.rows.batch import Batch as Batch
-from apportion.training import TrainConfig as TrainConfig
-from apportion.training import Trainer as Trainer
 
 if TYPE_CHECKING:
     from apportion import testing as testing
+    from apportion.architectures import SAES as SAES
+    from apportion.architectures import create as create
+    from apportion.architectures import to_jumprelu as to_jumprelu
+    from apportion.architectures.base import SAE as SAE
     from apportion.evals.evaluate import evaluate as evaluate
     from apportion.interop.adapters import to_sae_bench as to_sae_bench
     from apportion.interop.adapters import to_sae_lens as to_sae_lens
@@ -30,9 +26,17 @@ if TYPE_CHECKING:
     from apportion.language.intervene import ablate as ablate
     from apportion.language.intervene import splice as splice
     from apportion.language.intervene import steer as steer
+    from apportion.latents import Latents as Latents
+    from apportion.rows.batch import Batch as Batch
+    from apportion.training import TrainConfig as TrainConfig
+    from apportion.training import Trainer as Trainer
     from apportion.viewing.examples import examples_of as examples_of
 
 LATER = {
+    **dict.fromkeys(("SAES", "create", "to_jumprelu", "SAE"), "apportion.architectures"),
+    "Latents": "apportion.latents",
+    "Batch": "apportion.rows.batch",
+    **dict.fromkeys(("TrainConfig", "Trainer"), "apportion.training"),
     "evaluate": "apportion.evals.evaluate",
     "examples_of": "apportion.viewing.examples",
     "testing": "apportion.testing",
@@ -43,18 +47,18 @@ LATER = {
     "write_delphi_cache": "apportion.interop.delphi",
     **dict.fromkeys(("ablate", "splice", "steer"), "apportion.language.intervene"),
 }
-"""Imported when they are first used: modules, and functions of the same name."""
+"""Where the public names are. They are imported when they are first used: torch takes seconds."""
 
 
 def __dir__() -> list[str]:
     """The public names, and no others."""
-    return sorted({"SAE", "SAES", "Batch", "Latents", "TrainConfig", "Trainer", "create", "to_jumprelu", *LATER})
+    return sorted(LATER)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "activations":  # as it was called before there were rooms for its parts
-        return import_module("apportion.activations")
-    if name not in LATER:
-        raise AttributeError(f"module 'apportion' has no attribute {name!r}")
-    module = import_module(LATER[name])
-    return getattr(module, name, module)
+    if name in LATER:
+        module = import_module(LATER[name])
+        return getattr(module, name, module)
+    if not name.startswith("_") and find_spec(f"apportion.{name}"):  # a room: ap.rows, ap.training
+        return import_module(f"apportion.{name}")
+    raise AttributeError(f"module 'apportion' has no attribute {name!r}")

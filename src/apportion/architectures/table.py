@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from apportion import choices
 from apportion.allocation import RULES, Rule
 from apportion.architectures.base import SAE
 from apportion.architectures.crosscoder import Crosscoder
@@ -49,20 +50,9 @@ class NamedSAE:
         """
         if allocation is None:
             return self.rule
-        if not self.any_rule:
-            raise ValueError(
-                f"allocation = {allocation!r} is not for this SAE, whose rule is always {rule_name(self.rule)}. "
-                f"SAEs with a choice: {', '.join(name for name, entry in SAES.items() if entry.any_rule)}."
-            )
-        if allocation not in [*RULES]:
-            meant = nearest(str(allocation), rule_choices())
-            raise ValueError(f"There is no allocation {allocation!r} to choose; {meant}")
-        if to_train and (reason := RULES[allocation].not_to_train):
-            raise ValueError(
-                f"allocation = {allocation!r} cannot be chosen: {allocation} {reason}. "
-                f"To choose from: {', '.join(rule_choices())}."
-            )
-        return RULES[allocation]
+        with_choice = [] if self.any_rule else [name for name, entry in SAES.items() if entry.any_rule]
+        reasons = {name: rule.not_to_train for name, rule in RULES.items()}
+        return RULES[choices.rule(allocation, rule_name(self.rule), reasons, with_choice, to_train)]
 
     def settings(self, allocation: str | None = None, *, to_train: bool = True) -> dict[str, Any]:
         """Every setting with its default under this rule, in order; d_in and d_sae have none. Unless `to_train` with
@@ -78,7 +68,7 @@ class NamedSAE:
 
 def rule_choices() -> list[str]:
     """The rules that `allocation` can name."""
-    return [name for name, rule in RULES.items() if rule.not_to_train is None]
+    return choices.to_train({name: rule.not_to_train for name, rule in RULES.items()})
 
 
 def rule_name(rule: type[Rule]) -> str:
@@ -175,9 +165,7 @@ SAES: dict[str, NamedSAE] = {
 
 def named(name: str) -> NamedSAE:
     """The SAE of that name in the table; ValueError with the nearest ones if there is none."""
-    if name not in SAES:
-        raise ValueError(f"There is no SAE named {name!r}; {nearest(name, SAES)}")
-    return SAES[name]
+    return SAES[choices.sae(name, SAES)]
 
 
 def create(name: str, **settings: Any) -> SAE:

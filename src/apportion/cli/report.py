@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from apportion.about import About
-from apportion.architectures import SAE
 from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, model_to_follow, say
 from apportion.extras import need
 from apportion.trust import expanded
+
+if TYPE_CHECKING:
+    from apportion.architectures import SAE
 
 
 @dataclass(kw_only=True)

@@ -8,22 +8,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_type_hints
+from typing import Annotated, Any, Literal, cast
 
 from tyro.conf import Fixed, Positional, Suppress, arg
 
+from apportion import choices
 from apportion.answers import DIVERGED
-from apportion.architectures import SAES, named, rule_choices
+from apportion.cli import options
 from apportion.cli.arguments import Count, Filter, Model, Text, best_device, say
 from apportion.extras import need
-from apportion.objectives import OBJECTIVES, named_objective
 from apportion.settings import meanings
-from apportion.training import TrainConfig
-from apportion.training.run import RUN, is_finished
 from apportion.trust import expanded, refuse_mistyped
-
-SAE_FLAGS_OWN = {"d_in", "d_out", "num_sites", "d_sae", "k", "seed", "hookpoint"}
-"""SAE settings that the train command asks for in its own words, or that follow from the activations."""
 
 
 @dataclass(kw_only=True)
@@ -64,13 +59,14 @@ class TrainBase:
     """Seed of initial weights and data order."""
 
     def run(self) -> int | None:
-        from apportion.architectures import create
+        from apportion.architectures import SAES, create
+        from apportion.objectives import OBJECTIVES
         from apportion.rows.opening import settings_of
-        from apportion.training import Trainer
+        from apportion.training import TrainConfig, Trainer
 
         self._check_out()
         known = SAES[self.sae].settings(getattr(self, "allocation", None))
-        settings = {n: getattr(self, n) for n in known if n not in SAE_FLAGS_OWN} | {"seed": self.seed}
+        settings = {n: getattr(self, n) for n in known if n not in options.NOT_ASKED} | {"seed": self.seed}
         if "k" in known:
             settings["k"] = int(self.k) if float(self.k).is_integer() else self.k
         follows = SAES[self.sae].architecture.d_sae_for(1) is not None
@@ -108,6 +104,8 @@ class TrainBase:
         return None
 
     def _check_out(self) -> None:
+        from apportion.training.run import RUN, is_finished
+
         there, again = (self.out / RUN).exists(), self.resume or self.requeue
         if self.resume and self.requeue:
             raise ValueError(
@@ -124,10 +122,14 @@ class TrainBase:
 
     @property
     def _whole_contexts(self) -> bool:
+        from apportion.objectives import OBJECTIVES
+
         return OBJECTIVES[self.training_objective].objective.whole_contexts
 
     def _objective_config(self) -> Any:
         """The settings of the objective from the options; ValueError for impossible ones."""
+        from apportion.objectives import OBJECTIVES
+
         entry, num_saes = OBJECTIVES[self.training_objective], getattr(self, "num_saes", 1)
         if num_saes < entry.objective.least_saes:
             raise ValueError(
@@ -146,6 +148,7 @@ class TrainBase:
         return dataclasses.replace(entry.config, **{name: getattr(self, name) for name in names})
 
     def _source(self) -> Any:
+        from apportion.architectures import SAES
         from apportion.language import ContextSource, LiveSource, read_contexts
         from apportion.language.hookpoints import expand
         from apportion.rows import CacheSource
@@ -194,33 +197,22 @@ class TrainBase:
 def train_command(name: str, allocation: str | None = None, objective: str = TrainBase.training_objective) -> type:
     """The train command with the typed options of TrainConfig, of one SAE, its rule where that is a setting, and of
     the training objective."""
-    entry = SAES[name]
-    defaults = entry.settings(allocation)
-    own = {f.name for f in dataclasses.fields(TrainBase)}
+    known = options.table()
+    entry, own = known["saes"][name], {f.name for f in dataclasses.fields(TrainBase)}
     doc = meanings(TrainBase)["sae"]
-    extra: list[Any] = [("sae", Annotated[one_of(SAES), arg(help=doc)], field(default=TrainBase.sae))]
-    if "k" not in defaults:  # then it is no option
+    extra: list[Any] = [("sae", Annotated[one_of(known["saes"]), arg(help=doc)], field(default=TrainBase.sae))]
+    if not entry["k"]:  # then it is no option
         extra.append(("k", Suppress[Fixed[float]], field(default=TrainBase.k)))
-    if "allocation" in defaults:
+    if entry["any_rule"]:
         doc = "Which rule of allocation. Its own options follow below."
-        kind = Annotated[one_of(rule_choices()), arg(help=doc)]
-        extra.append(("allocation", kind, field(default=defaults["allocation"])))
-    configs = [TrainConfig, entry.architecture.Config]
-    if not (rule := entry.rule_named(allocation)).not_to_train:
-        configs.append(rule.Config)
-    if (chosen := OBJECTIVES[objective]).config is not None:
-        configs.append(type(chosen.config))
-        defaults = defaults | dataclasses.asdict(chosen.config)
-    if (least := chosen.objective.least_saes) > 1:
+        kind = Annotated[one_of(choices.to_train(options.reasons(known))), arg(help=doc)]
+        extra.append(("allocation", kind, field(default=allocation or entry["rule"])))
+    if (least := known["objectives"][objective]["least_saes"]) > 1:
         doc = "How many SAEs are trained side by side, with seeds from --seed on."
         extra.append(("num_saes", Annotated[int, arg(help=doc)], field(default=least)))
-    for config in configs:
-        hints, docs = get_type_hints(config), meanings(config)
-        for f in dataclasses.fields(config):
-            if f.name in own | SAE_FLAGS_OWN | {"total_tokens"}:
-                continue
-            default = defaults.get(f.name, f.default)
-            extra.append((f.name, Annotated[hints[f.name], arg(help=docs.get(f.name, ""))], field(default=default)))
+    for one in options.chosen(known, name, allocation, objective):
+        if one.name not in own:
+            extra.append((one.name, Annotated[one.kind, arg(help=one.help)], field(default=one.default)))
     namespace = {"__doc__": TrainBase.__doc__}
     return dataclasses.make_dataclass("Train", extra, bases=(TrainBase,), kw_only=True, namespace=namespace)
 
@@ -234,9 +226,8 @@ def chosen_sae(argv: list[str]) -> tuple[str, str | None, str]:
     """The values of --sae, --allocation and --training-objective, which decide what other options there are."""
     name = given_value(argv, "sae") or TrainBase.sae
     allocation = given_value(argv, "allocation")
-    named(name).rule_named(allocation)
     objective = given_value(argv, "training-objective") or TrainBase.training_objective
-    named_objective(objective)
+    options.check(options.table(), name, allocation, objective)
     return name, allocation, objective
 
 

@@ -7,10 +7,13 @@ run_contexts(model, ["model.layers.15"], ids)       {"model.layers.15": [rows, d
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """Files that a folder with a tokenizer has, one of them at least."""
+PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+"""Where one is set, it knows names that this machine does not."""
 ASKED = "trust_remote_code"
 """What transformers tells to pass where a checkpoint has code of its own, in every version."""
 
@@ -64,14 +69,15 @@ def load_model(
     name, where = _place(name_or_folder)
     import transformers  # heavy
 
+    of = {"local_files_only": True} if _only_cached(where) else {}
     options = {"output_loading_info": True} | {name: value for name, value in asked.items() if value is not None}
     try:
         with _quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+            config = transformers.AutoConfig.from_pretrained(where, **of, trust_remote_code=trust_remote_code)
             if attn_implementation is None and not trust_remote_code and _fetches_kernels(config):
                 raise _brings_code(name)
             kind = _auto_class(transformers, config, auto_class)
-            model, loading = kind.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+            model, loading = kind.from_pretrained(where, **of, trust_remote_code=trust_remote_code, **options)
     except BringsCode:
         raise
     except Exception as error:  # a damaged folder lets transformers raise anything
@@ -112,7 +118,21 @@ def _place(name_or_folder: str | Path) -> tuple[str, str]:
         return name, str(embedded.present(embedded.MODEL))
     if not Path(name).exists():
         refuse_mistyped(name, "a model's id on the Hub")
+        if name.count("/") > 1:
+            raise ValueError(f"{name!r} does not exist, and a model's id on the Hub has one slash at most.")
     return name, name
+
+
+def _only_cached(where: str) -> bool:
+    """Whether a model of the Hub can only come from the cache: the Hub's name leads nowhere, and to ask for each file
+    several times takes half a minute."""
+    if Path(where).exists() or any(os.environ.get(proxy) for proxy in (*PROXIES, *map(str.lower, PROXIES))):
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname, None)
+    except OSError:
+        return True
+    return False
 
 
 class BringsCode(ValueError):
@@ -136,7 +156,8 @@ def _tokenizer(transformers: Any, name: str, where: str, trust_remote_code: bool
     """The tokenizer of a checkpoint; None if it has none (some versions then make one without a vocabulary)."""
     try:
         with _quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+            of = {"local_files_only": True} if _only_cached(where) else {}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **of, trust_remote_code=trust_remote_code)
         words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
     except Exception as error:  # see above; and where there is none, transformers raises many kinds too
         if ASKED in str(error) and not trust_remote_code:

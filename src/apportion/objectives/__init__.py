@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from apportion import choices
 from apportion.objectives.end_to_end import PRESETS, EndToEnd, EndToEndConfig
 from apportion.objectives.mutual import MutualConfig, MutualFeatureRegularisation
 from apportion.training.objective import LocalReconstruction, Objective
@@ -27,9 +28,7 @@ OBJECTIVES: dict[str, NamedObjective] = {
 
 def named_objective(name: str) -> NamedObjective:
     """The objective of that name in the table; ValueError with the known ones if there is none."""
-    if name not in OBJECTIVES:
-        raise ValueError(f"There is no training objective {name!r}. Known are: {', '.join(OBJECTIVES)}.")
-    return OBJECTIVES[name]
+    return OBJECTIVES[choices.objective(name, OBJECTIVES)]
 
 
 __all__ = ["OBJECTIVES", "EndToEnd", "EndToEndConfig", "MutualConfig", "MutualFeatureRegularisation", "named_objective"]

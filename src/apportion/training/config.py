@@ -26,12 +26,13 @@ class TrainConfig(metaclass=_Named):
     """Rows to train on. None: no end, constant learning rate, every schedule at its final value."""
     warmup_share: float = 0.05
     """Share of the run in which the learning rate rises linearly from zero."""
-    decay_share: float = 0.2
-    """Share of the run, at its end, in which the learning rate falls linearly to zero."""
+    decay_share: float = 0.4
+    """Share of the run, at its end, in which the learning rate falls linearly to zero. docs/start.md has what this and
+    beta1 are worth."""
     clip_ratio: float = 2.0
     """Gradients are scaled down to this multiple of their typical (running geometric mean) global norm. A few batches
     with unusually large gradients would otherwise spoil Adam's averages for hundreds of steps and kill latents."""
-    beta1: float = 0.9
+    beta1: float = 0.8
     """Adam's average of gradients."""
     beta2: float = 0.999
     """Adam's average of squared gradients."""
