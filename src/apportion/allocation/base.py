@@ -54,12 +54,16 @@ class Settled:
 @dataclass(frozen=True)
 class Pool:
     """The best matches of many tokens, for calibration: all with an affinity above `floor` (a scalar, or one per
-    latent; 0: all there are)."""
+    latent; 0: all there are), save that the very best may be counted only."""
 
     latents: Int[Tensor, " n"]
     affinity: Float[Tensor, " n"]
     tokens: int
     floor: Tensor
+    above: Tensor | int = 0
+    """How many better ones there are than those held: in all, or of each latent."""
+    available: Tensor | None = None
+    """How many there are of each latent; None: those held, or as many as tokens where the floor cuts some off."""
 
 
 Screen = Literal["bfloat16"] | None
@@ -187,6 +191,10 @@ class Rule(nn.Module, ABC):
     def wanted(self, tokens: int) -> int | Int[Tensor, " d_sae"]:
         """How many matches of so many tokens thresholds are to let through: in all, or of each latent."""
         raise TypeError(f"{type(self).__name__} has no budget to calibrate.")
+
+    def wanted_of(self, tokens: int, available: Int[Tensor, " d_sae"]) -> int | Int[Tensor, " d_sae"]:
+        """The same where no latent has more matches than are `available`."""
+        return self.wanted(tokens)
 
     def set_threshold(self, pool: Pool) -> bool:
         """Set the eval-mode threshold so that the expected L0 is k; False if the pool does not reach down to it."""

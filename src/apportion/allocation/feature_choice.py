@@ -178,26 +178,32 @@ class FeatureChoice(ThresholdInEval):
         total = total_matches(self.config.k, tokens)
         return total if self.in_mutual_phase else integer_budgets(self.density, total, cap=tokens)
 
+    def wanted_of(self, tokens: int, available: Int[Tensor, " d_sae"]) -> int | Int[Tensor, " d_sae"]:
+        """What a latent with too few positive affinities leaves goes to the others, so that the expected L0 is k."""
+        total = total_matches(self.config.k, tokens)
+        return total if self.in_mutual_phase else integer_budgets(self.density, total, cap=available)
+
     def set_threshold(self, pool: Pool) -> bool:
-        total = total_matches(self.config.k, pool.tokens)
         if self.in_mutual_phase:
-            threshold = scalar_threshold(pool, total)
+            threshold = scalar_threshold(pool, total_matches(self.config.k, pool.tokens))
             if threshold is not None:
                 self.threshold.fill_(threshold)
             return threshold is not None
-        # A latent that has too few positive affinities leaves its share to the others, so that the expected L0 is k.
         latents, affinity, cut_off = pool.latents, pool.affinity, pool.floor > 0
-        available = torch.bincount(latents, minlength=self.d_sae)
-        wanted = integer_budgets(self.density, total, cap=torch.where(cut_off, pool.tokens, available))
-        if bool((cut_off & (wanted >= available)).any()):
+        held = torch.bincount(latents, minlength=self.d_sae) + pool.above
+        available = torch.where(cut_off, pool.tokens, held) if pool.available is None else pool.available
+        wanted = self.wanted_of(pool.tokens, available)
+        assert isinstance(wanted, Tensor)
+        if bool((cut_off & (wanted >= held)).any()):
             return False
         inside, outside = affinity.new_zeros(2, self.d_sae)
+        at = wanted - pool.above
         for first in range(0, self.d_sae, step := -(-self.d_sae // POOL_PARTS)):
             part = ((latents >= first) & (latents < first + step)).nonzero().squeeze(1)
             ids, values = latents[part].long(), affinity[part]
             rank = rank_within(ids, values, self.d_sae)
-            for place, at in ((inside, rank == wanted[ids] - 1), (outside, rank == wanted[ids])):
-                place[ids[at]] = values[at]
+            for place, here in ((inside, rank == at[ids] - 1), (outside, rank == at[ids])):
+                place[ids[here]] = values[here]
         inside[wanted == 0] = torch.inf
         # All matches found are wanted: stay just below the smallest, for there may be more beyond the pool.
         outside = torch.where(wanted == available, torch.nextafter(inside, torch.zeros_like(inside)), outside)

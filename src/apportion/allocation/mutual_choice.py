@@ -91,6 +91,7 @@ def scalar_threshold(pool: Pool, wanted: int) -> Float[Tensor, ""] | None:
     affinity = pool.affinity
     if wanted == 0:
         return affinity.new_tensor(torch.inf)
+    wanted -= int(pool.above)
     if wanted >= affinity.numel():
         return None if bool(pool.floor.max() > 0) else affinity.new_zeros(())
     best = affinity.topk(wanted + 1).values

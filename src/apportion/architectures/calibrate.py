@@ -3,16 +3,21 @@
     wanted       matches that the rule would hand out to all rows together: k * tokens, or so many to each latent
     threshold    what exactly the wanted ones exceed, over all rows, whatever their order and how they come in chunks
 
-The matches of many rows do not fit into memory, the wanted ones do. So a pool holds the best matches seen so far, and a
-floor under which no more are taken; the floor rises when the pool is full. While the number of rows to come is unknown,
-the pool keeps twice what the rows so far want. If in the end the threshold lay below the floor, something was
-let go that belonged to the wanted: then the rows are read again, with their number known and the floor where it has to
-be. Rows that come only once (a generator) can then not be calibrated on, which is said.
+The matches of many rows do not fit into memory. As long as the wanted ones do, a pool holds the best matches seen so
+far, above a floor under which no more are taken; the floor rises when the pool is full. While the number of rows to
+come is unknown, the pool keeps twice what the rows so far want. If in the end the threshold lay below the floor,
+something was let go that belonged to the wanted: then the rows are read again, with their number known and the floor
+where it has to be. If the wanted ones are too many for the pool, they are counted, not held (counting.py).
+
+Rows that come only once (a generator) are written to a temporary file as they come, to be read again if need be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from itertools import count
+from tempfile import SpooledTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,20 +26,22 @@ from torch import Tensor
 
 from apportion.allocation import Pool
 from apportion.allocation.token_choice import rank_within
+from apportion.architectures.counting import Take, counted
 from apportion.architectures.inputs import as_tensor, first_tensor, is_array
 
 if TYPE_CHECKING:
     from apportion.architectures.base import SAE
 
-HELD = {True: 1 << 22, False: 1 << 26}
-"""Matches that the pool may hold before its floor rises (32 MB, 0.5 GB), if the rows want fewer; by whether the rows
-can be read again: if not, letting too much go cannot be mended."""
+HELD = 1 << 22
+"""Matches that the pool may hold before its floor rises, if the rows want fewer (32 MB)."""
+MOST = 1 << 22
+"""Matches that are held for the sake of those that are wanted; more are counted."""
 RESERVE = {False: 2.0, True: 1.25}
 """How many times the wanted matches are kept, by whether the number of rows is known."""
-AT_ONCE = 1 << 23
-"""Possible matches of rows that are encoded together, while there is no floor: half of them may be made."""
-ROUNDS = 8
-"""Times that the rows are read, at most; twice is what it takes unless most latents lack matches."""
+AT_ONCE = 1 << 21
+"""Matches of rows that are encoded together, about."""
+IN_MEMORY = 1 << 27
+"""Bytes of rows that come only once which are kept in memory, not in a file."""
 
 CHUNK = 4096
 """Rows that are encoded together."""
@@ -47,17 +54,43 @@ def calibrate(sae: SAE, xs: Tensor | Iterable[Any]) -> float:
     """What `SAE.calibrate` says."""
     was_training = sae.training
     xs = as_tensor(xs) if is_array(xs) else xs
-    again = isinstance(xs, Tensor) or iter(xs) is not xs
     tokens = xs.shape[: xs.ndim - len(sae.row_shape)].numel() if isinstance(xs, Tensor) else None
     try:
-        if sae.allocation.batch_coupled:
-            tokens, matches = set_thresholds(sae, lambda: prepared_parts(sae, xs), tokens, again)
-        else:
+        if not sae.allocation.batch_coupled:
             tokens, matches = count_matches(sae, prepared_parts(sae, xs))
+        elif isinstance(xs, Tensor) or iter(xs) is not xs:
+            tokens, matches = set_thresholds(sae, lambda: prepared_parts(sae, xs), tokens)
+        else:
+            with ExitStack() as until_then:
+                tokens, matches = set_thresholds(sae, Kept(prepared_parts(sae, xs), until_then), None)
     finally:
         sae.train(was_training)
     sae.info["calibration"] = {"tokens": tokens, "l0": matches / tokens}
     return matches / tokens
+
+
+class Kept:
+    """Rows that come once, as often as they are asked for."""
+
+    def __init__(self, parts: Iterator[Float[Tensor, " n *row"]], until_then: ExitStack) -> None:
+        self.parts, self.seen = parts, list[tuple[int, Tensor]]()
+        self.file = until_then.enter_context(SpooledTemporaryFile(max_size=IN_MEMORY))  # noqa: SIM115
+
+    def __call__(self) -> Iterator[Float[Tensor, " n *row"]]:
+        for i in count():
+            if i == len(self.seen):
+                if (part := next(self.parts, None)) is None:
+                    return
+                at = self.file.seek(0, 2)
+                self.file.write(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                self.seen.append((at, part[:0]))
+            else:
+                at, like = self.seen[i]
+                end = self.seen[i + 1][0] if i + 1 < len(self.seen) else self.file.seek(0, 2)
+                self.file.seek(at)
+                data = torch.frombuffer(bytearray(self.file.read(end - at)), dtype=like.dtype)
+                part = data.view(-1, *like.shape[1:]).to(like.device)
+            yield part
 
 
 def prepared_parts(sae: SAE, xs: Tensor | Iterable[Any]) -> Iterator[Tensor]:
@@ -82,78 +115,98 @@ def count_matches(sae: SAE, parts: Iterable[Tensor]) -> tuple[int, int]:
     return tokens, matches
 
 
-def set_thresholds(sae: SAE, rows: Rows, tokens: int | None, again: bool) -> tuple[int, int]:
+def set_thresholds(sae: SAE, rows: Rows, tokens: int | None) -> tuple[int, int]:
     """Set the thresholds of the SAE's rule; returns the number of rows, and of matches above the thresholds.
 
-    `tokens` is how many rows there are, if that is known; `again`: they can be read more than once. ValueError if they
-    would have to be, and cannot.
+    `tokens` is how many rows there are, if that is known.
     """
-    reserve = RESERVE[tokens is not None]
-    for _ in range(ROUNDS):
-        pool = _pool(sae, rows, tokens, reserve, HELD[again])
-        if sae.allocation.set_threshold(pool):
-            theta = sae.allocation.threshold
-            above = pool.affinity > (theta if theta.ndim == 0 else theta[pool.latents])
-            return pool.tokens, int(above.sum())
-        sae.allocation.forget_threshold()
-        if not again:
-            break
-        tokens, reserve = pool.tokens, RESERVE[True] if tokens is None else 4 * reserve
-    raise ValueError(
-        "calibrate: the rows are far from random order, and reading them once is not enough to set thresholds exactly. "
-        "Give them as one tensor or a list, which can be read again, or in random order."
-    )
+    rule, reserve, fits = sae.allocation, RESERVE[tokens is not None], True
+    while True:  # in the end nothing is let go
+        pool, matches = pooled(sae, rows, tokens, reserve) if fits else None, None
+        fits = pool is not None
+        if pool is None:
+            pool, matches = counted(rule, lambda floor, take: read(sae, rows, floor, take), sae.dtype, reserve)
+        if pool is not None and rule.set_threshold(pool):
+            if matches is None:
+                theta = rule.threshold
+                matches = int((pool.affinity > (theta if theta.ndim == 0 else theta[pool.latents])).sum())
+            return pool.tokens, matches
+        rule.forget_threshold()
+        if fits and tokens is None and pool is not None:
+            tokens, reserve = pool.tokens, RESERVE[True]
+        else:
+            reserve *= 4
 
 
-def _pool(sae: SAE, rows: Rows, total: int | None, reserve: float, held: int) -> Pool:
-    """The best matches of all rows, as many as are wanted and more."""
-    pool = _Growing(sae, total, reserve, held)
+def read(sae: SAE, rows: Rows, floor: Tensor, take: Take) -> int:
+    """Encode all rows, of which `take` gets the matches above the floor, part by part; returns how many there are."""
+    tokens, at_once = 0, AT_ONCE // sae.d_sae
     for x in rows():
-        size = len(x) if bool((pool.floor > 0).any()) else max(1, AT_ONCE // sae.d_sae)
-        for part in x.split(size) if len(x) else ():
-            pool.add(part)
-    return pool.finish()
+        while len(x):
+            part, x = (x[: (size := max(1, at_once))], x[size:])
+            found = sae.encode_scaled(part, sae.selection(rule=sae.allocation.in_eval(floor)))
+            at_once = AT_ONCE * found.tokens // max(1, found.nnz)
+            tokens += found.tokens
+            higher = take(found.indices, sae.affinities(found), tokens)
+            floor = floor if higher is None else higher.to(floor)
+    if not tokens:
+        raise ValueError("calibrate needs at least one row of activations, got none.")
+    return tokens
+
+
+def pooled(sae: SAE, rows: Rows, total: int | None, reserve: float) -> Pool | None:
+    """The best matches of all rows, as many as are wanted and more; None if that is more than MOST."""
+    pool = _Growing(sae, total, reserve)
+    try:
+        if total is not None:
+            pool.needed(total)
+        tokens = read(sae, rows, pool.floor, pool.take)
+    except _TooMany:
+        return None
+    latents, affinity = pool.joined()
+    return Pool(latents, affinity, tokens, pool.floor)
+
+
+class _TooMany(Exception):
+    """More matches are wanted than are held."""
 
 
 class _Growing:
     """A pool while rows come in."""
 
-    def __init__(self, sae: SAE, total: int | None, reserve: float, most: int) -> None:
-        self.sae, self.total, self.reserve, self.most = sae, total, reserve, most
-        self.tokens = 0
+    def __init__(self, sae: SAE, total: int | None, reserve: float) -> None:
+        self.sae, self.total, self.reserve = sae, total, reserve
         self.floor = torch.zeros_like(sae.allocation.threshold)
         self.latents: list[Int[Tensor, " n"]] = []
         self.affinity: list[Float[Tensor, " n"]] = []
         self.held = 0
 
-    def add(self, x: Float[Tensor, " n *row"]) -> None:
-        found = self.sae.encode_scaled(x, self.sae.selection(rule=self.sae.allocation.in_eval(self.floor)))
-        self.latents.append(found.indices.int())
-        self.affinity.append(self.sae.affinities(found))
-        self.tokens += found.tokens
-        self.held += found.nnz
-        wanted = self.sae.allocation.wanted(self.total or self.tokens)
-        needed = self.reserve * int(wanted if isinstance(wanted, int) else wanted.sum()) + 16 * self.sae.d_sae
-        if self.held > max(self.most, 2 * needed):
-            self._shrink(wanted)
+    def needed(self, tokens: int) -> float:
+        """Matches to hold for the sake of so many rows."""
+        wanted = self.sae.allocation.wanted(tokens)
+        needed = self.reserve * int(wanted if isinstance(wanted, int) else wanted.sum())
+        if needed > MOST:
+            raise _TooMany
+        return needed + 16 * self.sae.d_sae
 
-    def _joined(self) -> tuple[Tensor, Tensor]:
-        self.latents, self.affinity = [torch.cat(self.latents)], [torch.cat(self.affinity)]
-        return self.latents[0], self.affinity[0]
-
-    def _shrink(self, wanted: int | Tensor) -> None:
-        """Raise the floor to the best that has to be kept; ties with the last are kept, whoever came first."""
-        latents, affinity = self._joined()
+    def take(self, latents: Int[Tensor, " n"], affinity: Float[Tensor, " n"], tokens: int) -> Tensor | None:
+        """Add matches, of so many rows by now; returns a floor that has risen."""
+        self.latents.append(latents.int())
+        self.affinity.append(affinity)
+        self.held += len(latents)
+        if self.held <= max(HELD, 2 * self.needed(self.total or tokens)):
+            return None
+        latents, affinity = self.joined()
+        wanted = self.sae.allocation.wanted(self.total or tokens)
         self.floor = raised(self.floor, latents, affinity, wanted, self.reserve)
         kept = affinity > (self.floor if self.floor.ndim == 0 else self.floor[latents])
         self.latents, self.affinity = [latents[kept]], [affinity[kept]]
         self.held = int(kept.sum())
+        return self.floor
 
-    def finish(self) -> Pool:
-        if not self.tokens:
-            raise ValueError("calibrate needs at least one row of activations, got none.")
-        latents, affinity = self._joined()
-        return Pool(latents, affinity, self.tokens, self.floor)
+    def joined(self) -> tuple[Tensor, Tensor]:
+        self.latents, self.affinity = [torch.cat(self.latents)], [torch.cat(self.affinity)]
+        return self.latents[0], self.affinity[0]
 
 
 def raised(floor: Tensor, latents: Tensor, affinity: Tensor, wanted: int | Tensor, reserve: float) -> Tensor:
