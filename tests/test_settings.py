@@ -57,7 +57,7 @@ def test_fractions_of_every_kind(number: Any, tmp_path: Path) -> None:
         ({"zebra": 4}, "known are: lr, batch_tokens"),
         ({"dtype": "float23"}, "dtype cannot be 'float23'; did you mean float32 or float64?"),
         ({"dtype": None}, "dtype cannot be None; known are: float32, float64"),
-        ({"screen": "int8"}, "screen cannot be 'int8'; known are: bfloat16, None."),
+        ({"screen": "int4"}, "screen cannot be 'int4'; did you mean int8?"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:

@@ -28,7 +28,7 @@ from apportion.allocation.feature_choice import FeatureChoiceConfig
 from apportion.allocation.mutual_choice import MutualChoiceConfig
 from apportion.allocation.threshold import ThresholdConfig
 from apportion.allocation.token_choice import TokenChoiceConfig
-from apportion.kernels import choose, select
+from apportion.kernels import choose, product, scan, select
 from apportion.kernels.product import Product
 
 
@@ -139,6 +139,12 @@ BLOCKS = [1, 40, 2**20]
 def set_block(patch: pytest.MonkeyPatch, entries: int) -> None:
     patch.setattr(blocks, "BLOCK_ENTRIES", entries)
     patch.setattr(blocks, "MIN_BLOCK_ROWS", 1)
+    patch.setattr(blocks, "TILE_ROWS", max(6, entries // 5))
+    patch.setattr(blocks, "TILE_COLUMNS", max(6, entries // 6))
+    patch.setattr(blocks, "GROUP", 2)
+    patch.setattr(scan, "GROUP", 2)
+    patch.setattr(product, "GROUP", 2)
+    patch.setattr(scan, "LEAST_ENTRIES", 10)
     patch.setattr(select, "SPARE_CANDIDATES", entries // 4)
 
 
@@ -347,7 +353,8 @@ def test_real_numbers(make, dtype, block):
 @pytest.mark.few(10)
 @pytest.mark.parametrize("make", RULES.values(), ids=list(RULES))
 @pytest.mark.parametrize("norms", [False, True])
-def test_the_screen_on_real_numbers(make, norms, block):
+@pytest.mark.parametrize("screen", ["bfloat16", "int8"])
+def test_the_screen_on_real_numbers(make, norms, screen, block):
     """Over a warm-started stream: the budget is spent, values are exact, whatever is missed lies at the cut."""
     g = torch.Generator().manual_seed(0)
     tokens, d_in, d_sae, k = 200, 64, 320, 8
@@ -356,7 +363,7 @@ def test_the_screen_on_real_numbers(make, norms, block):
     rule, warm, missed = make(k, d_sae), None, 0
     for _ in range(4):
         x = torch.randn(tokens, d_in, generator=g)
-        exact, screened = Selection(rule), Selection(rule, warm, "bfloat16")
+        exact, screened = Selection(rule), Selection(rule, warm, screen)
         exact, found = (choose(x, W, b, selection, norms=scale) for selection in (exact, screened))
         warm = screened.next_warm
         codes = x.double() @ W.double().T + b.double()

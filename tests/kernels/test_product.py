@@ -11,7 +11,7 @@ from apportion.allocation.feature_choice import FeatureChoiceConfig
 from apportion.allocation.mutual_choice import MutualChoiceConfig
 from apportion.allocation.threshold import ThresholdConfig
 from apportion.allocation.token_choice import TokenChoiceConfig
-from apportion.kernels import Experts, choose, select
+from apportion.kernels import Experts, choose, product, scan, select
 from apportion.kernels.product import Product
 
 
@@ -92,6 +92,12 @@ def check(p: Problem, rule: Rule, warm: torch.Tensor | None = None, screen: Scre
 def block(request, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_ENTRIES", request.param)
     monkeypatch.setattr(blocks, "MIN_BLOCK_ROWS", 1)
+    monkeypatch.setattr(blocks, "TILE_ROWS", max(3, request.param // 3))
+    monkeypatch.setattr(blocks, "TILE_COLUMNS", max(4, request.param // 5))
+    monkeypatch.setattr(blocks, "GROUP", 2)
+    monkeypatch.setattr(scan, "GROUP", 2)
+    monkeypatch.setattr(product, "GROUP", 2)
+    monkeypatch.setattr(scan, "LEAST_ENTRIES", 10)
     monkeypatch.setattr(select, "SPARE_CANDIDATES", request.param // 4)
 
 

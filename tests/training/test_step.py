@@ -219,7 +219,7 @@ def test_the_configured_screen_is_in_force_within_a_step_only(name, screen, own,
     ("settings", "message"),
     [
         ({"screen": "bf16"}, "screen cannot be 'bf16'; did you mean bfloat16"),
-        ({"screen": True}, "screen cannot be True; known are: bfloat16, None"),
+        ({"screen": True}, "screen cannot be True; known are: auto, bfloat16, int8, None"),
         ({"screen": "bfloat16", "dtype": "float64"}, "needs dtype float32"),
     ],
 )

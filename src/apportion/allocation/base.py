@@ -66,7 +66,7 @@ class Pool:
     """How many there are of each latent; None: those held, or as many as tokens where the floor cuts some off."""
 
 
-Screen = Literal["bfloat16"] | None
+Screen = Literal["bfloat16", "int8"] | None
 """In what precision candidates are looked for, if not in that of the codes (kernels/select.py)."""
 
 
@@ -80,12 +80,20 @@ class Selection:
     screen: Screen = None
     group: Group = ALONE
     """The processes that share the budget."""
+    margin: float | None = None
+    """Of the screen: how far below the cut it looks, as a share of it; None: as it usually does."""
+    check: int = 0
+    """Tokens whose affinities are computed in full, to see what the screen missed."""
     next_warm: Tensor | None = None
     """Afterwards: the bounds for the next batch."""
+    checked: int = 0
+    """Afterwards: matches of the tokens that were checked."""
+    missed: int = 0
+    """Afterwards: what exceeds the cut on these tokens and was not chosen."""
 
     def by(self, rule: Rule) -> Selection:
         """The same way of looking with another rule, of which no bounds are known."""
-        return replace(self, rule=rule, warm=None)
+        return replace(self, rule=rule, warm=None, check=0)
 
 
 @dataclass(frozen=True)

@@ -1,47 +1,49 @@
 """From inputs to chosen matches, without ever holding the [tokens, d_sae] matrix.
 
-The one dense product of an SAE, x W_enc^T + b_enc, is made in row blocks into a reused buffer (kernels/product.py). Of
-each block only the entries above the rule's bounds survive as candidates, and if they become too many the rule prunes
-those that cannot be chosen any more. After the last block it settles which are chosen. If the bounds turn out too high,
-the kernel looks again: a scalar bound is lowered and the blocks are scanned once more; latents with bounds of their own
-are looked up one by one in the transposed product. Under a rule that limits rows (TopK) each row has a bound just below
-its k-th largest entry, and no second look is needed.
+The one dense product of an SAE, x W_enc^T + b_enc, is made in tiles into a reused buffer (kernels/product.py). Of
+each tile only the entries above the rule's bounds survive as candidates (kernels/scan.py), and if they become too many
+the rule prunes those that cannot be chosen any more. After the last tile it settles which are chosen. If the bounds
+turn out too high, the kernel looks again: a scalar bound is lowered and the tiles are scanned once more; latents with
+bounds of their own are looked up one by one in the transposed product. Under a rule that limits rows (TopK) each row
+has a bound from its first tile, below which few rows have anything that counts: those with less than their limit above
+it are looked at again, whole.
 
 With experts the blocks come expert by expert, but candidates are settled all together and in token order: the rule
 chooses exactly as if all other entries were zero.
 
-With `screen="bfloat16"` the product is made in bfloat16, several times faster, and only finds candidates: everything
-within SCREEN_MARGIN of the cut. Their codes are computed again in full precision, and on these the rule settles.
-Values are exact, and no match is missed while bfloat16 moves affinities by less than half of the margin (half, because
-the cut that it starts from has moved as well; a threshold does not move and leaves all of it). Now bfloat16 moves a
-code by about
+With a screen the product is made in bfloat16 or in whole numbers of 8 bits, several times faster, and only finds
+candidates: everything within a margin of the cut (MARGINS). Their codes are computed again in full precision, and on
+these the rule settles. Values are exact, and no match is missed while the screen moves affinities by less than half of
+the margin (half, because the cut that it starts from has moved as well; a threshold does not move and leaves all of
+it). Now bfloat16 moves a code by about
 
     2^-9 (|code| + |b_enc| + ||x * w||)        x * w: the d_in products that add up to the code
 
-and the margin is a share of the cut. So the screen assumes centred inputs, as the input description makes them: where
-b_enc cancels a large component common to all inputs, or where the cut is next to zero (a ReLU), matches are missed.
+and whole numbers by about three times as much; the margin is a share of the cut. So a screen assumes centred inputs,
+as the input description makes them: where b_enc cancels a large component common to all inputs, or where the cut is
+next to zero (a ReLU), matches are missed. How many are can be measured (training/screen.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, sqrt
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion.allocation import Candidates, Selection, Settled, Threshold
 from apportion.allocation.token_choice import rank_within
-from apportion.kernels.dispatch import backend_for
-from apportion.kernels.product import Block, Experts, Product
+from apportion.kernels.product import Block, Experts, Product, WholeNumbers
+from apportion.kernels.scan import above, below_largest, marked
 
 SPARE_CANDIDATES = 2**20
 """So many candidates beyond twice the budget, and those that cannot be chosen any more are thrown out."""
-SCREEN_MARGIN = 0.01
-"""Relative distance below the cut down to which the screen keeps candidates."""
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers by size: read as these, positive floats compare alike and all others lie below them."""
+ROUNDING = 1e-5
+"""Relative distance within which float32 tells no affinities apart."""
+MARGINS = {"bfloat16": 0.01, "int8": 0.03}
+"""Relative distance below the cut down to which a screen keeps candidates, unless the selection has another."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class _Found:
 
     def __getitem__(self, keep: Tensor) -> _Found:
         """Those that a mask marks, or those at given places."""
-        places = _marked(keep) if keep.dtype == torch.bool else keep
+        places = marked(keep) if keep.dtype == torch.bool else keep
         if keep.dtype == torch.bool and places.numel() == keep.numel():
             return self
         values = self.values[places]
@@ -115,6 +117,8 @@ def choose(
             settled = scan.settle(found)
     selection.next_warm = settled.next_bounds if scan.rough_next is None else scan.rough_next
     chosen = found[settled.keep]
+    if selection.check:
+        selection.checked, selection.missed = scan.missed(chosen, settled.cut)
     return Matches(chosen.rows, chosen.latents, chosen.values)
 
 
@@ -141,9 +145,10 @@ class _Scan:
         self.budget = self.rule.budget(selection.group.count(self.tokens))
         self.total = int(self.budget.sum()) if isinstance(self.budget, Tensor) else self.budget
         self.screened = selection.screen is not None and self.x.dtype == torch.float32
+        self.margin = selection.margin or MARGINS.get(selection.screen or "", 0.0)
+        self.precision = {"bfloat16": torch.bfloat16, "int8": "int8"}.get(selection.screen or "", self.x.dtype)
         self.rough_next: Tensor | None = None
         """Bounds for the next batch, of all that the screen let through."""
-        self.scratch = torch.empty(0, dtype=torch.bool, device=self.x.device)
 
     def first_bounds(self) -> Tensor | None:
         bounds = None if self.rule.row_limit is not None else self.rule.bounds(self.selection.warm)
@@ -183,7 +188,7 @@ class _Scan:
         pruned = self.prune(found)
         self.rough_next = pruned.next_bounds
         found = self.exact(found[self.in_reach(found, pruned)])
-        return found, bounds * (1 - SCREEN_MARGIN) / (1 - SCREEN_MARGIN / 2)
+        return found, bounds * (1 - self.margin) / (1 - self.margin / 2)
 
     def exact(self, rough: _Found) -> _Found:
         """The same matches with codes in full precision; those that are not positive are dropped."""
@@ -199,21 +204,22 @@ class _Scan:
         if bounds is not None and bounds.ndim == 1 and bool(torch.isposinf(bounds).all()):
             return _Found.cat([], self.x), bounds
         total, limit = self.total, self.rule.row_limit
+        precision = self.precision if self.screened else self.x.dtype
+        if limit is None and bounds is None:
+            block = self.product.first_rows(precision)
+            guess = None if block is None else self.rule.first_bounds(block.affinity)
+            bounds = self.x.new_zeros(()) if guess is None else guess.to(self.x.dtype)
+        self.product.shared_scales = bounds is None or bounds.ndim == 0
         parts: list[_Found] = []
-        pending = 0
-        for latents, block in self.product.blocks(torch.bfloat16 if self.screened else self.x.dtype):
+        pending, of_rows = 0, _RowBounds(self.product, limit)
+        for latents, block in self.product.blocks(precision):
             if limit is not None:
-                at = _below_largest(block.affinity, limit)
-            elif bounds is None:
-                guess = self.rule.first_bounds(block.affinity)
-                at = bounds = self.x.new_zeros(()) if guess is None else guess.to(self.x.dtype)
+                at = of_rows.of(block)
             else:
+                assert bounds is not None
                 at = bounds if bounds.ndim == 0 else bounds[latents]
             found = self.above(block, self.lowered(at))
-            values = found.values.to(self.x.dtype)
-            weights = values if found.affinity is found.values else found.affinity.to(self.x.dtype)
-            tokens = self.product.tokens_at(found.rows + block.first)
-            parts.append(_Found(tokens, found.latents + latents.start, values, weights))
+            parts.append(_Found(found.rows, found.latents + latents.start, found.values, found.affinity))
             pending += found.rows.numel()
             if total is not None and pending > 2 * total + SPARE_CANDIDATES:
                 merged = self.merged(parts)
@@ -225,55 +231,88 @@ class _Scan:
                 if self.screened and pending > 2 * total + SPARE_CANDIDATES:  # too much lies within the margin
                     self.screened = False
                     return self.rows(bounds)
-        return self.merged(parts), bounds
+        found = self.merged(parts)
+        return found if limit is None else self.with_whole_rows(found, of_rows, limit), bounds
 
     def merged(self, parts: list[_Found]) -> _Found:
-        """In token order, each token's matches being together and in order already."""
+        """In (token, latent) order, each token's matches being in order already."""
         found = _Found.cat(parts, self.x)
-        return found if self.product.order is None else found[found.rows.int().argsort(stable=True)]
+        return found if self.product.in_order else found[found.rows.int().argsort(stable=True)]
 
     def lowered(self, bounds: Tensor) -> Tensor:
         """What a block is compared with: the bounds, under the screen less the margin.
 
-        They are rounded down to bfloat16, which changes no comparison with a bfloat16 number.
+        For a product in bfloat16 they are rounded down to that, which changes no comparison with such a number.
         """
         if not self.screened:
             return bounds
-        low = (1 - SCREEN_MARGIN) * bounds.float()
+        low = (1 - self.margin) * bounds.float()
+        if self.precision == "int8":
+            return low
         return (low.view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
 
     def in_reach(self, found: _Found, pruned: Settled) -> Tensor:
         """Marks what may be chosen in the end: the chosen; under the screen all within the margin of the cut.
 
-        With experts an earlier token may still come, and ties at the cut are then its.
+        Where they do not come in token order an earlier token may still come, and ties at the cut are then its.
         """
         if not self.screened:
-            if self.product.order is None or pruned.cut is None:
+            if self.product.in_order or pruned.cut is None:
                 return pruned.keep
             return pruned.keep | (found.affinity == _each(pruned.cut, found.latents))
         if pruned.cut is None:
             return torch.ones_like(pruned.keep)
-        return found.affinity > (1 - SCREEN_MARGIN) * _each(pruned.cut, found.latents)
+        return found.affinity > (1 - self.margin) * _each(pruned.cut, found.latents)
 
     def below(self, cut: Tensor) -> Tensor:
         """A bound that whatever may still be chosen exceeds; see `in_reach`."""
-        return cut if self.product.order is None else torch.nextafter(cut, torch.zeros_like(cut))
+        return cut if self.product.in_order else torch.nextafter(cut, torch.zeros_like(cut))
 
-    def above(self, block: Block, bounds: Tensor) -> _Found:
-        """Entries whose affinity exceeds the bounds (a scalar, one per column, or one per row [rows, 1]), as places."""
-        codes, affinity = block.codes, block.affinity
-        if backend_for(affinity) == "triton":
-            from apportion.kernels import triton_kernels
+    def above(self, block: Block | WholeNumbers, bounds: Tensor) -> _Found:
+        """Entries whose affinity exceeds the bounds, by token and by place among the columns."""
+        rows, columns, codes, affinity = above(block, bounds)
+        values = codes.to(self.x.dtype)
+        weights = values if affinity is codes else affinity.to(self.x.dtype)
+        return _Found(self.product.tokens_at(rows + block.first), columns, values, weights)
 
-            flat = triton_kernels.above(affinity, bounds)
+    def with_whole_rows(self, found: _Found, of_rows: _RowBounds, limit: int) -> _Found:
+        """What was found, with the best of whole rows for the tokens that have too little above their bounds."""
+        counts = torch.bincount(found.rows, minlength=self.tokens)
+        short = ((counts < limit) & of_rows.guessed).nonzero().squeeze(-1)
+        if not len(short):
+            return found
+        part = _Scan(self.product.of_tokens(short), self.selection)
+        parts = []
+        for latents, block in part.product.blocks(self.x.dtype, whole=True):
+            one = part.above(block, below_largest(block.affinity, limit))
+            parts.append(_Found(short[one.rows], one.latents + latents.start, one.values, one.affinity))
+        marks = torch.zeros(self.tokens, dtype=torch.bool, device=self.x.device)
+        marks[short] = True
+        both = _Found.cat([found[~marks[found.rows]], *parts], self.x)
+        return both[both.rows.int().argsort(stable=True)]
+
+    def missed(self, chosen: _Found, cut: Tensor | None) -> tuple[int, int]:
+        """Over some tokens: how many matches they have, and how many more affinities exceed the cut."""
+        tokens = torch.arange(0, self.tokens, max(1, self.tokens // max(1, self.selection.check)), device=self.x.device)
+        own = chosen[torch.isin(chosen.rows, tokens)]
+        limit = self.rule.row_limit
+        if limit is not None:
+            least = self.x.new_full((self.tokens,), torch.inf).scatter_reduce(0, own.rows, own.affinity, "amin")
+            full = torch.bincount(own.rows, minlength=self.tokens) >= limit
+            lowest = torch.where(full, least, 0.0)[:, None]
         else:
-            if self.scratch.numel() < affinity.numel():
-                self.scratch = torch.empty(affinity.numel(), dtype=torch.bool, device=affinity.device)
-            flat = _above_in_torch(affinity, bounds, self.scratch[: affinity.numel()].view(affinity.shape))
-        rows = flat.div(codes.shape[1], rounding_mode="floor")
-        values = codes.view(-1).index_select(0, flat)
-        weights = values if affinity is codes else affinity.view(-1).index_select(0, flat)
-        return _Found(rows, flat - rows * codes.shape[1], values, weights)
+            bounds = self.rule.bounds(None) if cut is None else cut
+            lowest = self.x.new_zeros(()) if bounds is None else bounds
+        lowest = lowest * (1 + ROUNDING)
+        level = lowest[own.rows, 0] if lowest.ndim == 2 else _each(lowest, own.latents)
+        above_it, part, exceeding = int((own.affinity > level).sum()), self.product.of_tokens(tokens), 0
+        for latents, block in part.blocks(self.x.dtype):
+            rows = tokens[
+                part.tokens_at(torch.arange(block.first, block.first + len(block.codes), device=tokens.device))
+            ]
+            at = lowest[rows] if lowest.ndim == 2 else lowest if lowest.ndim == 0 else lowest[latents]
+            exceeding += len(above(block, at)[0])
+        return len(own.rows), max(0, exceeding - above_it)
 
     def with_columns(self, found: _Found, short: Bool[Tensor, " d_sae"]) -> _Found:
         """What was found, with all that latents in `short` have in place of what was found of them."""
@@ -287,37 +326,39 @@ class _Scan:
         assert isinstance(budget, Tensor)
         for ids, block in self.product.columns(latents[budget[latents].argsort(descending=True)]):
             reach = 2 * int(budget[ids].max()) + 4
-            found = self.above(block, _below_largest(block.affinity, reach))
+            found = _Found(*above(block, below_largest(block.affinity, reach)))
             found = found[rank_within(found.rows, found.affinity, len(ids)) < reach]
             tokens = self.product.tokens_at(found.latents + block.first)
             parts.append(_Found(tokens, ids[found.rows], found.values, found.affinity))
         return parts
 
 
+class _RowBounds:
+    """Below which nothing of a row has to be looked at, under a rule that limits rows."""
+
+    def __init__(self, product: Product, limit: int | None) -> None:
+        self.product, self.limit = product, limit
+        self.guessed = torch.zeros(len(product.x), dtype=torch.bool, device=product.x.device)
+        """Tokens whose bounds are a guess from a part of their latents, and not zero."""
+        self.bounds = torch.empty(0)
+        self.first = -1
+
+    def of(self, block: Block | WholeNumbers) -> Tensor:
+        """Of these rows: for a tile that is the first of them so high that all of their tiles together are likely to
+        have somewhat more than the limit above it."""
+        if block.first != self.first:
+            assert self.limit is not None
+            expected = self.limit * block.share
+            affinity = block.affinity
+            likely = min(ceil(expected + 3 * sqrt(expected) + 3), affinity.shape[1])
+            some = self.limit if block.share == 1 else min(self.limit, likely)
+            self.first, self.bounds = block.first, below_largest(affinity, some)
+            if some < self.limit:
+                places = torch.arange(block.first, block.first + len(self.bounds), device=self.guessed.device)
+                self.guessed[self.product.tokens_at(places)] = (self.bounds > 0).squeeze(1)
+        return self.bounds
+
+
 def _each(bounds: Tensor, latents: Tensor) -> Tensor:
     """The bound of each match."""
     return bounds if bounds.ndim == 0 else bounds[latents]
-
-
-def _below_largest(affinity: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 1"]:
-    """For each row a bound that its k largest positive entries exceed, and besides them only ties."""
-    at, kind = max(affinity.shape[1] - k, 0), BITS[affinity.element_size()]
-    if affinity.device.type == "cpu":
-        # numpy partitions integers with vector instructions, many times faster than torch finds a k-th value.
-        kth = torch.from_numpy(np.partition(affinity.view(kind).numpy(), at, axis=1)[:, at].copy())
-    else:
-        kth = affinity.topk(affinity.shape[1] - at, dim=1, sorted=False).values.amin(1).view(kind)
-    return (kth.clamp_min(1) - 1).view(affinity.dtype)[:, None]
-
-
-def _above_in_torch(affinity: Tensor, bounds: Tensor, out: Tensor) -> Int[Tensor, " n"]:
-    if affinity.element_size() == 2:  # comparing integers is much faster
-        affinity, bounds = affinity.view(torch.int16), bounds.view(torch.int16).clamp_min(0)
-    return _marked(torch.gt(affinity, bounds, out=out).view(-1))
-
-
-def _marked(mask: Tensor) -> Int[Tensor, " n"]:
-    """mask.nonzero() of a flat mask; numpy finds the marks many times faster than torch where there are many."""
-    if mask.is_cuda:
-        return mask.nonzero().squeeze(-1)
-    return torch.from_numpy(np.flatnonzero(mask.numpy()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from apportion.settings import check_names, require, settle
+from apportion.settings import check_names, newer, require, settle
 
 
 class _Named(type):
@@ -42,10 +42,11 @@ class TrainConfig(metaclass=_Named):
     """Window of the running firing rates. None: 1M, or a tenth of a shorter run."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the weights."""
-    screen: Literal["bfloat16"] | None = None
-    """"bfloat16": find candidate matches with a product in bfloat16 while training; their codes, the selection and all
-    gradients stay float32. Several times faster where the hardware multiplies bfloat16. It assumes inputs that are
-    centred, as the input description makes them: kernels/select.py says when a match can be missed."""
+    screen: Literal["auto", "bfloat16", "int8"] | None = newer("auto", before=None)
+    """How candidate matches are found while training: with a product in bfloat16, or in whole numbers of 8 bits, or in
+    full precision (None). Their codes, the selection and all gradients are float32 in any case. auto: the fastest at
+    this shape on this machine is measured at the first step, and kept. It assumes inputs that are centred, as the input
+    description makes them: kernels/select.py says when a match can be missed; how many are is measured and logged."""
     seed: int = 0
     """Seed of the data order where fit is given a tensor; other sources bring their own."""
     log_every_steps: int = 10
@@ -62,7 +63,7 @@ class TrainConfig(metaclass=_Named):
         require(self, (*positive, "checkpoint_every_minutes"), lambda value: value > 0, "must be positive")
         windows = ("dead_window_tokens", "density_window_tokens")
         require(self, windows, lambda value: value is None or value >= 1, "must be at least 1")
-        if self.screen and self.dtype != "float32":
+        if self.screen not in (None, "auto") and self.dtype != "float32":
             raise ValueError(f"screen = {self.screen!r} needs dtype float32, got {self.dtype!r}. Drop one of the two.")
         if self.total_tokens is not None and self.total_tokens < self.batch_tokens:
             raise ValueError(

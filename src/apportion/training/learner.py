@@ -6,13 +6,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apportion.allocation import Selection, StepContext
+from apportion.allocation import StepContext
 from apportion.architectures import SAE, rebuild
 from apportion.latents import Latents
 from apportion.training.activity import Activity
 from apportion.training.adam import Adam
 from apportion.training.clipping import RelativeClipping
 from apportion.training.config import TrainConfig
+from apportion.training.screen import Screening
 
 PER_OUTPUT = {"b_dec", "W_skip"}
 """Parameters whose rows are dimensions of the output."""
@@ -26,6 +27,7 @@ class Learner:
         self.clipping = RelativeClipping(config.clip_ratio).to(device)
         self.bounds: Tensor | None = None
         """Of the selection, carried from step to step."""
+        self.screening = Screening(sae, config.screen if config.dtype == "float32" else None)
         betas = {"beta1": config.beta1, "beta2": config.beta2}
         self.optimizer = Adam(sae.parameters(), unit_rows=sae.unit_rows(), lr_factors=sae.lr_factors(), **betas)
         self.trains = bool(self.optimizer.parameters)
@@ -43,7 +45,7 @@ class Learner:
             dead=self.activity.dead(),
             density=self.activity.density(),
             l0=self.l0,
-            selection=Selection(sae.allocation, self.bounds, self.config.screen),
+            selection=self.screening.selection(sae, self.bounds),
         )
         sae.begin_step(context)
         sae.allocation.forget_threshold()
@@ -67,6 +69,7 @@ class Learner:
         self.l0 = matches / max(tokens, 1)
         if context.selection is not None:
             self.bounds = context.selection.next_warm
+            self.screening.note(context.selection)
 
     @torch.no_grad()
     def redraw(self, latents: Int[Tensor, " n"], seed: int) -> None:

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from apportion.processes import refuse_several_processes
 from apportion.progress import progress_bar
 from apportion.rows.batch import Batch, Source
 from apportion.rows.sane import SaneRows
-from apportion.settings import plain_number
+from apportion.settings import in_records, plain_number
 from apportion.torch_state import usual
 from apportion.training.checkpoint import Checkpoint
 from apportion.training.config import TrainConfig
@@ -102,6 +102,8 @@ class Trainer:
         if not self.trains:
             raise ValueError(f"{self.sae.name} has nothing to train; fit prepares and calibrates it.")
         batch = self._accept(batch)
+        for own in self.learners:
+            own.screening.settle(own.sae, batch.rows())
         progress, lr = self.config.progress_at(self.tokens), self.config.lr_at(self.tokens)
         context = TrainingContext(
             tuple(own.begin_step(progress, len(batch.x), lr / self.config.lr) for own in self.learners),
@@ -132,6 +134,8 @@ class Trainer:
             "grad_norm": torch.stack(list(norms.values())).mean(),
             "lr": torch.tensor(lr),
         }
+        if shares := [own.screening.share for own in self.learners if own.screening.share is not None]:
+            metrics["missed"] = torch.tensor(max(shares))
         if self.steps % CHECK_FINITE_STEPS == 1:
             self._check_finite(metrics)
         return metrics
@@ -339,7 +343,7 @@ class Trainer:
         named = SAES.get(self.sae.name)
         return {
             "sae": {} if named is None else named.settings(self.sae.allocation_name, to_train=False),
-            "train": asdict(TrainConfig()),
+            "train": {f.name: in_records(f) for f in fields(TrainConfig)},
             "objective": self.objective.defaults(),
         }
 
@@ -351,7 +355,8 @@ class Trainer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything besides the SAEs that the next step depends on: tensors and plain values."""
         tensors = {f"{i}.{name}": t for i, own in enumerate(self.learners) for name, t in own.state().items()}
-        return tensors, {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}
+        values = {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}
+        return tensors, values | {"screens": [own.screening.state() for own in self.learners]}
 
     def check_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """ValueError unless this is all of what `state` returned after a step, of a trainer like this one."""
@@ -371,6 +376,8 @@ class Trainer:
         """Restore what `state` returned; the SAEs themselves are restored separately."""
         for i, own in enumerate(self.learners):
             own.load_state(under(f"{i}.", tensors))
+        for own, state in zip(self.learners, values.get("screens", [{}] * len(self.learners)), strict=True):
+            own.screening.load_state(state)
         self.steps, self.tokens, self.seconds = values["steps"], values["tokens"], values["seconds"]
         self._input_ready = True
         self._torn = False

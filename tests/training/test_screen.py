@@ -1,0 +1,156 @@
+"""The screen of a run: chosen once, kept, measured, widened, given up."""
+
+from __future__ import annotations
+
+import logging
+import signal
+
+import pytest
+import torch
+
+import apportion as ap
+from apportion.allocation import Selection
+from apportion.kernels import select
+from apportion.training import screen as module
+from apportion.training.screen import Screening
+
+
+def rows(n: int = 256, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def new(name: str = "mutual_choice", **settings: object) -> ap.SAE:
+    return ap.create(name, d_in=16, d_sae=128, k=4, seed=0, **settings)
+
+
+def trainer(name: str = "mutual_choice", **settings: object) -> ap.Trainer:
+    usual = {"batch_tokens": 256, "total_tokens": 256 * 60, "lr": 3e-3}
+    return ap.Trainer(new(name), ap.TrainConfig(**usual | settings))
+
+
+def measured(best: str | None, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    asked: list[tuple] = []
+    times = {None: 2.0, "bfloat16": 1.0, "int8": 3.0}
+    monkeypatch.setattr(module, "fastest", lambda *args: asked.append(args) or (best, times))
+    return asked
+
+
+@pytest.mark.parametrize("best", [None, "bfloat16", "int8"])
+def test_the_fastest_is_kept(best, monkeypatch, caplog):
+    asked = measured(best, monkeypatch)
+    t = trainer()
+    with caplog.at_level(logging.INFO, "apportion"):
+        for i in range(3):
+            t.step(rows(seed=i))
+    assert t.learners[0].screening.screen == best and len(asked) == 1
+    x, W_enc, matches, share = asked[0]
+    assert x.shape == (256, 16) and W_enc.shape == (128, 16) and (matches, share) == (4 * 256, 1)
+    assert f"screen: {best} (the product of a step: float32 2000.0 ms, bfloat16 1000.0 ms" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["relu", "gated", "jumprelu", "pca"])
+def test_without_a_budget_there_is_no_cut_to_look_above(name, monkeypatch):
+    asked = measured("bfloat16", monkeypatch)
+    sae = ap.create(name, d_in=16, k=4, seed=0, **({} if name == "pca" else {"d_sae": 128}))
+    t = ap.Trainer(sae, ap.TrainConfig(batch_tokens=256, total_tokens=1024))
+    if name == "pca":
+        t.fit(rows(2000))
+    else:
+        t.step(rows())
+    assert not asked and t.learners[0].screening.screen is None
+
+
+def test_experts_make_a_part_of_the_product(monkeypatch):
+    asked = measured("bfloat16", monkeypatch)
+    t = trainer("switch")
+    t.step(rows())
+    assert asked[0][3] == 1 / t.sae.num_experts < 1
+
+
+def test_a_screen_that_is_slow_is_taken_and_said_once(monkeypatch, caplog):
+    measured(None, monkeypatch)
+    t = trainer(screen="int8")
+    for i in range(3):
+        t.step(rows(seed=i))
+    assert t.learners[0].screening.screen == "int8"
+    assert caplog.text.count('screen = "int8" is slower here than none') == 1
+    caplog.clear()
+    trainer(screen="bfloat16").step(rows())
+    assert not caplog.text, "this one is not"
+
+
+@pytest.mark.parametrize("screen", ["bfloat16", "int8"])
+def test_codes_are_exact_and_training_is_the_same_but_for_rounding(screen):
+    exact, screened = trainer(screen=None), trainer(screen=screen)
+    for i in range(30):
+        figures = [t.step(rows(seed=i)) for t in (exact, screened)]
+        assert figures[1]["loss"] == pytest.approx(figures[0]["loss"].item(), rel=1e-3)
+
+
+def test_a_resumed_run_keeps_its_screen_and_what_it_has_counted(tmp_path, monkeypatch):
+    asked = measured("int8", monkeypatch)
+    monkeypatch.setattr(module, "CHECK_STEPS", 2)
+    source = rows(4000)
+    whole = trainer().fit(source, tmp_path / "whole", progress=False)
+    t = trainer()
+    step, done = t.step, []
+
+    def interrupted(batch):
+        if len(done) == 9:
+            signal.raise_signal(signal.SIGINT)
+        return done.append(1) or step(batch)
+
+    monkeypatch.setattr(t, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        t.fit(source, tmp_path / "parts", progress=False)
+    again = trainer()
+    measured("bfloat16", monkeypatch)  # another machine, say
+    resumed = again.fit(source, tmp_path / "parts", resume=True, progress=False)
+    assert len(asked) == 2 and again.learners[0].screening.screen == "int8"
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+    other = Screening(whole, "bfloat16")
+    other.load_state(again.learners[0].screening.state())
+    assert other.screen == "bfloat16", "what is asked for counts more"
+
+
+def test_what_a_screen_misses_is_counted_and_looked_for_further_below(monkeypatch, caplog):
+    measured("bfloat16", monkeypatch)
+    monkeypatch.setattr(module, "CHECK_STEPS", 1)
+    monkeypatch.setattr(module, "ENOUGH", 500)
+    monkeypatch.setitem(module.MARGINS, "bfloat16", 1e-6)
+    t = trainer()
+    shares, margins = [], []
+    for i in range(40):
+        figures = t.step(20 + rows(seed=i) / 20)  # a large common part: bfloat16 tells little apart
+        shares.append(figures.get("missed", torch.tensor(0.0)).item())
+        margins.append(t.learners[0].screening.margin)
+    assert max(shares) > module.MISSED and margins[-1] > margins[0] and margins == sorted(margins)
+    monkeypatch.setattr(module, "WIDEST", margins[-1])
+    for i in range(40):
+        t.step(20 + rows(seed=i) / 20)
+    assert t.learners[0].screening.screen is None and "is given up" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["topk", "mutual_choice", "feature_choice", "matryoshka", "crosscoder", "switch"])
+def test_missed_matches_are_those_that_are_missing(name, monkeypatch):
+    """Without a screen none is; and one that is taken away is found."""
+    sites = {"num_sites": 2} if name == "crosscoder" else {}
+    sae = new(name, **sites).train()
+    x = torch.randn(300, *sae.row_shape, generator=torch.Generator().manual_seed(0))
+    sae.fit_input(x)
+    selection = Selection(sae.allocation, check=300)
+    sae.encode_scaled(sae.input.apply_to(x), selection)
+    assert selection.checked > 300 and selection.missed == 0
+    settle = select._Scan.settle
+
+    def forgetful(scan, found):
+        settled = settle(scan, found)
+        settled.keep[settled.keep.nonzero()[5:8, 0]] = False
+        return settled
+
+    monkeypatch.setattr(select._Scan, "settle", forgetful)
+    selection = Selection(sae.allocation, check=300)
+    sae.encode_scaled(sae.input.apply_to(x), selection)
+    assert selection.missed >= 1, "the last of a token or a latent may equal the cut"
+    if sae.allocation.row_limit is None:
+        assert selection.missed <= 3
