@@ -25,9 +25,9 @@ NAMES = {
     "feature_choice": "Feature Choice",
     "switch_width": "Switch, width-matched",
     "switch_flop": "Switch, FLOP-matched",
-    "product": "x W^T + b",
-    "large_blocks": "x W^T + b, blocks of 2^24",
+    "product": "x W^T",
     "bfloat16": "bf16",
+    "auto": "screen=auto",
 }
 SWITCH = {"switch_width": (16, 1), "switch_flop": (8, 8)}
 """Switch SAEs: how many experts, and how many times d_sae latents they have together."""
@@ -46,8 +46,8 @@ class Subject:
     library: str
     """torch (the bare product), apportion, or a peer."""
     method: str
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: our screen; the autocast that a peer offers."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """float32: ours without a screen. bfloat16: our screen; the autocast that a peer offers. auto: our default."""
     aux: Literal["none", "aux_k", "aux_zipf", "default"] = "none"
     """Auxiliary loss with silent latents simulated, or the library's own default with none silent."""
     mode: Literal["train", "encode"] = "train"
@@ -66,9 +66,7 @@ class Subject:
 
 
 UNIT = Subject("torch", "product")
-"""What everything is measured in: the encoder's product in float32, in row blocks into a reused buffer."""
-LARGE_BLOCKS = Subject("torch", "large_blocks")
-"""The same product in blocks sixteen times as large, for orientation."""
+"""What everything is measured in: the encoder's product in float32, in the blocks in which torch is fastest here."""
 
 
 @dataclass(frozen=True)
@@ -113,18 +111,21 @@ def counterparts(subject: Subject) -> tuple[Subject, ...]:
     """What a subject is compared with besides the unit: ours of the same kind, Mutual Choice, no auxiliary loss."""
     if subject.library in PEERS:
         method = {"topk": "topk", "batch_topk": "mutual_choice"}[subject.method]
-        return (replace(subject, library="apportion", method=method),)
+        ours = replace(subject, library="apportion", method=method)
+        return (ours, replace(ours, precision="auto")) if subject.precision == "float32" else (ours,)
     if subject.library == "torch":
         return ()
     if subject.method in SWITCH:
         return (replace(subject, method="topk"),)
     mutual_choice, without_aux = replace(subject, method="mutual_choice"), replace(subject, aux="none")
-    return tuple(s for s in (mutual_choice, without_aux) if s != subject)
+    without_screen = replace(subject, precision="float32")
+    return tuple(s for s in (mutual_choice, without_aux, without_screen) if s != subject)
 
 
 def main(plan: Plan) -> list[Case]:
-    """float32, no auxiliary loss: ours and the peers."""
-    return [plan.case("main", (LARGE_BLOCKS, *our_subjects(UNIT), *plan.peer_subjects(UNIT)))]
+    """float32, no auxiliary loss: ours without a screen and with the default one, and the peers."""
+    ours = (*our_subjects(UNIT), *our_subjects(replace(UNIT, precision="auto")))
+    return [plan.case("main", (*ours, *plan.peer_subjects(UNIT)))]
 
 
 def bf16(plan: Plan) -> list[Case]:
@@ -137,7 +138,8 @@ def aux(plan: Plan) -> list[Case]:
     """With auxiliary loss, a tenth of the latents declared silent; ours also without, for the ratio."""
     base = replace(UNIT, aux="aux_k")
     one = Subject("apportion", "mutual_choice")
-    others = (replace(one, aux="aux_zipf"), *(replace(one, precision="bfloat16", aux=a) for a in ("none", "aux_k")))
+    screened = (replace(one, precision=p, aux=a) for p in ("bfloat16", "auto") for a in ("none", "aux_k", "aux_zipf"))
+    others = (replace(one, aux="aux_zipf"), *screened)
     return [plan.case("aux", (*our_subjects(UNIT), *our_subjects(base), *others, *plan.peer_subjects(base)))]
 
 
@@ -154,7 +156,7 @@ def switch(plan: Plan) -> list[Case]:
 
 
 def d_sae(plan: Plan) -> list[Case]:
-    return [plan.case("d_sae", (LARGE_BLOCKS, *our_subjects(UNIT)), d_sae=n) for n in plan.d_saes]
+    return [plan.case("d_sae", our_subjects(UNIT), d_sae=n) for n in plan.d_saes]
 
 
 def batch(plan: Plan) -> list[Case]:

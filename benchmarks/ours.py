@@ -50,7 +50,7 @@ def encode(gate: Gate) -> None:
 
 def new_trainer(gate: Gate) -> ap.Trainer:
     task = gate.task
-    screen = "bfloat16" if task.subject.precision == "bfloat16" else None
+    screen = None if task.subject.precision == "float32" else task.subject.precision
     method, d_sae = task.subject.method, task.shape.d_sae
     settings: dict[str, Any] = {"d_in": task.shape.d_in, "d_sae": d_sae, "k": task.shape.k}
     if method in SWITCH:

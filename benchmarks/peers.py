@@ -7,6 +7,7 @@ made for. Every function ends in the library's own loop, which runs until the pa
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from types import ModuleType
@@ -137,6 +138,8 @@ def sparsify(gate: Gate) -> None:
     Its forward runs in bf16 autocast wherever a GPU supports it, and never on a CPU; the CPU's bf16 class puts the same
     autocast around the same function.
     """
+    if gate.device.type == "cpu":  # where Triton is installed, sparsify takes it, which needs a GPU
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
     shape = gate.task.shape

@@ -166,7 +166,7 @@ def about_this_run(options: Options) -> dict[str, Any]:
 
 
 def hardware(device: str) -> str:
-    """The GPU's name, or the CPU's with what matters for bf16 products."""
+    """The GPU's name, or the CPU's with what matters for products of few bits."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -174,7 +174,9 @@ def hardware(device: str) -> str:
         return platform.processor() or platform.machine()
     text = info.read_text()
     name = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "CPU")
-    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in text]
+    flags = [
+        flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16") if f" {flag}" in text
+    ]
     return f"{name} ({', '.join(flags)})" if flags else name
 
 

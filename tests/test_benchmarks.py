@@ -60,10 +60,12 @@ def test_every_subject_ran(record):
     assert (main["case"], encode["case"], switch["case"]) == ("main", "encode", "switch")
     assert [s["name"] for s in main["subjects"]] == [
         "torch/product",
-        "torch/large_blocks",
         "apportion/mutual_choice",
         "apportion/topk",
         "apportion/feature_choice",
+        "apportion/mutual_choice/auto",
+        "apportion/topk/auto",
+        "apportion/feature_choice/auto",
     ]
     assert all(s["mode"] == "encode" for s in ours(encode))
     assert not main["skipped"]

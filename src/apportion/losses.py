@@ -18,7 +18,7 @@ def reconstruction(
     x: Float[Tensor, " tokens *row"], x_hat: Float[Tensor, " tokens *row"], group: Group = ALONE
 ) -> Float[Tensor, ""]:
     """mean over tokens of ||x - x_hat||^2 / d. About the FVU; never divided by a per-batch variance."""
-    return group.mean((x - x_hat).square().mean(), len(x))
+    return group.mean(F.mse_loss(x_hat, x), len(x))
 
 
 def auxiliary(
@@ -38,7 +38,7 @@ def auxiliary(
     gradient are 0.
     """
     error = error.detach()
-    left = group.total((error - error_hat).square().sum())
+    left = group.total(F.mse_loss(error_hat, error, reduction="sum"))
     of = group.total((error - group.mean(error.mean(0), len(error))).square().sum())
     nothing = no_spread(of, group.total(error.square().sum() + size * error.numel()))
     return share * left / torch.where(nothing, torch.inf, of)

@@ -117,16 +117,17 @@ def test_latents_and_codes_follow_the_definition():
 
 
 class Products(TorchDispatchMode):
-    """Records dense matrix products, forward and backward."""
+    """Records dense matrix products, forward and backward, and how many entries each has."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[str] = []
+        self.made: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
         if func.__name__.startswith(("mm", "addmm", "bmm", "baddbmm", "addmv", "mv")):
-            self.made.append(func.__name__)
-        return func(*args, **(kwargs or {}))
+            self.made.append((func.__name__, found.numel()))
+        return found
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -136,8 +137,10 @@ def test_one_dense_product_is_all(objective):
     x = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
     with Products() as products:
         torch.stack(list(terms_of(sae, x).values())).sum().backward()
-    assert [name for name in products.made if not name.startswith("mv")] == ["addmm.out"]
-    assert objective == "tanh" or len(products.made) == 1
+    of_matrices = [(name, entries) for name, entries in products.made if not name.startswith("mv")]
+    assert {name for name, _ in of_matrices} == {"addmm.out"}, "in tiles"
+    assert sum(entries for _, entries in of_matrices) == 256 * 4096, "every entry once"
+    assert objective == "tanh" or products.made == of_matrices
 
 
 def gaussian(n: int) -> torch.Tensor:
