@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
@@ -35,7 +34,7 @@ def variance(mean: Float[Tensor, "*n"], mean_square: Float[Tensor, "*n"]) -> Flo
 
 def batch_fvu(x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     """FVU within one batch (its own mean): for the progress bar, not for a table. NaN if all rows are equal."""
-    error, size = F.mse_loss(x_hat, x, reduction="sum"), torch.linalg.vector_norm(x).square()
+    error, size = (torch.linalg.vector_norm(t).square() for t in (x - x_hat, x))
     spread = len(x) * x.var(0, correction=0).sum()
     return error / torch.where(no_spread(spread, size), torch.nan, spread)
 

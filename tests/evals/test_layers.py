@@ -138,7 +138,9 @@ def test_recovers_the_layers_of_planted_features() -> None:
     x, _, directions = stream(6000, seed=0)
     sae = ap.create("mlsae", d_in=32, d_sae=24, k=1.8, seed=0, allocation="mutual_choice", init="random")
     assert sae.config.input_norm == "token_standardise"
-    trainer = ap.Trainer(sae, ap.TrainConfig(lr=3e-3, batch_tokens=512, total_tokens=150_000))
+    trainer = ap.Trainer(
+        sae, ap.TrainConfig(lr=3e-3, batch_tokens=512, total_tokens=150_000, decay_share=0.2, beta1=0.9)
+    )
     rows = x.flatten(0, 1)
     g = torch.Generator().manual_seed(1)
     for _ in range(trainer.config.total_steps):

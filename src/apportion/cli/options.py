@@ -1,6 +1,7 @@
 """The options of `apportion train`, which belong to what it is told to train, known without importing any of it.
 
-    {"train": [option], "architectures": {class: [option]}, "rules": {name: {"options": [option], "not_to_train": why}},
+    {"train": [option], "architectures": {class: {"options": [option], "k": false}},
+     "rules": {name: {"options": [option], "k": true, "not_to_train": why}},
      "objectives": {name: {"options": [option], "least_saes": 1}},
      "saes": {name: {"architecture": class, "rule": name, "any_rule": false, "defaults": {}}}}
 
@@ -56,11 +57,8 @@ def described() -> Table:
     architectures = {entry.architecture.__name__: entry.architecture for entry in SAES.values()}
     return {
         "train": options_of(TrainConfig),
-        "architectures": {name: options_of(one.Config) for name, one in architectures.items()},
-        "rules": {
-            name: {"options": options_of(rule.Config), "not_to_train": rule.not_to_train}
-            for name, rule in RULES.items()
-        },
+        "architectures": {name: part_of(one.Config) for name, one in architectures.items()},
+        "rules": {name: part_of(rule.Config) | {"not_to_train": rule.not_to_train} for name, rule in RULES.items()},
         "objectives": {
             name: {"options": options_of(one.config), "least_saes": one.objective.least_saes}
             for name, one in OBJECTIVES.items()
@@ -70,12 +68,16 @@ def described() -> Table:
                 "architecture": entry.architecture.__name__,
                 "rule": rule_name(entry.rule),
                 "any_rule": entry.any_rule,
-                "k": "k" in entry.settings(),
                 "defaults": entry.defaults,
             }
             for name, entry in SAES.items()
         },
     }
+
+
+def part_of(config: type) -> dict[str, Any]:
+    """What an architecture or a rule has, and whether k is among it."""
+    return {"options": options_of(config), "k": "k" in [f.name for f in fields(config)]}
 
 
 def options_of(config: Any) -> list[dict[str, Any]]:
@@ -122,10 +124,15 @@ def reasons(known: Table) -> dict[str, str | None]:
     return {name: rule["not_to_train"] for name, rule in known["rules"].items()}
 
 
-def chosen(known: Table, sae: str, allocation: str | None, objective: str) -> list[Option]:
-    """Those of training, of an SAE, of its rule where that is for training, and of an objective, in this order."""
-    one, of_objective = known["saes"][sae], known["objectives"][objective]["options"]
+def parts(known: Table, sae: str, allocation: str | None) -> list[dict[str, Any]]:
+    """The architecture of an SAE, and its rule if that is for training."""
+    one = known["saes"][sae]
     rule = known["rules"][allocation or one["rule"]]
-    of_rule = [] if rule["not_to_train"] else rule["options"]
-    mine = [*known["architectures"][one["architecture"]], *of_rule]
-    return [*read(known["train"], {}), *read(mine, one["defaults"]), *read(of_objective, {})]
+    return [known["architectures"][one["architecture"]], *([] if rule["not_to_train"] else [rule])]
+
+
+def chosen(known: Table, sae: str, allocation: str | None, objective: str) -> list[Option]:
+    """Those of training, of an SAE, of its rule, and of an objective, in this order."""
+    mine = [option for part in parts(known, sae, allocation) for option in part["options"]]
+    of_objective = known["objectives"][objective]["options"]
+    return [*read(known["train"], {}), *read(mine, known["saes"][sae]["defaults"]), *read(of_objective, {})]

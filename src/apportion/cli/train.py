@@ -201,7 +201,7 @@ def train_command(name: str, allocation: str | None = None, objective: str = Tra
     entry, own = known["saes"][name], {f.name for f in dataclasses.fields(TrainBase)}
     doc = meanings(TrainBase)["sae"]
     extra: list[Any] = [("sae", Annotated[one_of(known["saes"]), arg(help=doc)], field(default=TrainBase.sae))]
-    if not entry["k"]:  # then it is no option
+    if not any(part["k"] for part in options.parts(known, name, allocation)):  # then it is no option
         extra.append(("k", Suppress[Fixed[float]], field(default=TrainBase.k)))
     if entry["any_rule"]:
         doc = "Which rule of allocation. Its own options follow below."
