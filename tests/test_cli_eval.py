@@ -156,11 +156,11 @@ def test_recalibrating_may_read_the_rows_again(
     where: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it has to where the topics of a text follow each other; here because hardly any match is kept at first."""
-    monkeypatch.setattr(calibrate, "HELD", {True: 0, False: 0})
+    monkeypatch.setattr(calibrate, "HELD", 0)
     monkeypatch.setattr(calibrate, "RESERVE", {False: 0.1, True: 1.25})
     monkeypatch.setattr(batch, "CHUNK", 100)
     reads: list[int] = []
-    monkeypatch.setattr(calibrate, "_pool", lambda *given, pool=calibrate._pool: reads.append(1) or pool(*given))
+    monkeypatch.setattr(calibrate, "pooled", lambda *given, pooled=calibrate.pooled: reads.append(1) or pooled(*given))
     on = ["--text", str(home / "new.txt")] if where == "text" else ["--acts", str(home / "new")]
     found = evaluated(home, str(home / "mutual_choice"), *on, "--tokens", "3k", "--recalibrate", out=tmp_path)
     assert len(reads) == 2 and found["l0"] == pytest.approx(4, rel=0.1)

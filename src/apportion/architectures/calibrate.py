@@ -38,7 +38,7 @@ MOST = 1 << 22
 """Matches that are held for the sake of those that are wanted; more are counted."""
 RESERVE = {False: 2.0, True: 1.25}
 """How many times the wanted matches are kept, by whether the number of rows is known."""
-AT_ONCE = 1 << 21
+AT_ONCE = 1 << 20
 """Matches of rows that are encoded together, about."""
 IN_MEMORY = 1 << 27
 """Bytes of rows that come only once which are kept in memory, not in a file."""

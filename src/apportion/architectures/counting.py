@@ -71,8 +71,11 @@ class Bins:
 
     def above(self, part: Int[Tensor, " groups"]) -> Int[Tensor, " groups"]:
         """How many matches lie in these bins or above."""
-        later = torch.arange(self.bins) >= part[:, None]
-        return torch.where(later, self.counts, 0).sum(1) + self.beyond
+        sums = []
+        for rows in torch.arange(len(self.low)).split(max(1, AT_ONCE // self.bins)):
+            later = torch.arange(self.bins) >= part[rows, None]
+            sums.append(torch.where(later, self.counts[rows], 0).sum(1))
+        return torch.cat(sums) + self.beyond
 
     def holding(self, rank: Int[Tensor, " groups"]) -> tuple[Range, Int[Tensor, " groups"]]:
         """The bin that holds the match of that rank (1 is the best) of each group, and how many lie above it."""
@@ -86,32 +89,22 @@ def counted(rule: Rule, read: Read, dtype: torch.dtype, reserve: float) -> tuple
     the threshold between them. None if the floor, `reserve` times what rows so far wanted, was too high in the end."""
     several = isinstance(rule.wanted(1), Tensor)
     groups, shape = rule.threshold.numel() if several else 1, rule.threshold.shape
-    infinity = int(torch.full((1,), torch.inf, dtype=dtype).view(BITS[dtype.itemsize]))
-    first = Bins(torch.ones(groups, dtype=torch.int64), torch.full((groups,), infinity), CELLS)
-    floored, looked = torch.zeros(groups, dtype=torch.int64), 0
 
     def floor_at(low: Tensor) -> Tensor:
         floors = below(low, dtype)
         return floors if several else floors[0].expand(shape)
 
-    def count(latents: Tensor, affinity: Tensor, tokens: int) -> Tensor | None:
-        nonlocal floored, looked
-        first.add(latents.cpu(), keys_of(affinity))
-        if tokens < 2 * looked:
-            return None
-        looked = tokens
-        keep = (reserve * per_group(rule.wanted(tokens))).long() + 16
-        floored = torch.maximum(floored, first.highest(keep)[0])
-        return floor_at(first.range_of(floored.clamp_min(0))[0])
-
-    tokens = read(torch.zeros_like(rule.threshold), count)
-    held = first.above(floored.clamp_min(0))
+    infinity = int(torch.full((1,), torch.inf, dtype=dtype).view(BITS[dtype.itemsize]))
+    first = Bins(torch.ones(groups, dtype=torch.int64), torch.full((groups,), infinity), CELLS)
+    tokens, floored = count_all(rule, read, first, floor_at, reserve)
+    held = first.above(floored)
     available = torch.where(floored > 0, tokens if several else held, held)
     wanted = per_group(rule.wanted_of(tokens, available.to(rule.threshold.device)))
     if bool(((floored > 0) & (wanted >= held)).any()):
         return None, 0
     ranks = [torch.minimum(rank, held) for rank in (wanted.clamp_min(1), wanted + 1)]
     found = [first.holding(rank) for rank in ranks]
+    del first  # its counters make room for the others
     while any(bool((high - low > 1).any()) for (low, high), _ in found):
         finer = [Bins(*part, CELLS // 2) for part, _ in found]
 
@@ -132,6 +125,25 @@ def counted(rule: Rule, read: Read, dtype: torch.dtype, reserve: float) -> tuple
     pool = Pool(latents.to(here), affinity.to(here), tokens, torch.zeros_like(rule.threshold), better, available)
     tied = (last == next_one) & (held > wanted)
     return pool, int(torch.where(tied, above, torch.minimum(wanted, held)).sum())
+
+
+def count_all(
+    rule: Rule, read: Read, bins: Bins, floor_at: Callable[[Tensor], Tensor], reserve: float
+) -> tuple[int, Int[Tensor, " groups"]]:
+    """Count all matches above a floor that rises with the rows; returns how many rows there are, and the floor's bins."""
+    floored, looked = torch.zeros_like(bins.low), 0
+
+    def count(latents: Tensor, affinity: Tensor, tokens: int) -> Tensor | None:
+        nonlocal floored, looked
+        bins.add(latents.cpu(), keys_of(affinity))
+        if tokens < 2 * looked:
+            return None
+        looked = tokens
+        keep = (reserve * per_group(rule.wanted(tokens))).long() + 16
+        floored = torch.maximum(floored, bins.highest(keep)[0])
+        return floor_at(bins.range_of(floored)[0])
+
+    return read(torch.zeros_like(rule.threshold), count), floored
 
 
 def per_group(wanted: int | Int[Tensor, " groups"]) -> Int[Tensor, " groups"]:
