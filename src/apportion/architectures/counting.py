@@ -130,7 +130,7 @@ def counted(rule: Rule, read: Read, dtype: torch.dtype, reserve: float) -> tuple
 def count_all(
     rule: Rule, read: Read, bins: Bins, floor_at: Callable[[Tensor], Tensor], reserve: float
 ) -> tuple[int, Int[Tensor, " groups"]]:
-    """Count all matches above a floor that rises with the rows; returns how many rows there are, and the floor's bins."""
+    """Count all matches above a floor that rises with the rows; returns the number of rows, and the floor's bins."""
     floored, looked = torch.zeros_like(bins.low), 0
 
     def count(latents: Tensor, affinity: Tensor, tokens: int) -> Tensor | None:
