@@ -81,7 +81,7 @@ def _in_groups(block: WholeNumbers, bounds: Tensor) -> Found | None:
         return t.view(per_row, GROUP)
 
     weights = block.latent_scales if block.norms is None else block.latent_scales * block.norms
-    of_columns = (bounds if bounds.ndim == 1 else 1.0) / weights
+    of_columns = torch.where(weights > 0, (bounds if bounds.ndim == 1 else 1.0) / weights, torch.inf)
     of_rows = (bounds if bounds.ndim != 1 else bounds.new_ones(())).reshape(-1, 1)
     of_rows = of_rows if block.gates is None else of_rows / block.gates[:, None]
     lowest = grouped(of_columns).amin(1)
