@@ -90,3 +90,17 @@ def test_rows_and_latents_of_zeros():
     ((_, block),) = Product(x, W, b).blocks("int8")
     assert torch.equal(block.codes[3], b) and torch.allclose(block.codes[:, 5], b[5].expand(len(x)))
     assert bool(block.codes.isfinite().all())
+
+
+def test_a_latent_of_norm_zero_hides_no_other(monkeypatch):
+    """Where its bound is zero too, the quotient of the two is no number."""
+    monkeypatch.setattr(scan, "LEAST_ENTRIES", 0)
+    monkeypatch.setattr(scan, "FEW", 1.0)
+    x, W, b = problem()
+    norms = torch.ones(len(W))
+    norms[::8] = 0
+    ((_, block),) = Product(x, W, b, norms).blocks("int8")
+    bounds = torch.full((len(W),), float(block.affinity.quantile(0.9))) * norms
+    rows, columns, *_ = above(block, bounds)
+    wanted = (block.affinity > bounds).nonzero(as_tuple=True)
+    assert len(rows) > 100 and torch.equal(rows, wanted[0]) and torch.equal(columns, wanted[1])
