@@ -278,6 +278,12 @@ def test_thresholds_begin_where_as_many_match_as_they_are_made_for() -> None:
     assert made.latents.nnz / len(rows) == pytest.approx(INITIAL_L0 * 60, rel=0.05)
 
 
+@pytest.mark.parametrize("name", LEARNED)
+def test_where_tokens_share_a_budget_directions_are_nearer_to_rows(name: str) -> None:
+    in_common = name in ("mutual_choice", "feature_choice", "matryoshka")
+    assert ap.create(name, d_in=D_IN, d_sae=D_SAE, k=K).data_share == (0.7 if in_common else 0.4)  # type: ignore[attr-defined]
+
+
 def test_directions_lie_between_random_ones_and_rows() -> None:
     r, u = torch.eye(4)[:2], torch.eye(4)[2:]
     assert torch.allclose(mixed(r, 5 * u, 0.5), (r + u) / 2**0.5)

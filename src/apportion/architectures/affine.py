@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from apportion.allocation import Rule, Selection
 from apportion.architectures.base import SAE, SAEConfig
 from apportion.architectures.inputs import as_tensor
-from apportion.architectures.start import DATA_SHARE, begin, drawn, generator_for, rows_needed
+from apportion.architectures.start import begin, drawn, generator_for, rows_needed, usual_share
 from apportion.kernels import Experts, choose, decode_matches, encode_matches
 from apportion.latents import Latents, from_matches
 from apportion.settings import newer
@@ -48,7 +48,7 @@ class Affine(SAE):
     config: AffineConfig
     initial_norm = 1.0
     """Of decoder rows."""
-    data_share = DATA_SHARE
+    data_share: float
     """Of a direction that training begins with (start.py)."""
 
     def __init__(self, config: AffineConfig, allocation: Rule, out_shape: tuple[int, ...] | None = None) -> None:
@@ -59,6 +59,7 @@ class Affine(SAE):
         self.W_enc = nn.Parameter(self._initial_encoder(rows))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(self.out_shape))
+        self.data_share = usual_share(allocation)
         self._drawn = self._sums() if getattr(config, "init", "random") == "data" and not _blank.get() else None
 
     def _initial_encoder(self, rows: Float[Tensor, " d_sae *out"]) -> Float[Tensor, " d_sae *row"]:

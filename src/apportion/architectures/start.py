@@ -7,7 +7,7 @@
 
 c is the least-squares fit of the reconstruction: codes, and with them v, are proportional to W_enc, and no rule
 chooses otherwise when all affinities are multiplied by one number. Where decoder rows have no fixed norm c goes into
-them. Biases are zero, but for SAEs that a penalty makes sparse (sparsity.py). Half of every direction is drawn at
+them. Biases are zero, but for SAEs that a penalty makes sparse (sparsity.py). A part of every direction is drawn at
 random, so that latents are no copies of rows, which would hardly ever fire for any other. Rows are whitened: most lie
 in the few dimensions of large variance, made of features that nearly all tokens have; latents would crowd there, and
 learn the same. What it is worth: docs/start.md. All of it is ours; no paper is followed.
@@ -24,13 +24,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apportion.allocation import MutualChoice, StepContext
+from apportion.allocation import MutualChoice, Rule, StepContext
 
 if TYPE_CHECKING:
     from apportion.architectures.affine import Affine
 
-DATA_SHARE = 0.5
-"""w."""
+SHARE_OF_OWN, SHARE_IN_COMMON = 0.4, 0.7
+"""w, where every token has a budget of its own or none, and where those of a batch have one in common: latents that are
+alike do not last there, so that it may be larger."""
 FITTED_ROWS = 1024
 """Rows for the scale, and as many others for thresholds and decoders: about what a batch has."""
 LEAST_VARIANCE = 1e-4
@@ -78,6 +79,11 @@ def drawn(n: int, rows: int, generator: torch.Generator) -> Int[Tensor, " n"]:
     """n places among the rows, none twice before every one was drawn."""
     rounds = [torch.randperm(rows, generator=generator) for _ in range(-(-n // rows))]
     return torch.cat(rounds)[:n]
+
+
+def usual_share(rule: Rule) -> float:
+    """w of SAEs with this rule."""
+    return SHARE_IN_COMMON if rule.batch_coupled else SHARE_OF_OWN
 
 
 def least_squares(y: Tensor, v: Tensor) -> float:

@@ -20,7 +20,6 @@ import torch
 from tyro.conf import arg
 
 from apportion.architectures import SAE, SAES
-from apportion.architectures.affine import Affine
 from apportion.evals import geometry
 from apportion.evals.figures import Figure, add_figures
 from apportion.matching import directions, nearest_rows, pair_cosines
@@ -75,15 +74,16 @@ class Start(Family):
 
     def arms(self, part: Part) -> dict[str, Callable[[int], SAE]]:
         names = [sae for sae in self.saes if why_left_out(part, sae) is None]
+        starts = [(start, share_of(start)) for start in self.starts]
         return {
-            f"{sae} {start}": partial(begun, part, sae, share_of(start)) for sae, start in product(names, self.starts)
+            f"{sae} {start}": partial(begun, part, sae, start, share) for sae, (start, share) in product(names, starts)
         }
 
 
 def share_of(start: str) -> float | None:
-    """Of the data; None for a random start, the usual one for "data"."""
+    """Of the data, where a start is a number."""
     if start in STARTS:
-        return Affine.data_share if start == "data" else None
+        return None
     try:
         share = float(start)
     except ValueError:
@@ -93,9 +93,9 @@ def share_of(start: str) -> float | None:
     return share
 
 
-def begun(part: Part, name: str, share: float | None, seed: int) -> SAE:
+def begun(part: Part, name: str, start: str, share: float | None, seed: int) -> SAE:
     """An untrained SAE that will begin so."""
-    sae = new_sae(part, name, seed, init="random" if share is None else "data")
+    sae = new_sae(part, name, seed, init="random" if start == "random" else "data")
     if share is not None:
         sae.data_share = share  # type: ignore[assignment]
     return sae
