@@ -134,7 +134,7 @@ import torch
 
 from apportion.allocation.base import Rule, Settled
 from apportion.allocation.reference import token_choice
-from apportion.allocation.token_choice import rank_within
+from apportion.ranking import rank_within
 
 
 @dataclass(frozen=True, kw_only=True)

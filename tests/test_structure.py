@@ -29,6 +29,7 @@ ORDER = [
         "group",
         "matching",
         "progress",
+        "ranking",
         "same_model",
         "trust",
     },

@@ -23,13 +23,13 @@ from apportion.allocation import RULES, Candidates, Rule, Settled
 from apportion.allocation.base import total_matches
 from apportion.allocation.mutual_choice import MARGIN, scalar_threshold
 from apportion.allocation.threshold import Threshold
-from apportion.allocation.token_choice import rank_within
 from apportion.architectures import SAES, NamedSAE, to_jumprelu
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
 from apportion.architectures.plain import Plain
 from apportion.cli import main
 from apportion.group import ALONE
 from apportion.objectives import OBJECTIVES, NamedObjective
+from apportion.ranking import rank_within
 from apportion.testing import check_sae
 from apportion.training import Objective, local_reconstruction
 

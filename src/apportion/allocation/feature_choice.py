@@ -40,9 +40,9 @@ from apportion.allocation import reference
 from apportion.allocation.base import Candidates, Pool, Settled, StepContext, check_k, threshold_between, total_matches
 from apportion.allocation.mutual_choice import best_anywhere, likely_bound, scalar_threshold
 from apportion.allocation.threshold import ThresholdInEval
-from apportion.allocation.token_choice import rank_within
 from apportion.allocation.zipf import NOISE_SHARE, ZipfFit, fit_zipf, integer_budgets, zipf_densities
 from apportion.group import Group
+from apportion.ranking import rank_within
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,8 @@ from apportion.allocation import reference
 from apportion.allocation.annealing import AnnealedConfig, AnnealedRule
 from apportion.allocation.base import Candidates, Settled
 from apportion.group import Group
+from apportion.ranking import largest_of_rows
 from apportion.settings import settle
-
-INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,27 +64,10 @@ class TokenChoice(AnnealedRule):
         return TokenChoice(TokenChoiceConfig(k=k), self.d_sae)
 
     def settle(self, candidates: Candidates, budget: int | Tensor | None, group: Group) -> Settled:
-        if not candidates.tokens or int(torch.bincount(candidates.rows, minlength=1).max()) <= self.row_limit:
+        counts = torch.bincount(candidates.rows, minlength=max(1, candidates.tokens))
+        if int(counts.max()) <= self.row_limit:
             return Settled(keep=torch.ones_like(candidates.rows, dtype=torch.bool))
-        rank = rank_within(candidates.rows, candidates.affinity, candidates.tokens)
-        return Settled(keep=rank < self.row_limit)
+        return Settled(keep=largest_of_rows(candidates.rows, candidates.affinity, counts, self.row_limit))
 
     def reference(self, affinity: Float[Tensor, "tokens d_sae"]) -> Bool[Tensor, "tokens d_sae"]:
         return reference.token_choice(affinity, self.row_limit)
-
-
-def rank_within(groups: Tensor, affinity: Tensor, num_groups: int) -> Tensor:
-    """Rank of each entry among those of its group, 0 for the largest; earlier entries first among ties.
-
-    For affinities that are not negative: their bits, read as integers, sort alike and many times faster.
-    """
-    if affinity.dtype == torch.float32:
-        by_affinity = (INT32_MAX - affinity.contiguous().view(torch.int32)).argsort(stable=True)
-    else:
-        by_affinity = affinity.argsort(descending=True, stable=True)
-    order = by_affinity[groups[by_affinity].int().argsort(stable=True)]
-    counts = torch.bincount(groups, minlength=num_groups)
-    first = counts.cumsum(0) - counts
-    rank = torch.empty_like(groups)
-    rank[order] = torch.arange(groups.numel(), device=groups.device) - first[groups[order]]
-    return rank

@@ -25,9 +25,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.allocation import Pool
-from apportion.allocation.token_choice import rank_within
 from apportion.architectures.counting import Take, counted
 from apportion.architectures.inputs import as_tensor, first_tensor, is_array
+from apportion.ranking import rank_within
 
 if TYPE_CHECKING:
     from apportion.architectures.base import SAE

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.allocation import Pool, Rule
-from apportion.kernels.scan import BITS
+from apportion.ranking import BITS
 
 CELLS = 2**25
 """Counters, at most."""

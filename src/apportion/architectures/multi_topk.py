@@ -24,10 +24,11 @@ from torch import Tensor
 
 from apportion import losses
 from apportion.allocation import StepContext, TokenChoice
-from apportion.allocation.token_choice import TokenChoiceConfig, rank_within
+from apportion.allocation.token_choice import TokenChoiceConfig
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
 from apportion.architectures.base import Pass
 from apportion.kernels import decode_matches
+from apportion.ranking import rank_within
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,6 @@ FEW = 0.4
 """Share of the groups up to which it pays to look at these only."""
 LEAST_ENTRIES = 2**15
 """Of smaller blocks all entries are looked at."""
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers by size: read as these, positive floats compare alike and all others lie below them."""
-
 Found = tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]
 """Rows, columns, codes and affinities; the last two are one tensor where they are the same."""
 
@@ -43,17 +40,6 @@ def above(block: Block | WholeNumbers, bounds: Tensor) -> Found:
     if affinity.element_size() == 2:  # comparing integers is much faster
         affinity, bounds = affinity.view(torch.int16), bounds.view(torch.int16).clamp_min(0)
     return _at(block, marked(torch.gt(affinity, bounds).view(-1)))
-
-
-def below_largest(affinity: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 1"]:
-    """For each row a bound that its k largest positive entries exceed, and besides them only ties."""
-    at, kind = max(affinity.shape[1] - k, 0), BITS[affinity.element_size()]
-    if affinity.device.type == "cpu":
-        # numpy partitions integers with vector instructions, many times faster than torch finds a k-th value.
-        kth = torch.from_numpy(np.partition(affinity.view(kind).numpy(), at, axis=1)[:, at].copy())
-    else:
-        kth = affinity.topk(affinity.shape[1] - at, dim=1, sorted=False).values.amin(1).view(kind)
-    return (kth.clamp_min(1) - 1).view(affinity.dtype)[:, None]
 
 
 def marked(mask: Bool[Tensor, " n"]) -> Int[Tensor, " marks"]:

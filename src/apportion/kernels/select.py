@@ -34,9 +34,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion.allocation import Candidates, Selection, Settled, Threshold
-from apportion.allocation.token_choice import rank_within
 from apportion.kernels.product import Block, Experts, Product, WholeNumbers
-from apportion.kernels.scan import above, below_largest, marked
+from apportion.kernels.scan import above, marked
+from apportion.ranking import below_largest, rank_within
 
 SPARE_CANDIDATES = 2**20
 """So many candidates beyond twice the budget, and those that cannot be chosen any more are thrown out."""
