@@ -11,9 +11,9 @@ from torch import Tensor
 
 import apportion as ap
 from apportion.allocation import StepContext
-from apportion.architectures import SAES, start
+from apportion.architectures import SAES
 from apportion.architectures.jumprelu import INITIAL_L0
-from apportion.architectures.start import drawn, least_squares, mixed, whitened
+from apportion.architectures.start import drawn, least_squares, mixed, standardised
 from apportion.synthetic import GroundTruthConfig, GroundTruthSource
 
 D_IN, D_SAE, K = 16, 64, 4
@@ -182,45 +182,18 @@ def test_rows_are_drawn_evenly() -> None:
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(5, 4), torch.full((5, 4), 1e30), torch.eye(4) * 1e-30], ids=str)
-def test_whitened_rows_are_finite(rows: Tensor) -> None:
-    assert bool(whitened(rows, rows).isfinite().all())
+def test_standardised_rows_are_finite(rows: Tensor) -> None:
+    assert bool(standardised(rows, rows).isfinite().all())
 
 
-def turned(rows: Tensor) -> Tensor:
-    """Whitened by a singular value decomposition in double precision: the orthogonal factor of rows."""
-    u, _, v = torch.linalg.svd((rows - rows.mean(0)).double(), full_matrices=False)
-    return (u @ v).to(rows)
-
-
-@pytest.mark.parametrize("block", [1024, 16, 10, 5])
-@pytest.mark.parametrize("shape", [(500, D_IN), (500, 3, D_IN)])
-def test_whitened_rows_are_those_of_an_orthogonal_factor(block: int, shape: tuple, monkeypatch) -> None:
-    """Of each site, and of each block of its dimensions, by itself."""
-    monkeypatch.setattr(start, "BLOCK", block)
-    g = torch.Generator().manual_seed(0)
-    turn, _ = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=g))
-    x = torch.randn(*shape, generator=g) * torch.logspace(0, 0.5, D_IN) @ turn
-    centred = x.double() - x.double().mean(0)
-    of_sites = centred.view(500, -1, D_IN).unbind(1)
-    wanted = torch.cat([turned(some) for site in of_sites for some in site.split(block, 1)], 1) * 500**0.5
-    assert torch.allclose(whitened(centred[:90], centred).flatten(1), wanted[:90])
-
-
-def test_dimensions_that_hardly_spread_are_not_blown_up() -> None:
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(500, D_IN, generator=g) * torch.tensor([1.0] * 15 + [1e-7])
-    found = whitened(x, x)
-    assert float(found[:, :15].std()) == pytest.approx(1, abs=0.05) and float(found[:, 15].std()) < 1e-4
-
-
-def test_directions_of_rows_are_those_about_the_mean_whitened() -> None:
+def test_directions_of_rows_are_those_about_the_mean_in_units_of_the_spread() -> None:
     """With nothing random in them, and a mean far from zero."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(500, D_IN, generator=g) * torch.logspace(0, 1, D_IN) + 20
     sae = ap.create("mutual_choice", d_in=D_IN, d_sae=D_SAE, k=K, seed=0, input_norm="none")
     sae.data_share = 1.0  # type: ignore[misc]
     sae.start(x)
-    u = torch.nn.functional.normalize(turned(x), dim=1)
+    u = torch.nn.functional.normalize((x - x.mean(0)) / x.std(0), dim=1)
     assert torch.allclose((sae.W_dec @ u.T).amax(1), torch.ones(D_SAE), atol=1e-5)
     assert torch.allclose(sae.b_dec, x.mean(0), atol=1e-4)
     other = ap.create("mutual_choice", d_in=D_IN, d_sae=D_SAE, k=K, seed=1, input_norm="none")
@@ -236,7 +209,7 @@ def test_latents_of_an_expert_are_made_of_rows_that_it_gets() -> None:
     sae.fit_input(rows.x)
     sae.start(rows.x)
     x, _ = sae.prepare(rows.x)
-    u = torch.nn.functional.normalize(turned(x), dim=1)
+    u = torch.nn.functional.normalize((x - sae.b_dec) / x.std(0), dim=1)
     fresh = ap.create("switch", d_in=D_IN, d_sae=D_SAE, k=K, seed=0, num_experts=4)
     with torch.no_grad():
         fresh.b_dec.copy_(sae.b_dec)

@@ -1,16 +1,16 @@
 """How training begins: with latents that reconstruct the first rows already, where random ones overshoot them.
 
     d_j    = (1 - w) r_j + w u_j, at norm 1        r_j a random direction
-    u_j    = C^-1/2 (x - mean x), at norm 1        of a random row x; C the covariance of rows
+    u_j    = (x - mean x) / std x, at norm 1       of a random row x; mean and std of every dimension
     W_enc  = c d      W_dec = d      b_dec = mean y
     c      = <y - b_dec, v> / ||v||^2              v = y_hat - b_dec at c = 1, over some rows
 
 c is the least-squares fit of the reconstruction: codes, and with them v, are proportional to W_enc, and no rule
 chooses otherwise when all affinities are multiplied by one number. Where decoder rows have no fixed norm c goes into
 them. Biases are zero, but for SAEs that a penalty makes sparse (sparsity.py). A part of every direction is drawn at
-random, so that latents are no copies of rows, which would hardly ever fire for any other. Rows are whitened: most lie
-in the few dimensions of large variance, made of features that nearly all tokens have; latents would crowd there, and
-learn the same. What it is worth: docs/start.md. All of it is ours; no paper is followed.
+random, so that latents are no copies of rows, which would hardly ever fire for any other. In units of their standard
+deviation all dimensions count alike: else most rows would lie in the few of large variance, where latents would crowd
+out each other. What it is worth: docs/start.md. All of it is ours; no paper is followed.
 
 Rows are prepared ones (scaled data). Which are drawn follows from the initial weights and from how many there are. Of
 too few each serves several latents; those that lie at the mean say nothing, and leave a latent its random direction.
@@ -34,10 +34,8 @@ SHARE_OF_OWN, SHARE_IN_COMMON = 0.4, 0.7
 alike do not last there, so that it may be larger."""
 FITTED_ROWS = 1024
 """Rows for the scale, and as many others for thresholds and decoders: about what a batch has."""
-LEAST_VARIANCE = 1e-4
-"""Along an eigenvector of C, as a share of the mean over all: less counts as so much, for it may be noise."""
-BLOCK = 1024
-"""Dimensions that are whitened together: the eigenvectors of many more would cost more than the steps they save."""
+LEAST_SPREAD = 1e-2
+"""Standard deviation of a dimension, as a share of the rms over all: less counts as so much, for it may be noise."""
 RIDGE = 1e-3
 """Of a linear map, as a share of the mean square of x."""
 
@@ -58,21 +56,12 @@ def mixed(
     return (d / d.norm(dim=1, keepdim=True)).view_as(directions)
 
 
-def whitened(rows: Float[Tensor, " m *row"], centred: Float[Tensor, " n *row"]) -> Float[Tensor, " m *row"]:
-    """Rows times C^-1/2, C the covariance of centred ones; each site, and each BLOCK of its dimensions, by itself."""
-    if rows.ndim > 2:
-        sites = zip(rows.unbind(1), centred.unbind(1), strict=True)
-        return torch.stack([whitened(of_site, about) for of_site, about in sites], 1)
-    blocks = zip(rows.split(BLOCK, 1), centred.split(BLOCK, 1), strict=True)
-    return torch.cat([_whitened(some, about) for some, about in blocks], 1)
-
-
-def _whitened(rows: Float[Tensor, "m n"], centred: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
-    largest = centred.abs().max().clamp_min(torch.finfo(centred.dtype).tiny)
-    rows, deviations = rows / largest, centred / largest
-    variances, vectors = torch.linalg.eigh(deviations.T @ deviations / len(deviations))
-    least = LEAST_VARIANCE * variances.mean()
-    return rows @ (vectors * variances.clamp_min(least).rsqrt()) @ vectors.T if least > 0 else rows
+def standardised(rows: Float[Tensor, " m *row"], centred: Float[Tensor, " n *row"]) -> Float[Tensor, " m *row"]:
+    """Rows in units of the standard deviation that each dimension has in centred rows."""
+    deviations = centred / centred.abs().max().clamp_min(torch.finfo(centred.dtype).tiny)
+    spread = deviations.square().mean(0).sqrt()
+    least = LEAST_SPREAD * spread.square().mean().sqrt()
+    return rows / spread.clamp_min(least) if least > 0 else rows
 
 
 def drawn(n: int, rows: int, generator: torch.Generator) -> Int[Tensor, " n"]:
@@ -105,7 +94,7 @@ def begin(
     sae.b_dec.copy_(y.mean(0))
     centred = x - (sae.b_dec if sae.config.subtract_b_dec else x.mean(0))
     chosen = sae.rows_for_latents(x, generator)
-    sae.set_directions(mixed(sae.W_enc, whitened(centred[chosen], centred), share))
+    sae.set_directions(mixed(sae.W_enc, standardised(centred[chosen], centred), share))
     sae.fit_rest(x[:FITTED_ROWS], y[:FITTED_ROWS])
     x, y = x[-FITTED_ROWS:], y[-FITTED_ROWS:]
     made = sae.forward_scaled(x, StepContext())
