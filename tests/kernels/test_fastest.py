@@ -1,4 +1,4 @@
-"""Which precision candidates are looked for in: the fastest that was measured, if it gains something."""
+"""Which precision matches are found in: the fastest that was measured, if it gains something."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ import torch
 from apportion.kernels import fastest as module
 from apportion.kernels.fastest import fastest, screens
 
-X, W = torch.randn(64, 32), torch.randn(128, 32)
+CPU = torch.device("cpu")
+
+
+def clock(monkeypatch, taken):
+    """Time passes only while something is searched for, and for each screen as given."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(module, "screens", lambda device: [*taken])
+    asked = []
+
+    def search(screen):
+        asked.append(screen)
+        now[0] += taken[screen] * (10 if asked.count(screen) == 1 and screen == "bfloat16" else 1)
+
+    return search, asked
 
 
 @pytest.mark.parametrize(
@@ -22,17 +36,19 @@ X, W = torch.randn(64, 32), torch.randn(128, 32)
     ],
 )
 def test_the_fastest_is_taken_if_it_gains_something(taken, wanted, monkeypatch):
-    monkeypatch.setattr(module, "LEAST_WORK", 0)
-    monkeypatch.setattr(module, "screens", lambda device: [*taken])
-    monkeypatch.setattr(module, "seconds", lambda x, W, matches, share, screen: taken[screen])
-    assert fastest(X, W, 100) == (wanted, taken)
+    """The first time of each does not count: something may be made ready then."""
+    search, _ = clock(monkeypatch, taken)
+    best, times = fastest(search, CPU)
+    assert best == wanted and times == pytest.approx(taken)
 
 
-def test_nothing_is_measured_where_the_product_is_small(monkeypatch):
-    monkeypatch.setattr(module, "seconds", lambda *args: pytest.fail("measured"))
-    assert fastest(X, W, 100) == (None, {})
-    monkeypatch.setattr(module, "LEAST_WORK", 0)
-    assert fastest(X.double(), W.double(), 100) == (None, {}), "a screen is for float32"
+def test_screens_take_turns_and_long_searches_are_made_twice(monkeypatch):
+    search, asked = clock(monkeypatch, {None: 0.001, "bfloat16": 0.002})
+    fastest(search, CPU)
+    assert asked == (1 + module.ROUNDS) * [None, "bfloat16"]
+    search, asked = clock(monkeypatch, {None: 9.0, "bfloat16": 2.0})
+    fastest(search, CPU)
+    assert asked == 2 * [None, "bfloat16"]
 
 
 def test_a_machine_without_products_of_whole_numbers(monkeypatch):
@@ -40,14 +56,6 @@ def test_a_machine_without_products_of_whole_numbers(monkeypatch):
         raise RuntimeError("not here")
 
     monkeypatch.setattr(torch, "_int_mm", fails)
-    assert screens(torch.device("cpu")) == [None, "bfloat16"]
+    assert screens(CPU) == [None, "bfloat16"]
     monkeypatch.undo()
     assert screens(torch.device("cuda")) == [None, "bfloat16"]
-
-
-def test_what_is_measured_grows_with_the_work():
-    """Seconds are of the whole product, whatever the piece that is timed."""
-    for screen in screens(torch.device("cpu")):
-        small, large = (module.seconds(X, torch.randn(n, 32), 100, 1.0, screen) for n in (4096, 16 * 4096))
-        assert 4 < large / small < 64
-        assert module.seconds(X, W, 100, 1.0, screen) > 0

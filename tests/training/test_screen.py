@@ -31,6 +31,7 @@ def trainer(name: str = "mutual_choice", **settings: object) -> ap.Trainer:
 def measured(best: str | None, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     asked: list[tuple] = []
     times = {None: 2.0, "bfloat16": 1.0, "int8": 3.0}
+    monkeypatch.setattr(module, "LEAST_WORK", 0)
     monkeypatch.setattr(module, "fastest", lambda *args: asked.append(args) or (best, times))
     return asked
 
@@ -43,9 +44,7 @@ def test_the_fastest_is_kept(best, monkeypatch, caplog):
         for i in range(3):
             t.step(rows(seed=i))
     assert t.learners[0].screening.screen == best and len(asked) == 1
-    x, W_enc, matches, share = asked[0]
-    assert x.shape == (256, 16) and W_enc.shape == (128, 16) and (matches, share) == (4 * 256, 1)
-    assert f"screen: {best} (the product of a step: float32 2000.0 ms, bfloat16 1000.0 ms" in caplog.text
+    assert f"screen: {best} (finding the matches of a step: float32 2000.0 ms, bfloat16 1000.0 ms" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["relu", "gated", "jumprelu", "pca"])
@@ -60,11 +59,58 @@ def test_without_a_budget_there_is_no_cut_to_look_above(name, monkeypatch):
     assert not asked and t.learners[0].screening.screen is None
 
 
-def test_experts_make_a_part_of_the_product(monkeypatch):
+@pytest.mark.parametrize("name", ["mutual_choice", "switch"])
+def test_nothing_is_measured_where_the_product_is_small(name, monkeypatch):
+    """Of which experts make a part."""
     asked = measured("bfloat16", monkeypatch)
-    t = trainer("switch")
+    t = trainer(name)
+    share = 1 / t.sae.num_experts if name == "switch" else 1
+    monkeypatch.setattr(module, "LEAST_WORK", 2 * 256 * 16 * 128 * share + 1)
     t.step(rows())
-    assert asked[0][3] == 1 / t.sae.num_experts < 1
+    assert not asked and t.learners[0].screening.screen is None
+    t = trainer(name)
+    monkeypatch.setattr(module, "LEAST_WORK", 2 * 256 * 16 * 128 * share)
+    t.step(rows())
+    assert len(asked) == 1
+    ap.Trainer(new(name), ap.TrainConfig(batch_tokens=256, total_tokens=1024, dtype="float64")).step(rows().double())
+    assert len(asked) == 1, "a screen is for float32"
+
+
+@pytest.mark.parametrize("name", ["mutual_choice", "topk", "feature_choice", "matryoshka", "switch", "multi_topk"])
+def test_what_is_measured_is_the_search_of_a_step(name, monkeypatch):
+    """With every screen, each going on from the bounds that it left."""
+    monkeypatch.setattr(module, "LEAST_WORK", 0)
+    asked = []
+    monkeypatch.setattr(
+        module, "fastest", lambda search, device: ([search(s) for s in 2 * [None, "int8"]], (None, {}))[1]
+    )
+    t = trainer(name)
+    encode = type(t.sae).encode_scaled
+    monkeypatch.setattr(
+        type(t.sae),
+        "encode_scaled",
+        lambda sae, x, s, *more: asked.append((s.screen, s.warm)) or encode(sae, x, s, *more),
+    )
+    t._accept(rows())
+    asked.clear()
+    t.learners[0].screening.settle(t.sae, ap.Batch(rows()))
+    assert [screen for screen, _ in asked] == [None, "int8", None, "int8"]
+    if name in ("mutual_choice", "feature_choice", "matryoshka"):
+        assert [warm is None for _, warm in asked] == [True, True, False, False]
+    assert all(p.grad is None for p in t.sae.parameters())
+
+
+def test_it_is_chosen_again_when_latents_get_budgets_of_their_own(monkeypatch):
+    asked = measured("bfloat16", monkeypatch)
+    sae = new("feature_choice", switch_at=0.5)
+    t = ap.Trainer(sae, ap.TrainConfig(batch_tokens=256, total_tokens=256 * 10))
+    for i in range(5):
+        t.step(rows(seed=i))
+    assert len(asked) == 1
+    measured("int8", monkeypatch)
+    for i in range(5):
+        t.step(rows(seed=i))
+    assert t.learners[0].screening.screen == "int8" and t.learners[0].screening.settled == "each latent"
 
 
 def test_a_screen_that_is_slow_is_taken_and_said_once(monkeypatch, caplog):

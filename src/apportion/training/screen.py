@@ -1,9 +1,9 @@
 """Which screen a run looks for its matches with (kernels/select.py), and whether that misses any.
 
 With screen="auto" the fastest at the shape at hand is taken at the first step (kernels/fastest.py), for the rest of the
-run and when it is resumed. Every CHECK_STEPS steps the affinities of some tokens are computed in full precision, and
-counted is what exceeds the cut and was not chosen. If that is more than MISSED of the matches, the screen looks further
-below the cut from then on; if it has to look too far, it is given up.
+run and when it is resumed, or until latents get budgets of their own. Every CHECK_STEPS steps the affinities of some
+tokens are computed in full precision, and counted is what exceeds the cut and was not chosen. If that is more than
+MISSED of the matches, the screen looks further below the cut from then on; if it has to look too far, it is given up.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from apportion.allocation import Screen, Selection
 from apportion.architectures import SAE
 from apportion.architectures.affine import Affine
-from apportion.kernels.fastest import fastest
+from apportion.kernels.fastest import LEAST_WORK, fastest
 from apportion.kernels.select import MARGINS
 from apportion.rows.batch import Batch
 
@@ -39,28 +42,47 @@ class Screening:
         self.checked = self.missed = self.steps = 0
         self.share: float | None = None
         """Of the matches, that were missed when it was last judged."""
-        self.settled = not isinstance(sae, Affine)
+        self.settled: str | None = None if isinstance(sae, Affine) else ""
+        """For which kind of budget it has been chosen; "" if there is nothing to choose."""
 
     def settle(self, sae: SAE, batch: Batch) -> None:
-        """Before the first step: choose by time, or say that what was asked for is slow."""
-        if self.settled:
+        """Before a step: choose by time, or say that what was asked for is slow; once for each kind of budget."""
+        if self.settled == "":
             return
-        self.settled = True
-        assert isinstance(sae, Affine)
         budget = sae.allocation.budget(len(batch.x))
-        if budget is None:  # no cut to look above
+        kind = "" if budget is None else "each latent" if isinstance(budget, Tensor) else "all"
+        if kind == self.settled or (self.settled and self.asked != "auto"):
             return
-        x = sae.prepare(batch.x, batch.target)[0].flatten(1)
-        matches = budget if isinstance(budget, int) else int(budget.sum())
-        share = 1 / getattr(sae, "num_experts", 1)
-        best, times = fastest(x, sae.W_enc.detach().flatten(1), matches, share)
+        self.settled = kind
+        if not kind:  # no cut to look above
+            return
+        best, times = self.measured(sae, batch)
         said = ", ".join(f"{screen or 'float32'} {1e3 * taken:.1f} ms" for screen, taken in times.items())
         if self.asked == "auto":
             self.screen, self.margin = best, MARGINS.get(best or "", 0.0)
             if said:
-                logger.info("screen: %s (the product of a step: %s)", best, said)
+                logger.info("screen: %s (finding the matches of a step: %s)", best, said)
         elif self.screen and times and times.get(self.screen, 0.0) > times[None]:
-            logger.warning('screen = "%s" is slower here than none (the product of a step: %s)', self.screen, said)
+            logger.warning(
+                'screen = "%s" is slower here than none (finding the matches of a step: %s)', self.screen, said
+            )
+
+    @torch.no_grad()
+    def measured(self, sae: SAE, batch: Batch) -> tuple[Screen, dict[Screen, float]]:
+        """The fastest, and seconds of each; nothing where the product is small, or not in float32."""
+        assert isinstance(sae, Affine)
+        x, _ = sae.prepare(batch.x, batch.target)
+        share = 1 / getattr(sae, "num_experts", 1)
+        if x.dtype != torch.float32 or 2 * len(x) * sae.W_enc.numel() * share < LEAST_WORK:
+            return None, {}
+        warm: dict[Screen, Tensor | None] = {}
+
+        def search(screen: Screen) -> None:
+            selection = Selection(sae.allocation, warm.get(screen), screen)
+            sae.encode_scaled(x, selection)
+            warm[screen] = selection.next_warm
+
+        return fastest(search, x.device)
 
     def selection(self, sae: SAE, warm: Any) -> Selection:
         """How a step chooses."""
@@ -84,12 +106,11 @@ class Screening:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on with; JSON-able."""
-        kept = ("screen", "margin", "checked", "missed", "steps", "share")
+        kept = ("screen", "margin", "checked", "missed", "steps", "share", "settled")
         return {name: getattr(self, name) for name in kept} if self.settled else {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on with what `state` returned, unless another screen was asked for."""
         if state and (self.asked == "auto" or state["screen"] in (None, self.asked)):
-            self.settled = True
             for name, value in state.items():
                 setattr(self, name, value)
