@@ -34,8 +34,7 @@ def variance(mean: Float[Tensor, "*n"], mean_square: Float[Tensor, "*n"]) -> Flo
 
 def batch_fvu(x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
     """FVU within one batch (its own mean): for the progress bar, not for a table. NaN if all rows are equal."""
-    error, size = (torch.linalg.vector_norm(t).square() for t in (x - x_hat, x))
-    spread = len(x) * x.var(0, correction=0).sum()
+    error, size, spread = (torch.linalg.vector_norm(t).square() for t in (x - x_hat, x, x - x.mean(0)))
     return error / torch.where(no_spread(spread, size), torch.nan, spread)
 
 

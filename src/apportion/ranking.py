@@ -63,14 +63,26 @@ def rank_within(groups: Int[Tensor, " n"], values: Float[Tensor, " n"], num_grou
 
     Values must not be negative.
     """
+    order, counts = order_within(groups, values, num_groups)
+    rank = torch.empty_like(order)
+    rank[order] = ranks_in_order(counts, len(order))
+    return rank
+
+
+def order_within(
+    groups: Int[Tensor, " n"], values: Float[Tensor, " n"], num_groups: int
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " num_groups"]]:
+    """The order that puts group after group, each from its largest entry down, and how many entries each has."""
     if values.element_size() <= 4:
         falling = torch.iinfo(torch.int32).max - values.float().contiguous().view(torch.int32)
         order = ((groups.long() << 32) + falling).argsort(stable=True)
     else:
         order = values.argsort(descending=True, stable=True)
         order = order[groups[order].int().argsort(stable=True)]
-    counts = torch.bincount(groups, minlength=num_groups)
+    return order, torch.bincount(groups, minlength=num_groups)
+
+
+def ranks_in_order(counts: Int[Tensor, " num_groups"], n: int) -> Int[Tensor, " n"]:
+    """0, 1, .. of each group, of groups with so many entries, n in all."""
     first = counts.cumsum(0) - counts
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - first[groups[order]]
-    return rank
+    return torch.arange(n, device=counts.device) - first.repeat_interleave(counts, output_size=n)

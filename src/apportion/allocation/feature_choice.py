@@ -42,7 +42,7 @@ from apportion.allocation.mutual_choice import best_anywhere, likely_bound, scal
 from apportion.allocation.threshold import ThresholdInEval
 from apportion.allocation.zipf import NOISE_SHARE, ZipfFit, fit_zipf, integer_budgets, zipf_densities
 from apportion.group import Group
-from apportion.ranking import rank_within
+from apportion.ranking import order_within, rank_within, ranks_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -215,16 +215,20 @@ def best_of_each_latent(candidates: Candidates, budget: Int[Tensor, " d_sae"], g
     """The budget[j] largest affinities of each latent j."""
     affinity, own = group.joined(candidates.affinity)
     latents, _ = group.joined(candidates.latents)
-    rank = rank_within(latents, affinity, candidates.d_sae)
-    last = rank == budget[latents] - 1
-    cut = affinity.new_zeros(candidates.d_sae)
-    cut[latents[last]] = affinity[last]
+    order, counts = order_within(latents, affinity, candidates.d_sae)
+    ranked, first = affinity[order], counts.cumsum(0) - counts
+
+    def ranked_at(rank: Tensor, otherwise: Tensor) -> Tensor:
+        """Of each latent, where it has so many."""
+        there = (rank >= 0) & (rank < counts)
+        return torch.where(there, ranked[torch.where(there, first + rank, 0)], otherwise) if len(ranked) else otherwise
+
+    none = affinity.new_zeros(candidates.d_sae)
+    cut = ranked_at(budget - 1, none)
     cut[budget == 0] = torch.inf
     # Scan the next batch from about twice the budget down, which is as far as a look at a single latent goes; a latent
     # that had fewer candidates goes lower.
-    reach = rank == (2 * budget + 3)[latents]
-    next_bounds = 0.8 * affinity.new_zeros(candidates.d_sae).scatter_reduce(
-        0, latents, affinity, "amin", include_self=False
-    )
-    next_bounds[latents[reach]] = affinity[reach]
-    return Settled(keep=(rank < budget[latents])[own], cut=cut, next_bounds=next_bounds)
+    next_bounds = ranked_at(2 * budget + 3, 0.8 * ranked_at(counts - 1, none))
+    keep = torch.empty_like(order, dtype=torch.bool)
+    keep[order] = ranks_in_order(counts, len(order)) < budget.repeat_interleave(counts, output_size=len(order))
+    return Settled(keep=keep[own], cut=cut, next_bounds=next_bounds)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 NOISE_SHARE = 0.01
 """Latents that fire less often than this share of the mean latent are left out of a fit: their densities are noise."""
+COARSE = 12
+"""Of the betas one in so many is tried first, and then those about the best of them."""
 MAX_ALPHA = 20.0
 """Densities that fall faster than any power law would be fitted by ever larger exponents; this one is steep enough."""
 
@@ -66,14 +68,11 @@ def fit_zipf(
     at = at.clamp(1, n).long()
     y = ranked[at - 1].log10()
     betas = torch.tensor([beta]) if beta is not None else torch.cat([torch.zeros(1), torch.logspace(-1, 4, 201)])
-    u = -(at + betas.double()[:, None]).log10()  # one row for each beta; in each, y is linear in u
-    u_mean, y_mean = u.mean(1, keepdim=True), y.mean()
-    fitted = ((u - u_mean) * (y - y_mean)).sum(1) / (u - u_mean).square().sum(1)
-    slopes = fitted.clamp_max(MAX_ALPHA) if alpha is None else torch.full_like(fitted, alpha)
-    levels = y_mean - slopes * u_mean.squeeze(1)
-    errors = (y - slopes[:, None] * u - levels[:, None]).square().mean(1)
+    middle = COARSE * int(_lines(at, y, betas[::COARSE], alpha)[2].argmin())
+    betas = betas[max(0, middle - COARSE) : middle + COARSE + 1]
+    slopes, levels, errors = _lines(at, y, betas, alpha)
     best = int(errors.argmin())
-    r2 = 1 - errors[best] / (y - y_mean).square().mean().clamp_min(1e-30)
+    r2 = 1 - errors[best] / (y - y.mean()).square().mean().clamp_min(1e-30)
     return ZipfFit(
         alpha=slopes[best].item(),
         beta=float(betas[best]),
@@ -82,6 +81,16 @@ def fit_zipf(
         r2=r2.item(),
         ranks=n,
     )
+
+
+def _lines(at: Tensor, y: Tensor, betas: Tensor, alpha: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Slope, level and mean square error of the line that fits y best for each beta, with slope `alpha` if given."""
+    u = -(at + betas.double()[:, None]).log10()  # one row for each beta; in each, y is linear in u
+    u_mean, y_mean = u.mean(1, keepdim=True), y.mean()
+    fitted = ((u - u_mean) * (y - y_mean)).sum(1) / (u - u_mean).square().sum(1)
+    slopes = fitted.clamp_max(MAX_ALPHA) if alpha is None else torch.full_like(fitted, alpha)
+    levels = y_mean - slopes * u_mean.squeeze(1)
+    return slopes, levels, (y - slopes[:, None] * u - levels[:, None]).square().mean(1)
 
 
 def zipf_densities(d_sae: int, k: float, alpha: float, beta: float, floor: float = 0.0) -> Float[Tensor, " d_sae"]:

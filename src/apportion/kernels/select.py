@@ -113,8 +113,7 @@ def choose(
     elif bounds is not None and settled.cut is not None:
         short = settled.cut < bounds
         if bool(short.any()):
-            found = scan.with_columns(found, short)
-            settled = scan.settle(found)
+            found, settled = scan.with_columns(found, settled, short)
     selection.next_warm = settled.next_bounds if scan.rough_next is None else scan.rough_next
     chosen = found[settled.keep]
     if selection.check:
@@ -314,11 +313,17 @@ class _Scan:
             exceeding += len(above(block, at)[0])
         return len(own.rows), max(0, exceeding - above_it)
 
-    def with_columns(self, found: _Found, short: Bool[Tensor, " d_sae"]) -> _Found:
-        """What was found, with all that latents in `short` have in place of what was found of them."""
-        parts = [found[~short[found.latents]], *self.columns(short.nonzero().squeeze(-1))]
-        found, self.rough_next = _Found.cat(parts, self.x), None
-        return found[(found.rows * self.d_sae + found.latents).argsort()]
+    def with_columns(self, found: _Found, settled: Settled, short: Bool[Tensor, " d_sae"]) -> tuple[_Found, Settled]:
+        """What was chosen, with what latents in `short` choose from all that they have in place of what they chose."""
+        columns = _Found.cat(self.columns(short.nonzero().squeeze(-1)), self.x)
+        again, self.rough_next = self.settle(columns), None
+        chosen = _Found.cat([found[settled.keep & ~short[found.latents]], columns[again.keep]], self.x)
+        chosen = chosen[(chosen.rows * self.d_sae + chosen.latents).argsort()]
+        cut, next_bounds = (
+            None if old is None or new is None else torch.where(short, new, old)
+            for old, new in ((settled.cut, again.cut), (settled.next_bounds, again.next_bounds))
+        )
+        return chosen, Settled(torch.ones_like(chosen.rows, dtype=torch.bool), cut, next_bounds)
 
     def columns(self, latents: Int[Tensor, " n"]) -> list[_Found]:
         """The best tokens of each of these latents: twice its budget and four more, so that bounds can be told."""
