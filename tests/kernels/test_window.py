@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from apportion import blocks
+from apportion.allocation import Selection, Threshold
 from apportion.kernels import dispatch, select, window
 from apportion.kernels.window import felt_by_thresholds, reach, with_jumps
 from apportion.latents import Latents
@@ -180,3 +181,27 @@ def test_a_frozen_threshold_gets_no_gradient():
     felt.sum().backward()
     assert torch.equal(y_hat.grad, torch.ones(4, 3))
     assert window.with_jumps(torch.tensor(1.0), torch.zeros(2), found, torch.ones(8), torch.tensor(1.0)).item() == 1
+
+
+@pytest.mark.parametrize("screen", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_screen_finds_the_same_where_the_window_lies_above_zero(name: str, screen: str, monkeypatch) -> None:
+    case = CASES[name]
+    x, W, b, t, _ = case.tensors(torch.float32)
+    products, tiles = [], select.Product.blocks
+    monkeypatch.setattr(
+        select.Product,
+        "blocks",
+        lambda self, precision, **more: products.append(precision) or tiles(self, precision, **more),
+    )
+    theta, width = t.exp(), case.width(torch.float32)
+    selection = Selection(Threshold.at(theta, case.d_sae), screen=screen, margin=0.1)  # type: ignore[arg-type]
+    plain, screened = reach(x, W, b, theta, width), reach(x, W, b, theta, width, selection)
+    above_zero = bool((theta > width / 2).all())
+    assert products == [
+        torch.float32,
+        {"bfloat16": torch.bfloat16, "int8": "int8"}[screen] if above_zero else torch.float32,
+    ]
+    for one, other in zip(plain, screened, strict=True):
+        assert torch.equal(one.indices, other.indices) and torch.equal(one.offsets, other.offsets)
+        assert torch.allclose(one.values, other.values, atol=1e-5)

@@ -47,7 +47,7 @@ def test_the_fastest_is_kept(best, monkeypatch, caplog):
     assert f"screen: {best} (finding the matches of a step: float32 2000.0 ms, bfloat16 1000.0 ms" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["relu", "gated", "jumprelu", "pca"])
+@pytest.mark.parametrize("name", ["relu", "gated", "pca"])
 def test_without_a_budget_there_is_no_cut_to_look_above(name, monkeypatch):
     asked = measured("bfloat16", monkeypatch)
     sae = ap.create(name, d_in=16, k=4, seed=0, **({} if name == "pca" else {"d_sae": 128}))
@@ -76,7 +76,9 @@ def test_nothing_is_measured_where_the_product_is_small(name, monkeypatch):
     assert len(asked) == 1, "a screen is for float32"
 
 
-@pytest.mark.parametrize("name", ["mutual_choice", "topk", "feature_choice", "matryoshka", "switch", "multi_topk"])
+@pytest.mark.parametrize(
+    "name", ["mutual_choice", "topk", "feature_choice", "matryoshka", "switch", "multi_topk", "jumprelu"]
+)
 def test_what_is_measured_is_the_search_of_a_step(name, monkeypatch):
     """With every screen, each going on from the bounds that it left."""
     monkeypatch.setattr(module, "LEAST_WORK", 0)
@@ -85,12 +87,14 @@ def test_what_is_measured_is_the_search_of_a_step(name, monkeypatch):
         module, "fastest", lambda search, device: ([search(s) for s in 2 * [None, "int8"]], (None, {}))[1]
     )
     t = trainer(name)
-    encode = type(t.sae).encode_scaled
-    monkeypatch.setattr(
-        type(t.sae),
-        "encode_scaled",
-        lambda sae, x, s, *more: asked.append((s.screen, s.warm)) or encode(sae, x, s, *more),
-    )
+    forward = type(t.sae).forward_scaled
+
+    def seen(sae, x, context):
+        if context.selection is not None:
+            asked.append((context.selection.screen, context.selection.warm))
+        return forward(sae, x, context)
+
+    monkeypatch.setattr(type(t.sae), "forward_scaled", seen)
     t._accept(rows())
     asked.clear()
     t.learners[0].screening.settle(t.sae, ap.Batch(rows()))
@@ -125,9 +129,10 @@ def test_a_screen_that_is_slow_is_taken_and_said_once(monkeypatch, caplog):
     assert not caplog.text, "this one is not"
 
 
+@pytest.mark.parametrize("name", ["mutual_choice", "jumprelu"])
 @pytest.mark.parametrize("screen", ["bfloat16", "int8"])
-def test_codes_are_exact_and_training_is_the_same_but_for_rounding(screen):
-    exact, screened = trainer(screen=None), trainer(screen=screen)
+def test_codes_are_exact_and_training_is_the_same_but_for_rounding(screen, name):
+    exact, screened = trainer(name, screen=None), trainer(name, screen=screen)
     for i in range(30):
         figures = [t.step(rows(seed=i)) for t in (exact, screened)]
         assert figures[1]["loss"] == pytest.approx(figures[0]["loss"].item(), rel=1e-3)
@@ -200,3 +205,15 @@ def test_missed_matches_are_those_that_are_missing(name, monkeypatch):
     assert selection.missed >= 1, "the last of a token or a latent may equal the cut"
     if sae.allocation.row_limit is None:
         assert selection.missed <= 3
+
+
+def test_what_a_jumprelu_misses_is_counted(monkeypatch):
+    """Of all above the window's lower end."""
+    measured("int8", monkeypatch)
+    monkeypatch.setattr(module, "CHECK_STEPS", 1)
+    monkeypatch.setattr(module, "ENOUGH", 1)
+    t = trainer("jumprelu")
+    assert t.step(rows()).get("missed", torch.tensor(1.0)) <= 0.01
+    find = select._Scan.reach
+    monkeypatch.setattr(select._Scan, "reach", lambda scan, bounds: (find(scan, bounds)[0][torch.arange(500)], bounds))
+    assert t.step(rows(seed=1))["missed"] > 0.05

@@ -105,6 +105,11 @@ class Affine(SAE):
     ) -> Float[Tensor, " tokens *out"]:
         return decode_matches(latents, self.W_dec.flatten(1)).unflatten(1, self.out_shape) + self.b_dec
 
+    @property
+    def takes_screen(self) -> bool:
+        """Whether steps of training can be screened (kernels/select.py): with a budget there is a cut to look above."""
+        return self.allocation.budget(1) is not None
+
     def affinities(self, latents: Latents) -> Float[Tensor, " nnz"]:
         values = latents.values.detach()
         return values if self.config.affinity == "code" else values * self.decoder_norms()[latents.indices]

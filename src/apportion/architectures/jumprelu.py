@@ -18,8 +18,8 @@ runs, and the set-point alone leaves L0 above k by what a further latent is wort
 
 Thresholds learn from matches near them, through what kernels/window.py puts in place of the gradient of a step. L0
 moves nothing but thresholds, while the tanh objective is a function of z and a, and moves the whole encoder and the
-decoder norms. Codes have the gradient 1[a > theta] with respect to a. Training steps are never screened: the window
-may reach below zero, where a screen is of no use.
+decoder norms. Codes have the gradient 1[a > theta] with respect to a. Training steps are screened where the window of
+every latent lies above zero, as it does at a start from data.
 
 The pre-activation term is about nearly all pairs of tokens and latents, and yet needs no dense matrix: relu(theta - a)
 = (theta - a) + relu(a - theta), where the first part, summed over tokens, is linear in the mean input, and the second
@@ -143,6 +143,10 @@ class JumpReLU(AffineWithAuxiliary):
         """t; theta = exp(t)."""
         return self.allocation.log_threshold
 
+    @property
+    def takes_screen(self) -> bool:
+        return True
+
     def begin_step(self, context: StepContext) -> None:
         super().begin_step(context)
         if self.config.objective != "l0_target" or self.k is None:
@@ -150,7 +154,8 @@ class JumpReLU(AffineWithAuxiliary):
 
     def forward_scaled(self, x: Float[Tensor, "tokens d_in"], context: StepContext) -> Pass:
         rows = self.centred(x)
-        active, near = reach(rows, self.W_enc, self.b_enc, self.allocation.threshold, self.bandwidth)
+        theta, eps = self.allocation.threshold, self.bandwidth
+        active, near = reach(rows, self.W_enc, self.b_enc, theta, eps, context.selection)
         latents = encode_matches(rows, self.W_enc, self.b_enc, active)
         y_hat = felt_by_thresholds(self.decode_scaled(latents, x), self.log_threshold, self.W_dec, near, self.bandwidth)
         return JumpReLUPass(latents, y_hat, near)

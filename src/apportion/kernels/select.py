@@ -117,7 +117,7 @@ def choose(
     selection.next_warm = settled.next_bounds if scan.rough_next is None else scan.rough_next
     chosen = found[settled.keep]
     if selection.check:
-        selection.checked, selection.missed = scan.missed(chosen, settled.cut)
+        selection.checked, selection.missed = scan.missed(chosen, settled.cut, selection.check)
     return Matches(chosen.rows, chosen.latents, chosen.values)
 
 
@@ -127,10 +127,18 @@ def all_above(
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     bounds: Float[Tensor, " d_sae"],
+    selection: Selection | None = None,
 ) -> Matches:
-    """Every match whose pre-activation exceeds its latent's bound; under a negative bound also negative ones."""
-    scan = _Scan(Product(x, W_enc, b_enc), Selection(Threshold.at(bounds, W_enc.shape[0])))
-    found, _ = scan.rows(bounds.to(scan.x))
+    """Every match whose pre-activation exceeds its latent's bound; under a negative bound also negative ones.
+
+    A screen of the selection is used where all bounds are positive; its rule says nothing here.
+    """
+    rule = Threshold.at(bounds, W_enc.shape[0])
+    scan = _Scan(Product(x, W_enc, b_enc), Selection(rule) if selection is None else selection.by(rule))
+    scan.screened = scan.screened and bool((bounds > 0).all())
+    found, _ = scan.reach(bounds := bounds.to(scan.x))
+    if selection is not None and selection.check:
+        selection.checked, selection.missed = scan.missed(found, bounds, selection.check)
     return Matches(found.rows, found.latents, found.values)
 
 
@@ -290,9 +298,9 @@ class _Scan:
         both = _Found.cat([found[~marks[found.rows]], *parts], self.x)
         return both[both.rows.int().argsort(stable=True)]
 
-    def missed(self, chosen: _Found, cut: Tensor | None) -> tuple[int, int]:
-        """Over some tokens: how many matches they have, and how many more affinities exceed the cut."""
-        tokens = torch.arange(0, self.tokens, max(1, self.tokens // max(1, self.selection.check)), device=self.x.device)
+    def missed(self, chosen: _Found, cut: Tensor | None, check: int) -> tuple[int, int]:
+        """Over so many tokens: how many matches they have, and how many more affinities exceed the cut."""
+        tokens = torch.arange(0, self.tokens, max(1, self.tokens // max(1, check)), device=self.x.device)
         own = chosen[torch.isin(chosen.rows, tokens)]
         limit = self.rule.row_limit
         if limit is not None:

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apportion.allocation import Selection
 from apportion.kernels.select import all_above
 from apportion.kernels.sparse import match_products
 from apportion.latents import Latents, from_matches
@@ -38,13 +39,16 @@ def reach(
     b_enc: Float[Tensor, " d_sae"],
     theta: Float[Tensor, " d_sae"],
     bandwidth: Float[Tensor, ""],
+    selection: Selection | None = None,
 ) -> tuple[Latents, Latents]:
     """The active matches, a > theta, and those near their threshold, |a - theta| < bandwidth / 2.
 
-    Values of both are pre-activations a; of the second they can be negative, and it overlaps with the first.
+    Values of both are pre-activations a; of the second they can be negative, and it overlaps with the first. Of the
+    selection only its screen counts, where the window lies above zero.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    found = all_above(*(t.to(wide) for t in (x, W_enc, b_enc, theta - bandwidth / 2)))
+    bounds = (theta - bandwidth / 2).to(wide)
+    found = all_above(x.to(wide), W_enc.to(wide), b_enc.to(wide), bounds, selection)
     above, values = found.values - theta[found.latents], found.values.to(x.dtype)
     active, near = (
         from_matches(found.rows[keep], found.latents[keep], values[keep], W_enc.shape[0], (x.shape[0],))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apportion.allocation import Screen, Selection
+from apportion.allocation import Screen, Selection, StepContext
 from apportion.architectures import SAE
 from apportion.architectures.affine import Affine
 from apportion.kernels.fastest import LEAST_WORK, fastest
@@ -49,12 +49,13 @@ class Screening:
         """Before a step: choose by time, or say that what was asked for is slow; once for each kind of budget."""
         if self.settled == "":
             return
-        budget = sae.allocation.budget(len(batch.x))
-        kind = "" if budget is None else "each latent" if isinstance(budget, Tensor) else "all"
+        assert isinstance(sae, Affine)
+        of_each = isinstance(sae.allocation.budget(len(batch.x)), Tensor)
+        kind = "each latent" if of_each else "all" if sae.takes_screen else ""
         if kind == self.settled or (self.settled and self.asked != "auto"):
             return
         self.settled = kind
-        if not kind:  # no cut to look above
+        if not kind:
             return
         best, times = self.measured(sae, batch)
         said = ", ".join(f"{screen or 'float32'} {1e3 * taken:.1f} ms" for screen, taken in times.items())
@@ -68,9 +69,8 @@ class Screening:
             )
 
     @torch.no_grad()
-    def measured(self, sae: SAE, batch: Batch) -> tuple[Screen, dict[Screen, float]]:
+    def measured(self, sae: Affine, batch: Batch) -> tuple[Screen, dict[Screen, float]]:
         """The fastest, and seconds of each; nothing where the product is small, or not in float32."""
-        assert isinstance(sae, Affine)
         x, _ = sae.prepare(batch.x, batch.target)
         share = 1 / getattr(sae, "num_experts", 1)
         if x.dtype != torch.float32 or 2 * len(x) * sae.W_enc.numel() * share < LEAST_WORK:
@@ -79,7 +79,7 @@ class Screening:
 
         def search(screen: Screen) -> None:
             selection = Selection(sae.allocation, warm.get(screen), screen)
-            sae.encode_scaled(x, selection)
+            sae.forward_scaled(x, StepContext(selection=selection))
             warm[screen] = selection.next_warm
 
         return fastest(search, x.device)
