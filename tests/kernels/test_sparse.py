@@ -9,7 +9,7 @@ import torch
 
 from apportion import blocks
 from apportion.kernels import decode_matches, dispatch, encode_matches, sparse
-from apportion.latents import Latents
+from apportion.latents import Latents, from_matches
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 NAMES = ("x", "W_enc", "b_enc", "W_dec")
@@ -222,3 +222,16 @@ def test_strided_inputs_and_gradients():
         results.append([p.grad for p in parameters])
     for plain, other in zip(*results, strict=True):
         assert torch.allclose(plain, other, rtol=1e-12)
+
+
+def test_totals_of_latents_are_the_same_in_either_way():
+    """On GPUs they are added up in order, where index_add_ would be another number every time."""
+    latents = from_matches(
+        torch.tensor([0, 0, 1, 3, 3, 3]), torch.tensor([2, 5, 2, 0, 2, 6]), torch.arange(6.0), 8, (4,)
+    )
+    g = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    wanted = torch.tensor([8.0, 0, 21, 0, 0, 2, 32, 0])
+    assert torch.equal(sparse.totals_by_latent(latents, g), wanted)
+    assert torch.equal(sparse._totals_in_order(latents, g), wanted)
+    none = from_matches(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), 8, (4,))
+    assert torch.equal(sparse._totals_in_order(none, g[:0]), torch.zeros(8))

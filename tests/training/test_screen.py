@@ -217,3 +217,21 @@ def test_what_a_jumprelu_misses_is_counted(monkeypatch):
     find = select._Scan.reach
     monkeypatch.setattr(select._Scan, "reach", lambda scan, bounds: (find(scan, bounds)[0][torch.arange(500)], bounds))
     assert t.step(rows(seed=1))["missed"] > 0.05
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"screen": "int4"}, {"margin": "wide"}, {"steps": None}, {"settled": None}, {"more": 1}, {"share": "none"}, None],
+    ids=str,
+)
+def test_a_checkpoint_that_says_nonsense_of_its_screen_is_refused(damage, monkeypatch):
+    measured("int8", monkeypatch)
+    t = trainer()
+    t.step(rows())
+    tensors, values = t.state()
+    t.check_state(tensors, values)
+    t.check_state(tensors, {name: value for name, value in values.items() if name != "screens"})
+    t.check_state(tensors, values | {"screens": [{}]})
+    (state,) = values["screens"]
+    with pytest.raises(ValueError, match="screen"):
+        t.check_state(tensors, values | {"screens": [state | damage] if damage else [state, state]})

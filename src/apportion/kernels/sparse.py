@@ -73,7 +73,7 @@ class _Encode(torch.autograd.Function):
         dx = _sum_by_row(ctx.matches, g, W_enc) if of_x else None
         dW = sum_by_latent(ctx.matches, g, x) if of_W else None
         if of_b or of_centre:
-            db = g.new_zeros(ctx.matches.d_sae).index_add_(0, ctx.matches.indices, g)
+            db = totals_by_latent(ctx.matches, g)
             d_centre = -(db @ W_enc) if of_centre else None
         return dx, dW, db, d_centre, None
 
@@ -115,6 +115,16 @@ def sum_by_latent(latents: Latents, weights: Tensor, table: Float[Tensor, "token
         return total
     order, rows, offsets = latents.by_latent()
     return weighted_sums(rows, offsets, weights[order], table)
+
+
+def totals_by_latent(latents: Latents, g: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
+    """The sum over the matches of each latent, added up in the same order every time."""
+    return _totals_in_order(latents, g) if g.is_cuda else g.new_zeros(latents.d_sae).index_add_(0, latents.indices, g)
+
+
+def _totals_in_order(latents: Latents, g: Tensor) -> Tensor:
+    order, _, offsets = latents.by_latent()
+    return torch.segment_reduce(g[order], "sum", offsets=offsets, unsafe=True)
 
 
 def match_products(latents: Latents, g: Float[Tensor, "tokens d"], table: Float[Tensor, "d_sae d"]) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from apportion.allocation import Selection
 from apportion.kernels.select import all_above
-from apportion.kernels.sparse import match_products
+from apportion.kernels.sparse import match_products, totals_by_latent
 from apportion.latents import Latents, from_matches
 
 
@@ -97,5 +97,5 @@ class _Felt(torch.autograd.Function):
         near, wide = ctx.near, torch.promote_types(log_threshold.dtype, torch.float32)
         theta = log_threshold.to(wide).exp()
         jumps = theta[near.indices] * match_products(near, g, by) if g.ndim else g * by
-        sums = torch.zeros(near.d_sae, dtype=wide, device=jumps.device).index_add_(0, near.indices, jumps.to(wide))
+        sums = totals_by_latent(near, jumps.to(wide))
         return g, (-theta / bandwidth.to(wide) * sums).to(log_threshold.dtype), None, None, None

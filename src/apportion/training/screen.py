@@ -9,6 +9,7 @@ MISSED of the matches, the screen looks further below the cut from then on; if i
 from __future__ import annotations
 
 import logging
+from types import NoneType
 from typing import Any
 
 import torch
@@ -114,3 +115,16 @@ class Screening:
         if state and (self.asked == "auto" or state["screen"] in (None, self.asked)):
             for name, value in state.items():
                 setattr(self, name, value)
+
+
+def check_state(state: Any) -> None:
+    """ValueError unless a `Screening` may have returned this as its state."""
+    kinds = {
+        "screen": (str, NoneType), "settled": str, "margin": float, "share": (float, NoneType),
+        "checked": int, "missed": int, "steps": int,
+    }  # fmt: skip
+    alike = isinstance(state, dict) and (not state or state.keys() == kinds.keys())
+    if not alike or not all(isinstance(value, kinds[name]) for name, value in state.items()):
+        raise ValueError(f"the state of a screen is {state!r}")
+    if state and state["screen"] not in (None, *MARGINS):
+        raise ValueError(f"screen is {state['screen']!r}")

@@ -40,6 +40,7 @@ from apportion.training.learner import Learner, under
 from apportion.training.objective import Losses, Objective, TrainingContext, as_objective, local_reconstruction
 from apportion.training.run import RunFolder, restore
 from apportion.training.same import MAY_DIFFER
+from apportion.training.screen import check_state as check_screen
 from apportion.training.verdict import ROWS as VERDICT_ROWS
 from apportion.training.verdict import Verdict, verdict
 
@@ -363,8 +364,12 @@ class Trainer:
         for name, kind in (("steps", int), ("tokens", int), ("seconds", int | float)):
             if isinstance(values.get(name), bool) or not isinstance(values.get(name), kind):
                 raise ValueError(f"{name} is {values.get(name)!r}")
-        for i, own in enumerate(self.learners):
+        screens = values.get("screens", [{}] * len(self.learners))
+        if not isinstance(screens, list) or len(screens) != len(self.learners):
+            raise ValueError(f"screens is {screens!r}")
+        for i, (own, screen) in enumerate(zip(self.learners, screens, strict=True)):
             own.check_state(under(f"{i}.", tensors))
+            check_screen(screen)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to where a run was; everything is checked already."""
