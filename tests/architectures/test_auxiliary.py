@@ -54,7 +54,7 @@ def own_term(sae: ap.SAE, at: StepContext, x: torch.Tensor | None = None) -> tor
 def gradients(sae: ap.SAE, term: torch.Tensor) -> dict[str, torch.Tensor]:
     sae.zero_grad()
     term.backward()
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in sae.named_parameters()}
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone().to_dense() for n, p in sae.named_parameters()}
 
 
 def dense_term(sae: ap.SAE, silent: torch.Tensor, k_aux: int) -> torch.Tensor:

@@ -68,7 +68,7 @@ def gradients(sae: ap.SAE, loss: torch.Tensor, x: torch.Tensor) -> dict[str, tor
     x.grad = None
     loss.backward()
     named = {**dict(sae.named_parameters()), "x": x}
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named.items()}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone().to_dense() for name, p in named.items()}
 
 
 def assert_equal_gradients(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:

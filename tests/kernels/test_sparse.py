@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from apportion import blocks
-from apportion.kernels import decode_matches, dispatch, encode_matches, sparse
+from apportion.kernels import decode_matches, dispatch, encode_matches, rows_of, sparse
 from apportion.latents import Latents, from_matches
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -235,3 +235,25 @@ def test_totals_of_latents_are_the_same_in_either_way():
     assert torch.equal(sparse._totals_in_order(latents, g), wanted)
     none = from_matches(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), 8, (4,))
     assert torch.equal(sparse._totals_in_order(none, g[:0]), torch.zeros(8))
+
+
+@pytest.mark.parametrize("first", ["dense", "sparse"])
+@pytest.mark.parametrize("shape", [(12, 5), (12, 2, 5), (12,)])
+def test_rows_have_a_gradient_of_their_own_size(shape, first):
+    """Which is added to that of the whole table, whichever comes first."""
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(shape, generator=g, requires_grad=True)
+    ids, other, some = (
+        torch.tensor([1, 4, 11]),
+        torch.randn(shape, generator=g),
+        torch.randn(3, *shape[1:], generator=g),
+    )
+    (rows_of(table, ids) * some).sum().backward()
+    assert torch.equal(rows_of(table, ids), table[ids]) and table.grad.is_sparse
+    assert table.grad.coalesce().values().shape == some.shape
+    wanted = torch.zeros(shape).index_copy(0, ids, some)
+    assert torch.equal(table.grad.to_dense(), wanted)
+    table.grad = None
+    terms = [(table * other).sum(), (rows_of(table, ids) * some).sum()]
+    (terms[0] + terms[1] if first == "dense" else terms[1] + terms[0]).backward()
+    assert not table.grad.is_sparse and torch.allclose(table.grad, other + wanted)

@@ -23,7 +23,7 @@ from apportion.allocation import Rule, Selection
 from apportion.architectures.base import SAE, SAEConfig
 from apportion.architectures.inputs import as_tensor
 from apportion.architectures.start import begin, drawn, generator_for, rows_needed, usual_share
-from apportion.kernels import Experts, choose, decode_matches, encode_matches
+from apportion.kernels import Experts, choose, decode_matches, encode_matches, rows_of
 from apportion.latents import Latents, from_matches
 from apportion.settings import newer
 from apportion.torch_state import usual
@@ -85,20 +85,21 @@ class Affine(SAE):
         experts: Experts | None = None,
         centre: Float[Tensor, "*row"] | None = None,
     ) -> Latents:
-        """Choose among all latents, or among `ids` (ascending) only; gradients to x, W_enc and b_enc.
+        """Choose among all latents, or among `ids` (ascending) only, of which the result then says which by their
+        places among these. Gradients to x, W_enc and b_enc, sparse ones with `ids` (kernels.rows_of).
 
         With `experts`, each token has its expert's latents only, and its affinities are gated, but its codes are not.
         `centre` gets the gradient of what was subtracted from x, if x itself has none.
         """
-        x, W_enc = x.flatten(1), self.W_enc.flatten(1)
-        W, b = (W_enc, self.b_enc) if ids is None else (W_enc[ids], self.b_enc[ids])
-        norms = None
+        x, W_enc, b_enc = x.flatten(1), self.W_enc, self.b_enc
+        if ids is not None:
+            W_enc, b_enc = rows_of(W_enc, ids), b_enc[ids]
+        W_enc, norms = W_enc.flatten(1), None
         if self.config.affinity == "code_times_decoder_norm":
             norms = self.decoder_norms() if ids is None else self.decoder_norms()[ids]
-        m = choose(x, W, b, selection, norms=norms, experts=experts)
-        latents = m.latents if ids is None else ids[m.latents]
-        matches = from_matches(m.rows, latents, m.values, self.d_sae, (x.shape[0],))
-        return encode_matches(x, W_enc, self.b_enc, matches, None if centre is None else centre.flatten())
+        m = choose(x, W_enc, b_enc, selection, norms=norms, experts=experts)
+        matches = from_matches(m.rows, m.latents, m.values, len(W_enc), (x.shape[0],))
+        return encode_matches(x, W_enc, b_enc, matches, None if centre is None else centre.flatten())
 
     def decode_scaled(
         self, latents: Latents, x: Float[Tensor, " tokens *row"] | None = None

@@ -19,7 +19,7 @@ from apportion.allocation import Rule, Selection, StepContext, TokenChoice
 from apportion.allocation.zipf import NOISE_SHARE, fit_zipf, zipf_densities
 from apportion.architectures.affine import Affine, LearnedConfig
 from apportion.architectures.base import Pass
-from apportion.kernels import decode_matches
+from apportion.kernels import decode_matches, rows_of
 from apportion.latents import Latents
 
 MIN_RANKS = 16
@@ -83,7 +83,7 @@ class AffineWithAuxiliary(Affine):
         rule = TokenChoice(TokenChoice.Config(k=min(limit, silent.numel())), silent.numel())
         # Not screened: with few columns the full product costs less than looking twice.
         chosen = self.encode_silent(x, Selection(rule, group=context.group), silent)
-        error_hat = decode_matches(chosen, self.W_dec.flatten(1))
+        error_hat = decode_matches(chosen, rows_of(self.W_dec, silent).flatten(1))
         size, share = x.detach().square().mean(), min(1.0, silent.numel() / limit)
         term = losses.auxiliary(error.flatten(1), error_hat, share, size, context.group)
         return {self.config.aux: self.config.aux_weight * term}
@@ -91,7 +91,8 @@ class AffineWithAuxiliary(Affine):
     def encode_silent(
         self, x: Float[Tensor, " tokens *row"], selection: Selection, silent: Int[Tensor, " n"]
     ) -> Latents:
-        """Codes of these latents (ascending) alone, with gradients to their W_enc and b_enc and to nothing else."""
+        """Codes of these latents (ascending) alone, by their places among these; gradients reach their W_enc and b_enc
+        and nothing else."""
         return self.encode_centred(self.centred(x).detach(), selection, silent)
 
     def _silent(self, context: StepContext) -> Int[Tensor, " n"] | None:

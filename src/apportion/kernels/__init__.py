@@ -2,6 +2,6 @@
 
 from apportion.kernels.product import Experts
 from apportion.kernels.select import Matches, choose
-from apportion.kernels.sparse import decode_matches, encode_matches
+from apportion.kernels.sparse import decode_matches, encode_matches, rows_of
 
-__all__ = ["Experts", "Matches", "choose", "decode_matches", "encode_matches"]
+__all__ = ["Experts", "Matches", "choose", "decode_matches", "encode_matches", "rows_of"]

@@ -24,7 +24,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.blocks import block_rows
@@ -55,6 +55,28 @@ def encode_matches(
 def decode_matches(latents: Latents, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "tokens d_out"]:
     """Sum of the decoder rows of each token's matches, weighted by the codes; no bias."""
     return _Decode.apply(latents.values, W_dec, latents)  # type: ignore[return-value]
+
+
+def rows_of(table: Float[Tensor, " n *d"], ids: Int[Tensor, " m"]) -> Float[Tensor, " m *d"]:
+    """Some rows of a table (ids ascending, none twice), whose gradient is sparse and has no more rows than these.
+
+    autograd adds it to a dense gradient in place, so that no second one as large as the table is made; by itself it
+    stays sparse.
+    """
+    return _RowsOf.apply(table, ids)  # type: ignore[return-value]
+
+
+class _RowsOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = table.shape
+        return table[ids]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        return torch.sparse_coo_tensor(ids[None], grads[0], ctx.shape, is_coalesced=True, check_invariants=False), None
 
 
 class _Encode(torch.autograd.Function):
