@@ -239,3 +239,12 @@ def test_the_setting_in_words(tmp_path: Path) -> None:
     assert "rate chosen from 0.001, 0.002, 0.003" in experiment(tmp_path).setting()
     other = dataclasses.replace(experiment(tmp_path), word=str.upper)
     assert other.folder({"name": "a", "lr": 3e-3, "seed": 2}) == tmp_path / "A-lr0.003-seed2"
+
+
+def test_an_arm_with_a_rate_of_its_own_chooses_none(tmp_path: Path) -> None:
+    run_all(one := experiment(tmp_path, given={"topk": 7e-3}))
+    assert {(run["name"], run["lr"]) for run in one.done} == {("topk", 7e-3), ("mutual_choice", 2e-3)}
+    assert set(one.grid) == {"mutual_choice"}
+    assert "0.003 (topk 0.007), " in one.setting()
+    with pytest.raises(ValueError, match="no SAE named tpok"):
+        run_all(experiment(tmp_path, given={"tpok": 7e-3}))

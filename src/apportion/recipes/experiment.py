@@ -54,6 +54,8 @@ class Experiment:
     """What is compared: how each is made from a seed."""
     lrs: Sequence[float]
     seeds: Sequence[int]
+    given: Mapping[str, float] = field(default_factory=dict)
+    """Rates of arms that take none of `lrs`."""
     limit: float = inf
     """Rates with which L0 on held-out rows came out larger are not chosen, unless there is no other."""
     write: Callable[[Experiment], None] = lambda experiment: None
@@ -74,7 +76,12 @@ class Experiment:
         self.part.config(self.lrs[0], self.seeds[0])
         for make in self.arms.values():
             make(self.seeds[0]).allocation.check_batch(self.part.batch_tokens)
-        for name, lr, seed in product(self.arms, self.lrs, self.seeds):
+        check_known(self.given, self.arms, "SAE")
+        rates = [
+            *((name, lr) for name, lr in product(self.arms, self.lrs) if name not in self.given),
+            *self.given.items(),
+        ]
+        for (name, lr), seed in product(rates, self.seeds):
             folder = self.folder({"name": name, "lr": lr, "seed": seed})
             if (folder / RUN).exists():
                 sae = self.arms[name](seed)
@@ -97,6 +104,8 @@ class Experiment:
     def rate(self, name: str) -> float:
         """The learning rate of an arm, for which it is trained at each with the first seed."""
         seed = self.seeds[0]
+        if name in self.given:
+            return self.given[name]
         if not any(p.requires_grad for p in self.arms[name](seed).parameters()):
             return self.lrs[0]
         if name not in self.rates:
@@ -143,6 +152,7 @@ class Experiment:
     def setting(self) -> str:
         """Tokens, rates and seeds in words."""
         config, rates = self.part.config(self.lrs[0], seed=0), ", ".join(f"{lr:g}" for lr in self.lrs)
+        rates += "".join(f" ({name} {lr:g})" for name, lr in self.given.items())
         return (
             f"{config.total_tokens:,} training tokens in batches of {config.batch_tokens}, learning rate "
             f"{'chosen from ' * (len(self.lrs) > 1)}{rates}, {''.join(f'{other}, ' for other in self.part.train)}"

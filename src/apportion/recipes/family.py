@@ -25,7 +25,7 @@ from tyro.conf import arg
 
 from apportion.architectures import SAE, SAES, create
 from apportion.architectures.base import RowKind
-from apportion.recipes.command import listed, main
+from apportion.recipes.command import assigned, listed, main
 from apportion.recipes.experiment import SECONDS, Experiment, between, check_known, over_seeds, publish, run_all, table
 from apportion.recipes.parts import CachePart, Part, TruthPart, kind_here
 
@@ -75,6 +75,8 @@ class Family:
     """Seeds of initial weights and data order."""
     lrs: listed(float, "LR,LR,..") = (3e-3,)  # pyright: ignore[reportInvalidTypeForm]
     """Learning rates that every SAE may choose from."""
+    lr_of: listed(str, "SAE=LR,..") = ()  # pyright: ignore[reportInvalidTypeForm]
+    """Learning rates of SAEs that are not to choose, such as relu=1e-2."""
     parts: listed(str, "A,B") = ("truth", "cache")  # pyright: ignore[reportInvalidTypeForm]
     """Which tables; without --acts only the first."""
     docs: Path | None = None
@@ -98,7 +100,9 @@ class Family:
             if self.docs is not None:
                 between(self.docs, name, "")
             options = {"lrs": self.lrs, "seeds": self.seeds, "write": self.write, "limit": L0_TOLERANCE * part.k}
-            found.append(Experiment(out=self.out / name, part=part, arms=self.arms(part), word=in_one, **options))
+            given = dict(map(assigned, self.lr_of))
+            arms = self.arms(part)
+            found.append(Experiment(out=self.out / name, part=part, arms=arms, given=given, word=in_one, **options))
         return found
 
     def arms(self, part: Part) -> dict[str, Callable[[int], SAE]]:
