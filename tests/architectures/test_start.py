@@ -252,8 +252,8 @@ def test_thresholds_begin_where_as_many_match_as_they_are_made_for() -> None:
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_where_tokens_share_a_budget_directions_are_nearer_to_rows(name: str) -> None:
-    in_common = name in ("mutual_choice", "feature_choice", "matryoshka")
+def test_where_tokens_share_a_budget_or_experts_divide_them_directions_are_nearer_to_rows(name: str) -> None:
+    in_common = name in ("mutual_choice", "feature_choice", "matryoshka", "switch")
     assert ap.create(name, d_in=D_IN, d_sae=D_SAE, k=K).data_share == (0.7 if in_common else 0.4)  # type: ignore[attr-defined]
 
 

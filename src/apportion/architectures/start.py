@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SHARE_OF_OWN, SHARE_IN_COMMON = 0.4, 0.7
 """w, where every token has a budget of its own or none, and where those of a batch have one in common: latents that are
-alike do not last there, so that it may be larger."""
+alike do not last there, so that it may be larger (and it is for experts, switch.py)."""
 FITTED_ROWS = 1024
 """Rows for the scale, and as many others for thresholds and decoders: about what a batch has."""
 LEAST_SPREAD = 1e-2

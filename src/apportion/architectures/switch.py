@@ -50,7 +50,7 @@ from apportion.allocation import Rule, Selection, StepContext
 from apportion.architectures.affine import unit_rows
 from apportion.architectures.auxiliary import AffineWithAuxiliary, AuxiliaryConfig
 from apportion.architectures.base import Pass
-from apportion.architectures.start import drawn
+from apportion.architectures.start import SHARE_IN_COMMON, drawn
 from apportion.kernels import Experts
 from apportion.latents import Latents
 
@@ -116,6 +116,7 @@ class Switch(AffineWithAuxiliary):
         seed = None if config.seed is None else config.seed + 1  # not the same directions as the first latents
         self.W_router = nn.Parameter(unit_rows(self.num_experts, self.row_shape, seed))
         self.b_router = nn.Parameter(torch.zeros(config.d_in))
+        self.data_share = SHARE_IN_COMMON  # rows of an expert are few, and its latents are to be near them
 
     def route(self, x: Float[Tensor, "tokens d_in"]) -> Routing:
         """The expert of each prepared row."""
