@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import signal
+from itertools import pairwise
 
 import pytest
 import torch
 
 import apportion as ap
-from apportion.allocation import Selection
+from apportion.allocation import Selection, StepContext
 from apportion.kernels import select
 from apportion.training import screen as module
 from apportion.training.screen import Screening
@@ -164,22 +165,103 @@ def test_a_resumed_run_keeps_its_screen_and_what_it_has_counted(tmp_path, monkey
     assert other.screen == "bfloat16", "what is asked for counts more"
 
 
-def test_what_a_screen_misses_is_counted_and_looked_for_further_below(monkeypatch, caplog):
+def far_from_the_mean(size: float) -> tuple[ap.Trainer, list[torch.Tensor]]:
+    """Rows with a large part in common, which b_enc takes away: few digits are left for what tells them apart."""
+    sae = new(input_norm="none", init="random")
+    with torch.no_grad():
+        sae.b_enc.copy_(-size * sae.W_enc.sum(1))
+    return ap.Trainer(sae, trainer().config), [size + rows(seed=i) for i in range(40)]
+
+
+def test_the_margin_follows_how_far_the_screen_moves_affinities(monkeypatch, caplog):
+    measured("bfloat16", monkeypatch)
+    monkeypatch.setattr(module, "CHECK_STEPS", 1)
+    t = trainer()
+    t.step(rows())
+    margins = []
+    for i in range(6):
+        t.step(rows(seed=i))
+        margins.append(t.learners[0].screening.margin)
+    assert module.NARROWEST <= margins[-1] < module.MARGINS["bfloat16"]
+    assert all(b >= 0.9 * a * (1 - 1e-9) for a, b in pairwise(margins)), "slowly"
+    margins = []
+    for size in (3.0, 12.0):
+        t, batches = far_from_the_mean(size)
+        t.step(batches[0])
+        margins.append(t.learners[0].screening.margin)
+    assert 0.01 < margins[0] < margins[1] / 2
+    t, batches = far_from_the_mean(300.0)
+    t.step(batches[0])
+    assert t.learners[0].screening.screen is None and "is given up" in caplog.text
+
+
+def test_a_margin_that_still_misses_too_many_gets_wider(monkeypatch):
     measured("bfloat16", monkeypatch)
     monkeypatch.setattr(module, "CHECK_STEPS", 1)
     monkeypatch.setattr(module, "ENOUGH", 500)
-    monkeypatch.setitem(module.MARGINS, "bfloat16", 1e-6)
-    t = trainer()
-    shares, margins = [], []
-    for i in range(40):
-        figures = t.step(20 + rows(seed=i) / 20)  # a large common part: bfloat16 tells little apart
+    monkeypatch.setattr(module, "SIGMAS", 0.01)
+    monkeypatch.setattr(module, "NARROWEST", 0.0)
+    monkeypatch.setattr(module, "FALL", 0.0)
+    t, batches = far_from_the_mean(1.0)
+    shares = []
+    for batch in batches:
+        figures = t.step(batch)
         shares.append(figures.get("missed", torch.tensor(0.0)).item())
-        margins.append(t.learners[0].screening.margin)
-    assert max(shares) > module.MISSED and margins[-1] > margins[0] and margins == sorted(margins)
-    monkeypatch.setattr(module, "WIDEST", margins[-1])
-    for i in range(40):
-        t.step(20 + rows(seed=i) / 20)
-    assert t.learners[0].screening.screen is None and "is given up" in caplog.text
+    assert max(shares) > module.MISSED and t.learners[0].screening.factor > 3
+
+
+@pytest.mark.parametrize("name", ["mutual_choice", "topk", "feature_choice", "jumprelu", "multi_topk"])
+def test_how_far_affinities_move_is_their_distance_from_the_exact_ones(name, monkeypatch):
+    """As a share of the lowest candidate of all, of the latent or of the token."""
+    sae = new(name).train()
+    x = rows(300)
+    sae.fit_input(x)
+    sae.start(x)
+    x = sae.input.apply_to(x)
+    found = []
+    exact = select._Scan.exact
+    monkeypatch.setattr(
+        select._Scan,
+        "exact",
+        lambda scan, rough, bounds: found.append((scan, rough, bounds)) or exact(scan, rough, bounds),
+    )
+    warm = None
+    for _ in range(2):  # Feature Choice has no bounds at first, and looks up every latent by itself
+        found.clear()
+        selection = Selection(sae.allocation, warm, screen="int8", check=10)
+        sae.forward_scaled(x, StepContext(selection=selection))
+        assert (selection.moved is None) == (name == "feature_choice" and warm is None)
+        warm = selection.next_warm if selection.next_warm is not None else torch.zeros(())
+    (_, rough, bounds), *_ = found
+    values = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()[rough.rows, rough.latents]
+    lowest = torch.empty_like(values)
+    for i in range(len(values)):
+        same = torch.ones_like(rough.rows, dtype=torch.bool)
+        if name in ("topk", "multi_topk"):
+            same = rough.rows == rough.rows[i]
+        elif bounds.ndim:
+            same = rough.latents == rough.latents[i]
+        lowest[i] = rough.affinity[same].min()
+    assert selection.moved == pytest.approx(
+        float(((rough.affinity - values) / lowest).square().mean().sqrt()), rel=1e-3
+    )
+    assert 1e-4 < selection.moved < 0.1 and selection.checked
+
+
+def test_the_margin_is_measured_with_the_time(monkeypatch):
+    monkeypatch.setattr(module, "LEAST_WORK", 0)
+    monkeypatch.setattr(
+        module, "fastest", lambda search, device: ([search(s) for s in 2 * [None, "int8"]], ("int8", {}))[1]
+    )
+    t = trainer()
+    t._accept(rows())
+    screening = t.learners[0].screening
+    screening.settle(t.sae, ap.Batch(rows()))
+    assert screening.screen == "int8" and screening.margin != module.MARGINS["int8"] and 0.002 < screening.margin < 0.2
+    monkeypatch.setattr(module, "WIDEST", 1e-3)
+    other = Screening(t.sae, "auto")
+    other.settle(t.sae, ap.Batch(rows()))
+    assert other.screen is None
 
 
 @pytest.mark.parametrize("name", ["topk", "mutual_choice", "feature_choice", "matryoshka", "crosscoder", "switch"])

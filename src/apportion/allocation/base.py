@@ -90,10 +90,17 @@ class Selection:
     """Afterwards: matches of the tokens that were checked."""
     missed: int = 0
     """Afterwards: what exceeds the cut on these tokens and was not chosen."""
+    moved: float | None = None
+    """Afterwards, if something was checked: how far the screen moved the affinities of candidates (rms), as a share of
+    the lowest of those that they compete with."""
 
     def by(self, rule: Rule) -> Selection:
         """The same way of looking with another rule, of which no bounds are known."""
-        return replace(self, rule=rule, warm=None, check=0)
+        return replace(self, rule=rule, warm=None)
+
+    def report(self, other: Selection) -> None:
+        """What was checked in another one is what was checked in this."""
+        self.checked, self.missed, self.moved = other.checked, other.missed, other.moved
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,9 @@ class MultiTopK(AffineWithAuxiliary):
         assert isinstance(self.allocation, TokenChoice), "the paper's rule"
         k = self.allocation.row_limit
         wide_rule = TokenChoice(TokenChoiceConfig(k=min(self.config.multi_factor * k, self.d_sae)), self.d_sae)
-        wide = self.encode_scaled(x, self.selection(context).by(wide_rule))
+        selection = self.selection(context)
+        wide = self.encode_scaled(x, own := selection.by(wide_rule))
+        selection.report(own)
         best = rank_within(wide.rows(), self.affinities(wide), wide.tokens) < k
         latents = wide.where(best)
         y_hat = self.decode_scaled(latents)

@@ -12,16 +12,16 @@ With experts the blocks come expert by expert, but candidates are settled all to
 chooses exactly as if all other entries were zero.
 
 With a screen the product is made in bfloat16 or in whole numbers of 8 bits, several times faster, and only finds
-candidates: everything within a margin of the cut (MARGINS). Their codes are computed again in full precision, and on
-these the rule settles. Values are exact, and no match is missed while the screen moves affinities by less than half of
-the margin (half, because the cut that it starts from has moved as well; a threshold does not move and leaves all of
-it). Now bfloat16 moves a code by about
+candidates: everything within a margin of the cut. Their codes are computed again in full precision, and on these the
+rule settles. Values are exact, and a match is missed only if the screen moved it by about the margin. Now bfloat16
+moves a code by about
 
     2^-9 (|code| + |b_enc| + ||x * w||)        x * w: the d_in products that add up to the code
 
-and whole numbers by about three times as much; the margin is a share of the cut. So a screen assumes centred inputs,
-as the input description makes them: where b_enc cancels a large component common to all inputs, or where the cut is
-next to zero (a ReLU), matches are missed. How many are can be measured (training/screen.py).
+and whole numbers by some times as much, while the margin is a share of the cut: so it depends on the data how wide it
+has to be, and it is measured (training/screen.py; MARGINS are what it is elsewhere). Inputs should be centred, as the
+input description makes them: where b_enc cancels a large component common to all inputs, or where the cut is next to
+zero (a ReLU), no screen is of use.
 """
 
 from __future__ import annotations
@@ -134,11 +134,13 @@ def all_above(
     A screen of the selection is used where all bounds are positive; its rule says nothing here.
     """
     rule = Threshold.at(bounds, W_enc.shape[0])
-    scan = _Scan(Product(x, W_enc, b_enc), Selection(rule) if selection is None else selection.by(rule))
+    own = Selection(rule) if selection is None else selection.by(rule)
+    scan = _Scan(Product(x, W_enc, b_enc), own)
     scan.screened = scan.screened and bool((bounds > 0).all())
     found, _ = scan.reach(bounds := bounds.to(scan.x))
     if selection is not None and selection.check:
-        selection.checked, selection.missed = scan.missed(found, bounds, selection.check)
+        own.checked, own.missed = scan.missed(found, bounds, selection.check)
+        selection.report(own)
     return Matches(found.rows, found.latents, found.values)
 
 
@@ -188,20 +190,33 @@ class _Scan:
         if not self.screened:
             return found, bounds
         if bounds is None:
-            return self.exact(found), None
+            return self.exact(found, None), None
         if self.budget is None:
-            found = self.exact(found)
+            found = self.exact(found, bounds)
             return found[found.affinity > _each(bounds, found.latents)], bounds
         pruned = self.prune(found)
         self.rough_next = pruned.next_bounds
-        found = self.exact(found[self.in_reach(found, pruned)])
+        found = self.exact(found[self.in_reach(found, pruned)], bounds)
         return found, bounds * (1 - self.margin) / (1 - self.margin / 2)
 
-    def exact(self, rough: _Found) -> _Found:
+    def exact(self, rough: _Found, bounds: Tensor | None) -> _Found:
         """The same matches with codes in full precision; those that are not positive are dropped."""
         values, affinity = self.product.at(rough.rows, rough.latents)
+        if self.selection.check:
+            self.selection.moved = self.moved(rough, affinity, bounds)
         found = _Found(rough.rows, rough.latents, values, affinity)
         return found[affinity > 0]
+
+    def moved(self, rough: _Found, affinity: Float[Tensor, " n"], bounds: Tensor | None) -> float | None:
+        """How far the screen moved candidates, as a share of the lowest of a token, of a latent or of all: of those
+        that have a bound in common. None without candidates."""
+        if not len(affinity):
+            return None
+        lowest = rough.affinity.min()
+        if bounds is None or bounds.ndim:
+            groups, n = (rough.rows, self.tokens) if bounds is None else (rough.latents, self.d_sae)
+            lowest = self.x.new_full((n,), torch.inf).scatter_reduce(0, groups, rough.affinity, "amin")[groups]
+        return ((affinity - rough.affinity) / lowest).square().mean().sqrt().item()
 
     def rows(self, bounds: Tensor | None) -> tuple[_Found, Tensor | None]:
         """Candidates from all row blocks, and the bounds that held for all of them (None if rows had their own).
