@@ -71,7 +71,7 @@ def test_training_has_other_settings(tmp_path: Path) -> None:
     assert (config.decay_share, config.screen, config.dead_window_tokens, config.lr) == (0.4, "bfloat16", None, 1e-3)
     for words, match in (
         ("decay=1", "no setting 'decay'|decay_share"),
-        ("decay_share", "is not NAME=VALUE"),
+        ("decay_share", "is not of the form NAME=VALUE"),
         ("lr=1", "takes no lr"),
     ):
         with pytest.raises((ValueError, TypeError), match=match):
@@ -93,3 +93,23 @@ def test_copies_of_rows_are_seen() -> None:
 
 def test_all_that_can_begin_at_the_data_do() -> None:
     assert len(LEARNED) == 13 and not {"frozen_decoder", "pca"} & set(LEARNED)
+
+
+@pytest.mark.parametrize(
+    ("lr_of", "said"),
+    [
+        ("topk=fast", "takes a number for topk"),
+        ("topk", "is not of the form NAME=VALUE"),
+        ("nobody=1e-3", "no SAE in --saes named nobody"),
+        ("topk=-1", "lr must be positive"),
+    ],
+)
+def test_a_rate_that_is_none_is_refused_before_anything_is_trained(lr_of: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        small(tmp_path / "out", saes=("topk",), lr_of=(lr_of,)).run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rate_is_for_all_starts_of_an_sae(tmp_path: Path) -> None:
+    (one,) = small(tmp_path, saes=("topk", "mutual_choice"), lr_of=("topk=7e-3",)).experiments()
+    assert one.given == {f"topk {start}": 7e-3 for start in ("random", "data", "0")}

@@ -14,8 +14,6 @@ import torch
 
 from apportion.allocation import Screen
 
-LEAST_WORK = 2**28
-"""Multiplications and additions of a product below which nothing is measured: there it is not what takes the time."""
 ROUNDS, SECONDS = 5, 0.5
 """Of measuring, at most, the first not counted; no further one begins after so many seconds, but for the second."""
 GAIN = 0.95

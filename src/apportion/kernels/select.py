@@ -42,8 +42,9 @@ SPARE_CANDIDATES = 2**20
 """So many candidates beyond twice the budget, and those that cannot be chosen any more are thrown out."""
 ROUNDING = 1e-5
 """Relative distance within which float32 tells no affinities apart."""
-MARGINS = {"bfloat16": 0.01, "int8": 0.03}
-"""Relative distance below the cut down to which a screen keeps candidates, unless the selection has another."""
+MARGINS = {"bfloat16": 0.01, "int8": 0.08}
+"""Relative distance below the cut down to which a screen keeps candidates, unless the selection has another: about three
+times how far it moved affinities of a language model (docs/kernels.md)."""
 
 
 @dataclass(frozen=True)

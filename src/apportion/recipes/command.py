@@ -39,7 +39,7 @@ def assigned(words: str) -> tuple[str, Any]:
     """NAME=VALUE; a value is what it is in JSON, or a word."""
     name, given, value = words.partition("=")
     if not (name and given):
-        raise ValueError(f"{words!r} is not NAME=VALUE, such as decay_share=0.4.")
+        raise ValueError(f"{words!r} is not of the form NAME=VALUE.")
     with suppress(json.JSONDecodeError):
         return name, json.loads(value)
     return name, value

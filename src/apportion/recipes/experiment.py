@@ -73,7 +73,8 @@ class Experiment:
         """What cannot work shows before anything is trained."""
         if not self.seeds or not self.lrs:
             raise ValueError("Give at least one seed and one learning rate.")
-        self.part.config(self.lrs[0], self.seeds[0])
+        for lr in (*self.lrs, *self.given.values()):
+            self.part.config(lr, self.seeds[0])
         for make in self.arms.values():
             make(self.seeds[0]).allocation.check_batch(self.part.batch_tokens)
         check_known(self.given, self.arms, "SAE")

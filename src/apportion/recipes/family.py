@@ -92,6 +92,7 @@ class Family:
     def experiments(self) -> list[Experiment]:
         """One for each table. ValueError for what cannot work."""
         check_known(self.saes, SAES, "SAE")
+        rates = self.rates()
         known, found = {"truth": self.truth, "cache": self.cache}, []
         check_known(self.parts, known, "table")
         for name in self.parts if self.cache.acts or "truth" not in self.parts else ("truth",):
@@ -100,10 +101,19 @@ class Family:
             if self.docs is not None:
                 between(self.docs, name, "")
             options = {"lrs": self.lrs, "seeds": self.seeds, "write": self.write, "limit": L0_TOLERANCE * part.k}
-            given = dict(map(assigned, self.lr_of))
             arms = self.arms(part)
+            given = {arm: rates[arm.split()[0]] for arm in arms if arm.split()[0] in rates}
             found.append(Experiment(out=self.out / name, part=part, arms=arms, given=given, word=in_one, **options))
         return found
+
+    def rates(self) -> dict[str, float]:
+        """Of SAEs that are not to choose. ValueError for what is no SAE of the comparison, or no rate."""
+        given = dict(map(assigned, self.lr_of))
+        check_known(given, self.saes, "SAE in --saes")
+        for name, lr in given.items():
+            if isinstance(lr, bool) or not isinstance(lr, int | float):
+                raise ValueError(f"--lr-of takes a number for {name}, such as {name}=1e-2; got {lr!r}.")
+        return given
 
     def arms(self, part: Part) -> dict[str, Callable[[int], SAE]]:
         return {sae: partial(new_sae, part, sae) for sae in self.saes if why_left_out(part, sae) is None}

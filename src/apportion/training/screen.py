@@ -19,12 +19,14 @@ from torch import Tensor
 from apportion.allocation import Screen, Selection, StepContext
 from apportion.architectures import SAE
 from apportion.architectures.affine import Affine
-from apportion.kernels.fastest import LEAST_WORK, fastest
+from apportion.kernels.fastest import fastest
 from apportion.kernels.select import MARGINS
 from apportion.rows.batch import Batch
 
 logger = logging.getLogger(__name__)
 
+LEAST_WORK = 2**28
+"""Multiplications and additions of a product below which nothing is measured: there it is not what takes the time."""
 CHECK_STEPS, CHECK_TOKENS = 25, 64
 MISSED = 1e-4
 """Share of the matches that may be missed."""
