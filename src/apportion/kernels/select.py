@@ -43,7 +43,7 @@ SPARE_CANDIDATES = 2**20
 ROUNDING = 1e-5
 """Relative distance within which float32 tells no affinities apart."""
 MARGINS = {"bfloat16": 0.01, "int8": 0.08}
-"""Relative distance below the cut down to which a screen keeps candidates, unless the selection has another: about three
+"""Relative distance below the cut down to which a screen keeps candidates, unless the selection has another: some three
 times how far it moved affinities of a language model (docs/kernels.md)."""
 
 
