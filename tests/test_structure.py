@@ -24,6 +24,7 @@ ORDER = [
         "answers",
         "blocks",
         "choices",
+        "devices",
         "extras",
         "fields",
         "group",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from apportion.devices import on_gpu
+
 BLOCK_ENTRIES = 2**22
 """Entries of a dense row block on a CPU: many enough for an efficient product, few enough to stay near the cache."""
 MIN_BLOCK_ROWS = 256
@@ -14,7 +16,7 @@ CUDA_BLOCK_BYTES = 2**29
 
 def block_rows(width: int, like: Tensor) -> int:
     """Rows of a dense block [rows, width] of the dtype and on the device of `like`; at least one."""
-    if like.is_cuda:
+    if on_gpu(like):
         return max(1, CUDA_BLOCK_BYTES // like.element_size() // max(width, 1))
     return max(MIN_BLOCK_ROWS, BLOCK_ENTRIES // max(width, 1))
 
@@ -30,7 +32,7 @@ def tile_shape(rows: int, width: int, like: Tensor) -> tuple[int, int]:
 
     Tiles are as equal as can be, so that none is too small for an efficient product.
     """
-    if like.is_cuda:
+    if on_gpu(like):
         return block_rows(width, like), max(width, 1)
     columns = -(-width // max(1, -(-width // TILE_COLUMNS)))
     return _even(rows, TILE_ROWS), max(1, columns if columns == width else -(-columns // GROUP) * GROUP)

@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
+from apportion.devices import marked
+
 
 @dataclass(frozen=True, eq=False)
 class Latents:
@@ -117,8 +119,8 @@ class Latents:
     def where(self, keep: Bool[Tensor, " nnz"]) -> Latents:
         """Only the matches marked True."""
         kept_before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
-        offsets = kept_before[self.offsets]
-        return Latents(self.values[keep], self.indices[keep], offsets, self.d_sae, self.shape)
+        offsets, places = kept_before[self.offsets], marked(keep)
+        return Latents(self.values[places], self.indices[places], offsets, self.d_sae, self.shape)
 
     def select(self, latents: Int[Tensor, " n"]) -> Latents:
         """The columns `latents` (distinct ids), renumbered 0..n-1 in the order given."""

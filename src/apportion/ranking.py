@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.devices import on_gpu
+
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers that floats of so many bytes are read as."""
 IN_GROUP = 8
@@ -31,7 +33,7 @@ def below_largest(values: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "row
         tops = values[:, : IN_GROUP * groups].view(rows, IN_GROUP, groups).amax(1)
         values = tops if IN_GROUP * groups == n else torch.cat([tops, values[:, IN_GROUP * groups :]], 1)
     at, kind = max(values.shape[1] - k, 0), BITS[values.element_size()]
-    if values.device.type == "cpu":
+    if not on_gpu(values):
         # numpy partitions integers with vector instructions, many times faster than torch finds a k-th value.
         kth = torch.from_numpy(np.partition(values.view(kind).numpy(), at, axis=1)[:, at].copy())
     else:
@@ -79,7 +81,8 @@ def order_within(
     else:
         order = values.argsort(descending=True, stable=True)
         order = order[groups[order].int().argsort(stable=True)]
-    return order, torch.bincount(groups, minlength=num_groups)
+    counts = torch.zeros(num_groups, dtype=torch.int64, device=groups.device)
+    return order, counts.scatter_add_(0, groups.long(), torch.ones_like(groups, dtype=torch.int64))
 
 
 def ranks_in_order(counts: Int[Tensor, " num_groups"], n: int) -> Int[Tensor, " n"]:

@@ -10,6 +10,7 @@ from apportion.allocation import StepContext, reference
 from apportion.allocation.zipf import fit_zipf, zipf_densities
 from apportion.architectures import rebuild
 from apportion.architectures.base import Pass
+from apportion.devices import marked
 from apportion.losses import underutilised
 
 D_IN, D_SAE, TOKENS = 12, 30, 25
@@ -161,14 +162,14 @@ def test_a_fitted_curve_blames_only_the_tail_that_falls_below_it():
     sae = ap.create("mutual_choice", d_in=12, d_sae=2000, k=20, aux="aux_zipf")
     density = zipf_densities(2000, 20, 1.6, 130.0)[torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
     alive = torch.zeros(2000, dtype=torch.bool)
-    assert sae._silent(StepContext(dead=alive, density=density)).numel() == 0
+    assert not sae._silent(StepContext(dead=alive, density=density)).any()
     weak = density.argsort()[:100].sort().values
     density[weak] *= 0.1
-    blamed = set(sae._silent(StepContext(dead=alive, density=density)).tolist())
+    blamed = set(marked(sae._silent(StepContext(dead=alive, density=density))).tolist())
     assert len(blamed & set(weak.tolist())) > 90 and len(blamed) < 130
     fixed = ap.create("mutual_choice", d_in=12, d_sae=2000, k=20, aux="aux_zipf", **CURVE)
     most = int(density.argmax())
-    assert most in fixed._silent(StepContext(dead=alive, density=density)).tolist(), "a steeper curve blames the head"
+    assert fixed._silent(StepContext(dead=alive, density=density))[most], "a steeper curve blames the head"
 
 
 def test_feature_choice_expects_its_own_budgets():
@@ -177,7 +178,24 @@ def test_feature_choice_expects_its_own_budgets():
     density = torch.full((40,), 0.1)
     density[7] = 0.04
     silent = sae._silent(StepContext(dead=torch.zeros(40, dtype=torch.bool), density=density))
-    assert silent.tolist() == [7]
+    assert marked(silent).tolist() == [7]
+
+
+def test_the_curve_is_fitted_seldom_once_densities_are_averages_over_many_steps():
+    """And what was fitted last is kept with a checkpoint."""
+    sae = ap.create("mutual_choice", d_in=12, d_sae=200, k=20, aux="aux_zipf")
+    dead = torch.zeros(200, dtype=torch.bool)
+    steep, flat = (zipf_densities(200, 20, alpha, 5.0) for alpha in (1.5, 0.5))
+
+    def silent(sae: ap.SAE, density: torch.Tensor, steps: int) -> int:
+        return int(sae._silent(StepContext(dead=dead, density=density, steps=steps)).sum())
+
+    assert silent(sae, flat, 80) == 0
+    assert silent(sae, steep, 81) > 0, "compared with the curve of a step ago"
+    resumed = ap.create("mutual_choice", d_in=12, d_sae=200, k=20, aux="aux_zipf")
+    resumed.carry_on(sae.carried())
+    assert silent(resumed, steep, 82) == silent(sae, steep, 82) > 0
+    assert silent(sae, steep, 96) == 0 and silent(sae, flat, 3) == silent(sae, steep, 4) == 0
 
 
 @pytest.mark.parametrize("budgets", ["uniform", "zipf"])

@@ -333,6 +333,53 @@ def test_choose_equals_torch(make, screen, launched):
     assert "_mark_above" in launched and (screen is None or "_dot_products" in launched)
 
 
+@pytest.mark.parametrize("make", RULES.values(), ids=list(RULES))
+@pytest.mark.parametrize("enough", [True, False])
+def test_choose_equals_torch_in_several_blocks(make, enough, monkeypatch, launched):
+    """Also where more is above the bounds than there is room for."""
+    monkeypatch.setattr("apportion.blocks.CUDA_BLOCK_BYTES", 4 * 40 * 7)  # three blocks of seven rows
+    rule, found = make().to(DEVICE), []
+    if not enough:
+        monkeypatch.setattr("apportion.kernels.select.SPARE_CANDIDATES", 4 - 2 * (rule.total(21) or 0))
+    x, W, b = (randn(*s, dtype=torch.float32, seed=i) for i, s in enumerate(((21, 6), (40, 6), (40,))))
+    low = torch.full((40,) if isinstance(rule, FeatureChoice) else (), 1e-3, device=DEVICE)
+    for backend in ("torch", "triton"):
+        with dispatch.use(backend):
+            m = choose(x, W, b, Selection(rule, low))
+        found.append((m.rows, m.latents, m.values))
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert "_append" in launched and ("_write_positions" in launched) != enough
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_only_the_screen_takes_for_positive_is_not_chosen(backend):
+    """2 x 1.004 - 2.0077 - 0.001 < 0, in bfloat16 2 x 1.0078 - 2 > 0; the budget would have room for it."""
+    x, W = torch.ones(4, 3, device=DEVICE), torch.tensor([[1.004, 1.004, -2.0077], [0, 0, 1], [0, 0, -1]])
+    W, b, warm = W.to(DEVICE), torch.tensor([-0.001, 0, 0], device=DEVICE), torch.zeros((), device=DEVICE)
+    rule = MutualChoice(MutualChoiceConfig(k=3), 3).to(DEVICE)
+    with dispatch.use(backend):
+        found = choose(x, W, b, Selection(rule, warm, "bfloat16"))
+    assert found.latents.tolist() == [1] * 4
+
+
+def test_a_match_list_takes_what_fits_and_counts_the_rest(launched):
+    blocks = [randn(5, 70, dtype=torch.float32, seed=seed) for seed in range(3)]
+    bounds = torch.tensor(0.3, device=DEVICE)
+    wanted = torch.cat([naive_above(block, bounds) + 350 * i for i, block in enumerate(blocks)])
+    whole = torch.cat(blocks)
+    for capacity in (2 * len(wanted), len(wanted), len(wanted) // 2, 0):
+        found = kernels.MatchList(capacity, whole, weighted=True)
+        for i, block in enumerate(blocks):
+            found.add(2 * block, block, bounds, 350 * i, 70)
+        n = min(capacity, len(wanted))
+        assert int(found.count) == len(wanted)
+        assert torch.equal(found.places[:n], wanted[:n])
+        assert torch.equal(found.affinity[:n], whole.view(-1)[wanted[:n]])
+        assert torch.equal(found.values[:n], 2 * found.affinity[:n])
+        assert (found.places[n:] == -(10**6)).all(), "nothing is written behind what was found"
+
+
 # The optimiser
 
 
@@ -412,12 +459,22 @@ def test_the_optimiser_equals_its_path_in_blocks(launched):
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("screen", [None, "bfloat16"])
-def test_training_steps_equal_those_in_torch(screen, launched):
-    """With an auxiliary loss, for the first steps: rounding grows from one to the next."""
-    runs = []
+@pytest.mark.parametrize(
+    ("name", "k_aux", "screen"),
+    [
+        ("mutual_choice", 2, None),
+        ("mutual_choice", 8, "bfloat16"),
+        ("topk", 8, None),
+        ("feature_choice", 2, None),
+        ("switch", 2, None),
+    ],
+)
+def test_training_steps_equal_those_in_torch(name, k_aux, screen, launched):
+    """With an auxiliary loss, for the first steps: rounding grows from one to the next. Of ten silent latents hardly a
+    row has eight positive ones."""
+    runs, own = [], {"num_experts": 2} if name == "switch" else {}
     for backend in ("torch", "triton"):
-        sae = ap.create("mutual_choice", d_in=8, d_sae=48, k=3, aux="aux_k", k_aux=2, seed=0).to(DEVICE)
+        sae = ap.create(name, d_in=8, d_sae=48, k=3, aux="aux_k", k_aux=k_aux, seed=0, **own).to(DEVICE)
         trainer = ap.Trainer(sae, ap.TrainConfig(batch_tokens=32, screen=screen, dead_window_tokens=1000))
         trainer.learners[0].activity.silent_tokens[::5] = 1000
         with dispatch.use(backend):
@@ -497,6 +554,8 @@ for dtype in (torch.float32, torch.bfloat16):
     kernels.dot_products(ids, ids, p, p.to(dtype))
     for bounds in (torch.zeros(60, dtype=dtype), torch.zeros(2, 1, dtype=dtype)):
         kernels.above(p.to(dtype), bounds)
+        for weighted in (True, False):
+            kernels.MatchList(9, p, weighted).add(p.to(dtype), p.to(dtype), bounds, 0, 60)
 kernels.above(p, 0.0)
 for unit_rows in (True, False):
     kernels.adam_rows(p, p, p, p, 1, 0.1, 0.9, 0.99, 1e-8, scale, unit_rows)

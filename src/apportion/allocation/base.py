@@ -5,7 +5,8 @@ affinities (arXiv 2411.02124 poses sparsity as this allocation problem). The ker
 and never hold the whole matrix. They ask the rule four things:
 
     budget(tokens)      what there is to hand out: a count, or a count per latent; None if the rule has no budget
-    bounds(warm)        only matches with affinity > bound can matter: a scalar or one per latent; None if not known yet
+    bounds(warm)        only matches with affinity > bound can matter: a scalar or one per latent; None if not known
+                        yet: latents with budgets of their own are then looked up one by one
     prune(candidates)   of some matches above the bounds: which may be chosen in the end. Local, any number of times
     settle(candidates)  of all matches above the bounds, in (token, latent) order: which are chosen, and the cut. Once
                         for each look, and over all processes of a group: budget, cut and bounds are the same for all
@@ -84,6 +85,11 @@ class Selection:
     """Of the screen: how far below the cut it looks, as a share of it; None: as it usually does."""
     check: int = 0
     """Tokens whose affinities are computed in full, to see what the screen missed."""
+    padded: bool = False
+    """Under a rule that limits rows: every row may have that many matches, with codes of zero where fewer are positive.
+    On a GPU nothing is waited for then."""
+    aside: Bool[Tensor, " n"] | None = None
+    """A mask whose marks somebody wants to have counted: on a GPU with what is waited for anyway."""
     next_warm: Tensor | None = None
     """Afterwards: the bounds for the next batch."""
     checked: int = 0
@@ -94,13 +100,24 @@ class Selection:
     """Afterwards, if something was checked: how far the screen moved the affinities of candidates (rms), as a share of
     the lowest of those that they compete with."""
 
+    num_aside: int | None = None
+    """Afterwards: the marks of `aside`, if they were counted."""
+
+    def counted_with(self, count: Int[Tensor, ""]) -> int:
+        """A number on the device, and with it the marks of `aside`, in one wait."""
+        if self.aside is None:
+            return int(count)
+        number, self.num_aside = torch.stack([count, self.aside.sum()]).tolist()
+        return number
+
     def by(self, rule: Rule) -> Selection:
         """The same way of looking with another rule, of which no bounds are known."""
         return replace(self, rule=rule, warm=None)
 
     def report(self, other: Selection) -> None:
-        """What was checked in another one is what was checked in this."""
+        """What was checked and counted in another one is what was in this."""
         self.checked, self.missed, self.moved = other.checked, other.missed, other.moved
+        self.num_aside = other.num_aside
 
 
 @dataclass(frozen=True)
@@ -111,6 +128,8 @@ class StepContext:
     """Share of the run that is done, 0..1; 1 for a run without an end."""
     lr_share: float = 1.0
     """Learning rate of this step as a share of its peak."""
+    steps: int = 0
+    """Steps done before this one."""
     batch_tokens: int = 0
     dead: Bool[Tensor, " d_sae"] | None = None
     """Latents that have been silent for the whole dead window."""
@@ -165,6 +184,11 @@ class Rule(nn.Module, ABC):
     @abstractmethod
     def budget(self, tokens: int) -> int | Int[Tensor, " d_sae"] | None:
         """What there is to hand out to so many tokens: those of all processes together."""
+
+    def total(self, tokens: int) -> int | None:
+        """The same over all latents."""
+        budget = self.budget(tokens)
+        return int(budget.sum()) if isinstance(budget, Tensor) else budget
 
     def bounds(self, warm: Tensor | None) -> Tensor | None:
         """Below which affinity nothing has to be looked at, if `warm` came from the batch before."""
@@ -273,7 +297,5 @@ def largest(affinity: Float[Tensor, " n"], count: int) -> tuple[Bool[Tensor, " n
     if count <= 0:
         return torch.zeros_like(affinity, dtype=torch.bool), affinity.new_tensor(torch.inf)
     cut = affinity.topk(count, sorted=False).values.min()
-    keep = affinity > cut
-    ties = (affinity == cut).nonzero().squeeze(-1)
-    keep[ties[: count - int(keep.sum())]] = True
-    return keep, cut
+    keep, ties = affinity > cut, affinity == cut
+    return keep | (ties & (ties.cumsum(0) <= count - keep.sum())), cut

@@ -152,10 +152,10 @@ class FeatureChoice(ThresholdInEval):
         return self._budgets[tokens]
 
     def bounds(self, warm: Tensor | None) -> Tensor | None:
-        if self.in_mutual_phase or (warm is not None and warm.ndim == 1):
-            return warm
-        # Cold: nothing is known, so every latent is looked up on its own.
-        return self.threshold.new_full((self.d_sae,), torch.inf)
+        return warm if self.in_mutual_phase or (warm is not None and warm.ndim == 1) else None
+
+    def total(self, tokens: int) -> int:
+        return total_matches(self.config.k, tokens)
 
     def first_bounds(self, affinity: Tensor) -> Tensor | None:
         return likely_bound(affinity, total_matches(self.config.k, len(affinity))) if self.in_mutual_phase else None
@@ -224,8 +224,7 @@ def best_of_each_latent(candidates: Candidates, budget: Int[Tensor, " d_sae"], g
         return torch.where(there, ranked[torch.where(there, first + rank, 0)], otherwise) if len(ranked) else otherwise
 
     none = affinity.new_zeros(candidates.d_sae)
-    cut = ranked_at(budget - 1, none)
-    cut[budget == 0] = torch.inf
+    cut = ranked_at(budget - 1, none).masked_fill(budget == 0, torch.inf)
     # Scan the next batch from about twice the budget down, which is as far as a look at a single latent goes; a latent
     # that had fewer candidates goes lower.
     next_bounds = ranked_at(2 * budget + 3, 0.8 * ranked_at(counts - 1, none))

@@ -24,8 +24,9 @@ from torch import Tensor
 from apportion.allocation import reference
 from apportion.allocation.annealing import AnnealedConfig, AnnealedRule
 from apportion.allocation.base import Candidates, Settled
+from apportion.devices import on_gpu
 from apportion.group import Group
-from apportion.ranking import largest_of_rows
+from apportion.ranking import largest_of_rows, rank_within
 from apportion.settings import settle
 
 
@@ -64,6 +65,9 @@ class TokenChoice(AnnealedRule):
         return TokenChoice(TokenChoiceConfig(k=k), self.d_sae)
 
     def settle(self, candidates: Candidates, budget: int | Tensor | None, group: Group) -> Settled:
+        if on_gpu(candidates.rows):
+            ranks = rank_within(candidates.rows, candidates.affinity, candidates.tokens)
+            return Settled(keep=ranks < self.row_limit)
         counts = torch.bincount(candidates.rows, minlength=max(1, candidates.tokens))
         if int(counts.max()) <= self.row_limit:
             return Settled(keep=torch.ones_like(candidates.rows, dtype=torch.bool))

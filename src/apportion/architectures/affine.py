@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from apportion.allocation import Rule, Selection
 from apportion.architectures.base import SAE, SAEConfig
 from apportion.architectures.inputs import as_tensor
 from apportion.architectures.start import begin, drawn, generator_for, rows_needed, usual_share
+from apportion.devices import on_gpu
 from apportion.kernels import Experts, choose, decode_matches, encode_matches, rows_of
 from apportion.latents import Latents, from_matches
 from apportion.settings import newer
@@ -99,7 +100,10 @@ class Affine(SAE):
             norms = self.decoder_norms() if ids is None else self.decoder_norms()[ids]
         m = choose(x, W_enc, b_enc, selection, norms=norms, experts=experts)
         matches = from_matches(m.rows, m.latents, m.values, len(W_enc), (x.shape[0],))
-        return encode_matches(x, W_enc, b_enc, matches, None if centre is None else centre.flatten())
+        latents = encode_matches(x, W_enc, b_enc, matches, None if centre is None else centre.flatten())
+        if selection.padded and on_gpu(x):  # what fills up a row learns nothing
+            return replace(latents, values=torch.where(m.values > 0, latents.values, 0.0))
+        return latents
 
     def decode_scaled(
         self, latents: Latents, x: Float[Tensor, " tokens *row"] | None = None

@@ -8,10 +8,11 @@ and W_dec of these latents and nothing else.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log2
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion import losses
@@ -19,9 +20,13 @@ from apportion.allocation import Rule, Selection, StepContext, TokenChoice
 from apportion.allocation.zipf import NOISE_SHARE, fit_zipf, zipf_densities
 from apportion.architectures.affine import Affine, LearnedConfig
 from apportion.architectures.base import Pass
+from apportion.devices import marked
 from apportion.kernels import decode_matches, rows_of
 from apportion.latents import Latents
 
+FIT_ALWAYS, FIT_STEPS = 64, 16
+"""Steps in each of which the Zipf curve is fitted to the measured densities; afterwards that is done once in so many,
+for densities are averages over many more."""
 MIN_RANKS = 16
 """With fewer latents above the noise no curve is fitted, and only dead latents count as underutilised."""
 
@@ -37,7 +42,8 @@ class AuxiliaryConfig(LearnedConfig):
     aux_c: float = 0.5
     """aux_zipf: a latent is underutilised below this share of the density expected at its rank; 0 is aux_k."""
     aux_zipf_alpha: float | None = None
-    """aux_zipf: exponent of the expected densities; None fits it to the measured ones at every step."""
+    """aux_zipf: exponent of the expected densities; None fits it to the measured ones, in every step at first, in every
+    sixteenth later."""
     aux_zipf_beta: float | None = None
     """aux_zipf: offset of the expected densities; None fits it."""
 
@@ -51,7 +57,7 @@ class AuxiliaryConfig(LearnedConfig):
     @property
     def aux_matches(self) -> int:
         """k_aux with its default filled in."""
-        return self.k_aux or 2 ** round(torch.tensor(max(self.d_in / 2, 1)).log2().item())
+        return self.k_aux or 2 ** round(log2(max(self.d_in / 2, 1)))
 
 
 class AffineWithAuxiliary(Affine):
@@ -62,6 +68,8 @@ class AffineWithAuxiliary(Affine):
 
     def __init__(self, config: AuxiliaryConfig, allocation: Rule, out_shape: tuple[int, ...] | None = None) -> None:
         super().__init__(config, allocation, out_shape)
+        self._curve: Tensor | None = None
+        """The densities by rank that aux_zipf expects."""
         if config.aux == "aux_zipf" and self.k is None:
             raise ValueError(
                 "aux_zipf compares densities with a curve that sums to k, and this SAE has no k. Use aux_k, or none."
@@ -76,17 +84,25 @@ class AffineWithAuxiliary(Affine):
         self, x: Float[Tensor, " tokens *row"], error: Float[Tensor, " tokens *out"], context: StepContext
     ) -> dict[str, Tensor]:
         """The weighted auxiliary loss, if any latent is silent. `error` is the target less its reconstruction."""
-        silent = self._silent(context)
+        selection = context.selection
+        marks = self._silent(context) if selection is None or selection.aside is None else selection.aside
+        silent = None if marks is None else marked(marks, None if selection is None else selection.num_aside)
         if silent is None or not silent.numel():
             return {}
         limit = self.config.aux_matches
         rule = TokenChoice(TokenChoice.Config(k=min(limit, silent.numel())), silent.numel())
         # Not screened: with few columns the full product costs less than looking twice.
-        chosen = self.encode_silent(x, Selection(rule, group=context.group), silent)
+        chosen = self.encode_silent(x, Selection(rule, group=context.group, padded=True), silent)
         error_hat = decode_matches(chosen, rows_of(self.W_dec, silent).flatten(1))
         size, share = x.detach().square().mean(), min(1.0, silent.numel() / limit)
         term = losses.auxiliary(error.flatten(1), error_hat, share, size, context.group)
         return {self.config.aux: self.config.aux_weight * term}
+
+    def carried(self) -> dict[str, Tensor]:
+        return {} if self._curve is None else {"curve": self._curve}
+
+    def carry_on(self, tensors: dict[str, Tensor]) -> None:
+        self._curve = tensors.get("curve")
 
     def encode_silent(
         self, x: Float[Tensor, " tokens *row"], selection: Selection, silent: Int[Tensor, " n"]
@@ -95,16 +111,21 @@ class AffineWithAuxiliary(Affine):
         and nothing else."""
         return self.encode_centred(self.centred(x).detach(), selection, silent)
 
-    def _silent(self, context: StepContext) -> Int[Tensor, " n"] | None:
-        """The latents that the auxiliary loss is for."""
+    def begin_step(self, context: StepContext) -> None:
+        super().begin_step(context)
+        if context.selection is not None:
+            context.selection.aside = self._silent(context)
+
+    def _silent(self, context: StepContext) -> Bool[Tensor, " d_sae"] | None:
+        """Marks the latents that the auxiliary loss is for."""
         if self.config.aux == "none" or not self.config.aux_weight or context.dead is None:
             return None
         if self.config.aux == "aux_k":
-            return context.dead.nonzero().squeeze(-1)
+            return context.dead
         assert context.density is not None
-        expected = self._expected_densities(context.density)
-        low = losses.underutilised(context.density, context.dead, expected, self.config.aux_c)
-        return low.nonzero().squeeze(-1)
+        if self._curve is None or context.steps < FIT_ALWAYS or context.steps % FIT_STEPS == 0:
+            self._curve = self._expected_densities(context.density)
+        return losses.underutilised(context.density, context.dead, self._curve, self.config.aux_c)
 
     def _expected_densities(self, measured: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
         """By rank: what the rule hands out, or else a Zipf curve that sums to k."""

@@ -231,6 +231,13 @@ class SAE(nn.Module, ABC):
         """Advance schedules; called once at the start of every training step."""
         self.allocation.begin_step(context)
 
+    def carried(self) -> dict[str, Float[Tensor, " d_sae"]]:
+        """What the next step of training depends on besides weights, buffers and the context; one number per latent."""
+        return {}
+
+    def carry_on(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `carried` returned."""
+
     def forward_scaled(self, x: Float[Tensor, " tokens *row"], context: StepContext) -> Pass:
         """The forward pass of a training step."""
         latents = self.encode_scaled(x, self.selection(context))

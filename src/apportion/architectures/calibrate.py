@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.allocation import Pool
-from apportion.architectures.counting import Take, counted
+from apportion.architectures.counting import SPARE, Take, counted, kept
 from apportion.architectures.inputs import as_tensor, first_tensor, is_array
 from apportion.ranking import rank_within
 
@@ -125,7 +125,10 @@ def set_thresholds(sae: SAE, rows: Rows, tokens: int | None) -> tuple[int, int]:
         pool, matches = pooled(sae, rows, tokens, reserve) if fits else None, None
         fits = pool is not None
         if pool is None:
-            pool, matches = counted(rule, lambda floor, take: read(sae, rows, floor, take), sae.dtype, reserve)
+            pool, matches = counted(rule, lambda floor, take: read(sae, rows, floor, take), sae.dtype, reserve, tokens)
+            if pool is None:
+                tokens, reserve = matches, RESERVE[True] if tokens is None else 4 * reserve
+                continue
         if pool is not None and rule.set_threshold(pool):
             if matches is None:
                 theta = rule.threshold
@@ -187,7 +190,7 @@ class _Growing:
         needed = self.reserve * int(wanted if isinstance(wanted, int) else wanted.sum())
         if needed > MOST:
             raise _TooMany
-        return needed + 16 * self.sae.d_sae
+        return needed + self.reserve * SPARE * self.floor.numel()
 
     def take(self, latents: Int[Tensor, " n"], affinity: Float[Tensor, " n"], tokens: int) -> Tensor | None:
         """Add matches, of so many rows by now; returns a floor that has risen."""
@@ -199,9 +202,9 @@ class _Growing:
         latents, affinity = self.joined()
         wanted = self.sae.allocation.wanted(self.total or tokens)
         self.floor = raised(self.floor, latents, affinity, wanted, self.reserve)
-        kept = affinity > (self.floor if self.floor.ndim == 0 else self.floor[latents])
-        self.latents, self.affinity = [latents[kept]], [affinity[kept]]
-        self.held = int(kept.sum())
+        above = affinity > (self.floor if self.floor.ndim == 0 else self.floor[latents])
+        self.latents, self.affinity = [latents[above]], [affinity[above]]
+        self.held = int(above.sum())
         return self.floor
 
     def joined(self) -> tuple[Tensor, Tensor]:
@@ -210,13 +213,12 @@ class _Growing:
 
 
 def raised(floor: Tensor, latents: Tensor, affinity: Tensor, wanted: int | Tensor, reserve: float) -> Tensor:
-    """A floor just below the last match to keep: `reserve` times the wanted ones and a few more, of each latent if it
-    has its own."""
+    """A floor just below the last match to keep (counting.kept), of each latent if it has its own."""
     if isinstance(wanted, int):
-        keep = min(affinity.numel(), int(reserve * wanted) + 16)
+        keep = min(affinity.numel(), int(kept(torch.tensor([wanted]), reserve)))
         last = affinity.topk(keep, sorted=False).values.min()
         return floor.maximum(torch.nextafter(last, torch.zeros_like(last))) if keep else floor
-    keep = (reserve * wanted).long() + 16
+    keep = kept(wanted, reserve)
     at = (rank_within(latents.long(), affinity, len(floor)) == keep[latents] - 1).nonzero().squeeze(1)
     ids, last = latents[at], affinity[at]
     floor = floor.clone()

@@ -24,6 +24,8 @@ CELLS = 2**25
 """Counters, at most."""
 MOST_BINS = 2**16
 """Of one group."""
+SPARE = 16
+"""Matches that are kept beyond the wanted ones, in units of the reserve."""
 AT_ONCE = 2**20
 """Counters that are summed together."""
 
@@ -84,9 +86,12 @@ class Bins:
         return self.range_of(part), reach - self.counts.gather(1, part[:, None]).squeeze(1)
 
 
-def counted(rule: Rule, read: Read, dtype: torch.dtype, reserve: float) -> tuple[Pool | None, int]:
+def counted(
+    rule: Rule, read: Read, dtype: torch.dtype, reserve: float, tokens: int | None = None
+) -> tuple[Pool | None, int]:
     """A pool that holds, of each group, the last of the wanted matches and the next one; and how many matches lie above
-    the threshold between them. None if the floor, `reserve` times what rows so far wanted, was too high in the end."""
+    the threshold between them. None and the number of rows if the floor, what is `kept` of what the rows want (those so
+    far, if `tokens` does not say how many there are), was too high in the end."""
     several = isinstance(rule.wanted(1), Tensor)
     groups, shape = rule.threshold.numel() if several else 1, rule.threshold.shape
 
@@ -96,12 +101,12 @@ def counted(rule: Rule, read: Read, dtype: torch.dtype, reserve: float) -> tuple
 
     infinity = int(torch.full((1,), torch.inf, dtype=dtype).view(BITS[dtype.itemsize]))
     first = Bins(torch.ones(groups, dtype=torch.int64), torch.full((groups,), infinity), CELLS)
-    tokens, floored = count_all(rule, read, first, floor_at, reserve)
+    tokens, floored = count_all(rule, read, first, floor_at, reserve, tokens)
     held = first.above(floored)
     available = torch.where(floored > 0, tokens if several else held, held)
     wanted = per_group(rule.wanted_of(tokens, available.to(rule.threshold.device)))
     if bool(((floored > 0) & (wanted >= held)).any()):
-        return None, 0
+        return None, tokens
     ranks = [torch.minimum(rank, held) for rank in (wanted.clamp_min(1), wanted + 1)]
     found = [first.holding(rank) for rank in ranks]
     del first  # its counters make room for the others
@@ -128,7 +133,7 @@ def counted(rule: Rule, read: Read, dtype: torch.dtype, reserve: float) -> tuple
 
 
 def count_all(
-    rule: Rule, read: Read, bins: Bins, floor_at: Callable[[Tensor], Tensor], reserve: float
+    rule: Rule, read: Read, bins: Bins, floor_at: Callable[[Tensor], Tensor], reserve: float, total: int | None
 ) -> tuple[int, Int[Tensor, " groups"]]:
     """Count all matches above a floor that rises with the rows; returns the number of rows, and the floor's bins."""
     floored, looked = torch.zeros_like(bins.low), 0
@@ -139,11 +144,17 @@ def count_all(
         if tokens < 2 * looked:
             return None
         looked = tokens
-        keep = (reserve * per_group(rule.wanted(tokens))).long() + 16
+        keep = kept(per_group(rule.wanted(total or tokens)), reserve)
         floored = torch.maximum(floored, bins.highest(keep)[0])
         return floor_at(bins.range_of(floored)[0])
 
     return read(torch.zeros_like(rule.threshold), count), floored
+
+
+def kept(wanted: Int[Tensor, " groups"], reserve: float) -> Int[Tensor, " groups"]:
+    """Matches to keep of each group, of which so many are wanted: also of one of which none are, for so far is not yet
+    in the end, and with a larger reserve more of all."""
+    return (reserve * (wanted + SPARE).double()).long()
 
 
 def per_group(wanted: int | Int[Tensor, " groups"]) -> Int[Tensor, " groups"]:

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from apportion.devices import as_on_gpu
+
 Backend = Literal["torch", "triton"]
 VARIABLE = "APPORTION_KERNELS"
 TRITON_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -27,12 +29,13 @@ _forced: Backend | None = None
 
 @contextmanager
 def use(backend: Backend) -> Iterator[None]:
-    """Within the block, all primitives run on this backend."""
+    """Within the block, all primitives run on this backend: Triton's also on a CPU, interpreted, as on a GPU."""
     global _forced
     before = _forced
     _forced = _checked(backend)
     try:
-        yield
+        with as_on_gpu(backend == "triton"):
+            yield
     finally:
         _forced = before
 

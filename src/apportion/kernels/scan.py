@@ -9,12 +9,12 @@ group exceeds, over the group's latents j and in the notation of product.py,
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.blocks import GROUP
+from apportion.devices import marked
 from apportion.kernels.dispatch import backend_for
 from apportion.kernels.product import Block, WholeNumbers
 
@@ -40,13 +40,6 @@ def above(block: Block | WholeNumbers, bounds: Tensor) -> Found:
     if affinity.element_size() == 2:  # comparing integers is much faster
         affinity, bounds = affinity.view(torch.int16), bounds.view(torch.int16).clamp_min(0)
     return _at(block, marked(torch.gt(affinity, bounds).view(-1)))
-
-
-def marked(mask: Bool[Tensor, " n"]) -> Int[Tensor, " marks"]:
-    """mask.nonzero() of a flat mask; numpy finds the marks many times faster than torch where there are many."""
-    if mask.is_cuda:
-        return mask.nonzero().squeeze(-1)
-    return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def _at(block: Block | WholeNumbers, flat: Int[Tensor, " n"]) -> Found:

@@ -26,16 +26,19 @@ zero (a ReLU), no screen is of use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, sqrt
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion.allocation import Candidates, Selection, Settled, Threshold
+from apportion.devices import marked, on_gpu
+from apportion.kernels.dispatch import backend_for
 from apportion.kernels.product import Block, Experts, Product, WholeNumbers
-from apportion.kernels.scan import above, marked
+from apportion.kernels.scan import above
 from apportion.ranking import below_largest, rank_within
 
 SPARE_CANDIDATES = 2**20
@@ -67,9 +70,14 @@ class _Found:
 
     def __getitem__(self, keep: Tensor) -> _Found:
         """Those that a mask marks, or those at given places."""
-        places = marked(keep) if keep.dtype == torch.bool else keep
-        if keep.dtype == torch.bool and places.numel() == keep.numel():
-            return self
+        return self.marked(keep) if keep.dtype == torch.bool else self.at(keep)
+
+    def marked(self, keep: Tensor, count: int | None = None) -> _Found:
+        """Those that a mask marks, and how many these are, if it is known."""
+        places = marked(keep, count)
+        return self if places.numel() == keep.numel() else self.at(places)
+
+    def at(self, places: Tensor) -> _Found:
         values = self.values[places]
         affinity = values if self.affinity is self.values else self.affinity[places]
         return _Found(self.rows[places], self.latents[places], values, affinity)
@@ -101,25 +109,40 @@ def choose(
     With `experts` each token has the latents of its expert only, and its affinities are multiplied by its gate; the
     codes are not. The bounds for the next batch are left in `selection.next_warm`.
     """
-    scan = _Scan(Product(x, W_enc, b_enc, norms, experts), selection)
+    product = Product(x, W_enc, b_enc, norms, experts)
+    if selection.padded and on_gpu(x) and selection.rule.row_limit is not None and experts is None:
+        return _padded(product, selection.rule.row_limit)
+    scan = _Scan(product, selection)
     found, bounds = scan.look(scan.first_bounds())
     settled = scan.settle(found)
-    if bounds is not None and bounds.ndim == 0:
+    short, count = scan.short(settled, bounds)
+    if short is not None and bounds is not None and bounds.ndim:
+        found, settled = scan.with_columns(found, settled, short)
+        count = None
+    elif short is not None and bounds is not None:
         for lower in (0.5 * bounds, torch.zeros_like(bounds)):
-            if bounds is None or settled.cut is None or not bool(settled.cut < bounds):
-                break
             scan.screened = False  # a second look is rare, and leaves nothing open
             found, bounds = scan.look(lower)
             settled = scan.settle(found)
-    elif bounds is not None and settled.cut is not None:
-        short = settled.cut < bounds
-        if bool(short.any()):
-            found, settled = scan.with_columns(found, settled, short)
+            short, count = scan.short(settled, bounds)
+            if short is None:
+                break
     selection.next_warm = settled.next_bounds if scan.rough_next is None else scan.rough_next
-    chosen = found[settled.keep]
+    chosen = found.marked(settled.keep, count)
     if selection.check:
         selection.checked, selection.missed = scan.missed(chosen, settled.cut, selection.check)
     return Matches(chosen.rows, chosen.latents, chosen.values)
+
+
+def _padded(product: Product, limit: int) -> Matches:
+    """The best of each row, as many of every one: where fewer are positive, with codes of zero."""
+    parts = []
+    for _, block in product.blocks(product.x.dtype, whole=True):
+        latents = block.affinity.topk(limit, dim=1, sorted=False).indices.sort(1).values
+        parts.append((latents, block.codes.gather(1, latents).clamp_min(0)))
+    latents, codes = (torch.cat(t).flatten() for t in zip(*parts, strict=True))
+    rows = torch.arange(len(product.x), device=codes.device).repeat_interleave(limit, output_size=len(codes))
+    return Matches(rows, latents, codes)
 
 
 @torch.no_grad()
@@ -153,22 +176,40 @@ class _Scan:
         self.x = product.x
         self.tokens, self.d_sae = product.x.shape[0], product.W_enc.shape[0]
         self.budget = self.rule.budget(selection.group.count(self.tokens))
-        self.total = int(self.budget.sum()) if isinstance(self.budget, Tensor) else self.budget
+        self.total = self.rule.total(selection.group.count(self.tokens))
         self.screened = selection.screen is not None and self.x.dtype == torch.float32
         self.margin = selection.margin or MARGINS.get(selection.screen or "", 0.0)
         self.precision = {"bfloat16": torch.bfloat16, "int8": "int8"}.get(selection.screen or "", self.x.dtype)
+        self.cold = False
+        """Nothing is known of latents with bounds of their own: each is looked up by itself."""
         self.rough_next: Tensor | None = None
         """Bounds for the next batch, of all that the screen let through."""
 
     def first_bounds(self) -> Tensor | None:
         bounds = None if self.rule.row_limit is not None else self.rule.bounds(self.selection.warm)
+        self.cold = bounds is None and isinstance(self.budget, Tensor)
+        if self.cold:
+            return self.x.new_full((self.d_sae,), torch.inf)
         return None if bounds is None else bounds.to(self.x)
+
+    def short(self, settled: Settled, bounds: Tensor | None) -> tuple[Tensor | None, int | None]:
+        """Marks the bounds below which something could have been chosen, if there are such; and how many matches are
+        chosen, on a GPU, where both are read together."""
+        short = None if bounds is None or settled.cut is None else settled.cut < bounds
+        if not on_gpu(self.x):
+            return short if short is not None and bool(short.any()) else None, None
+        kept = settled.keep.sum()
+        count, lower = torch.stack([kept, torch.zeros_like(kept) if short is None else short.sum()]).tolist()
+        return short if lower else None, count
 
     def prune(self, found: _Found) -> Settled:
         return self.rule.prune(self.candidates(found), self.budget)
 
     def settle(self, found: _Found) -> Settled:
-        return self.rule.settle(self.candidates(found), self.budget, self.selection.group)
+        settled = self.rule.settle(self.candidates(found), self.budget, self.selection.group)
+        if on_gpu(self.x) and self.screened:  # `exact` has left those in that are not positive
+            settled = replace(settled, keep=settled.keep & (found.affinity > 0))
+        return settled
 
     def candidates(self, found: _Found) -> Candidates:
         return Candidates(found.rows, found.latents, found.affinity, self.tokens, self.d_sae)
@@ -197,16 +238,17 @@ class _Scan:
             return found[found.affinity > _each(bounds, found.latents)], bounds
         pruned = self.prune(found)
         self.rough_next = pruned.next_bounds
-        found = self.exact(found[self.in_reach(found, pruned)], bounds)
+        # On a GPU to find out how many are in reach costs more than to compute the others, too.
+        found = self.exact(found if on_gpu(self.x) else found[self.in_reach(found, pruned)], bounds)
         return found, bounds * (1 - self.margin) / (1 - self.margin / 2)
 
     def exact(self, rough: _Found, bounds: Tensor | None) -> _Found:
-        """The same matches with codes in full precision; those that are not positive are dropped."""
+        """The same matches with codes in full precision; those not positive are dropped, on a GPU by `settle`."""
         values, affinity = self.product.at(rough.rows, rough.latents)
         if self.selection.check:
             self.selection.moved = self.moved(rough, affinity, bounds)
         found = _Found(rough.rows, rough.latents, values, affinity)
-        return found[affinity > 0]
+        return found if on_gpu(self.x) else found[affinity > 0]
 
     def moved(self, rough: _Found, affinity: Float[Tensor, " n"], bounds: Tensor | None) -> float | None:
         """How far the screen moved candidates, as a share of the lowest of a token, of a latent or of all: of those
@@ -224,7 +266,7 @@ class _Scan:
 
         Under the screen both are rough, and candidates go down to the margin below the bounds.
         """
-        if bounds is not None and bounds.ndim == 1 and bool(torch.isposinf(bounds).all()):
+        if self.cold:
             return _Found.cat([], self.x), bounds
         total, limit = self.total, self.rule.row_limit
         precision = self.precision if self.screened else self.x.dtype
@@ -233,15 +275,12 @@ class _Scan:
             guess = None if block is None else self.rule.first_bounds(block.affinity)
             bounds = self.x.new_zeros(()) if guess is None else guess.to(self.x.dtype)
         self.product.shared_scales = bounds is None or bounds.ndim == 0
+        if backend_for(self.x) == "triton" and (listed := self.listed(bounds, precision)) is not None:
+            return listed, bounds
         parts: list[_Found] = []
         pending, of_rows = 0, _RowBounds(self.product, limit)
         for latents, block in self.product.blocks(precision):
-            if limit is not None:
-                at = of_rows.of(block)
-            else:
-                assert bounds is not None
-                at = bounds if bounds.ndim == 0 else bounds[latents]
-            found = self.above(block, self.lowered(at))
+            found = self.above(block, self.lowered(self.bounds_of(block, latents, bounds, of_rows)))
             parts.append(_Found(found.rows, found.latents + latents.start, found.values, found.affinity))
             pending += found.rows.numel()
             if total is not None and pending > 2 * total + SPARE_CANDIDATES:
@@ -254,12 +293,40 @@ class _Scan:
                 if self.screened and pending > 2 * total + SPARE_CANDIDATES:  # too much lies within the margin
                     self.screened = False
                     return self.rows(bounds)
-        found = self.merged(parts)
-        return found if limit is None else self.with_whole_rows(found, of_rows, limit), bounds
+        return self.with_whole_rows(self.merged(parts), of_rows), bounds
+
+    def listed(self, bounds: Tensor | None, precision: Any) -> _Found | None:
+        """On a GPU: candidates from all blocks, which is waited for once; None if they are more than expected."""
+        from apportion.kernels.triton_kernels import MatchList
+
+        weighted = self.product.norms is not None or self.product.gates is not None
+        matches = MatchList(2 * (self.total or 0) + SPARE_CANDIDATES, self.x, weighted)
+        of_rows = _RowBounds(self.product, self.rule.row_limit)
+        for latents, block in self.product.blocks(precision):
+            assert isinstance(block, Block)
+            at = self.lowered(self.bounds_of(block, latents, bounds, of_rows))
+            place = block.first * self.d_sae + latents.start
+            matches.add(block.codes, block.affinity, at.contiguous(), place, self.d_sae)
+        count = self.selection.counted_with(matches.count)
+        if count > len(matches.places):
+            return None
+        places, values, affinity = (t[:count] for t in (matches.places, matches.values, matches.affinity))
+        rows = self.product.tokens_at(places.div(self.d_sae, rounding_mode="floor"))
+        found = _Found(rows, places % self.d_sae, values, affinity if weighted else values)
+        return self.with_whole_rows(self.in_token_order(found), of_rows)
+
+    def bounds_of(self, block: Any, latents: slice, bounds: Tensor | None, of_rows: _RowBounds) -> Tensor:
+        """A scalar, one for each column, or one for each row [rows, 1]."""
+        if self.rule.row_limit is not None:
+            return of_rows.of(block)
+        assert bounds is not None
+        return bounds if bounds.ndim == 0 else bounds[latents]
 
     def merged(self, parts: list[_Found]) -> _Found:
         """In (token, latent) order, each token's matches being in order already."""
-        found = _Found.cat(parts, self.x)
+        return self.in_token_order(_Found.cat(parts, self.x))
+
+    def in_token_order(self, found: _Found) -> _Found:
         return found if self.product.in_order else found[found.rows.int().argsort(stable=True)]
 
     def lowered(self, bounds: Tensor) -> Tensor:
@@ -298,8 +365,11 @@ class _Scan:
         weights = values if affinity is codes else affinity.to(self.x.dtype)
         return _Found(self.product.tokens_at(rows + block.first), columns, values, weights)
 
-    def with_whole_rows(self, found: _Found, of_rows: _RowBounds, limit: int) -> _Found:
+    def with_whole_rows(self, found: _Found, of_rows: _RowBounds) -> _Found:
         """What was found, with the best of whole rows for the tokens that have too little above their bounds."""
+        limit = of_rows.limit
+        if limit is None or not of_rows.some_guessed:
+            return found
         counts = torch.bincount(found.rows, minlength=self.tokens)
         short = ((counts < limit) & of_rows.guessed).nonzero().squeeze(-1)
         if not len(short):
@@ -340,7 +410,9 @@ class _Scan:
     def with_columns(self, found: _Found, settled: Settled, short: Bool[Tensor, " d_sae"]) -> tuple[_Found, Settled]:
         """What was chosen, with what latents in `short` choose from all that they have in place of what they chose."""
         columns = _Found.cat(self.columns(short.nonzero().squeeze(-1)), self.x)
-        again, self.rough_next = self.settle(columns), None
+        again = self.settle(columns)
+        if self.rough_next is not None:
+            settled, self.rough_next = replace(settled, next_bounds=self.rough_next), None
         chosen = _Found.cat([found[settled.keep & ~short[found.latents]], columns[again.keep]], self.x)
         chosen = chosen[(chosen.rows * self.d_sae + chosen.latents).argsort()]
         cut, next_bounds = (
@@ -369,6 +441,7 @@ class _RowBounds:
         self.product, self.limit = product, limit
         self.guessed = torch.zeros(len(product.x), dtype=torch.bool, device=product.x.device)
         """Tokens whose bounds are a guess from a part of their latents, and not zero."""
+        self.some_guessed = False
         self.bounds = torch.empty(0)
         self.first = -1
 
@@ -383,6 +456,7 @@ class _RowBounds:
             some = self.limit if block.share == 1 else min(self.limit, likely)
             self.first, self.bounds = block.first, below_largest(affinity, some)
             if some < self.limit:
+                self.some_guessed = True
                 places = torch.arange(block.first, block.first + len(self.bounds), device=self.guessed.device)
                 self.guessed[self.product.tokens_at(places)] = (self.bounds > 0).squeeze(1)
         return self.bounds

@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.blocks import block_rows
+from apportion.devices import on_gpu
 from apportion.kernels import dispatch
 from apportion.kernels.primitives import dot_products, weighted_sums
 from apportion.latents import Latents
@@ -141,7 +142,7 @@ def sum_by_latent(latents: Latents, weights: Tensor, table: Float[Tensor, "token
 
 def totals_by_latent(latents: Latents, g: Float[Tensor, " nnz"]) -> Float[Tensor, " d_sae"]:
     """The sum over the matches of each latent, added up in the same order every time."""
-    return _totals_in_order(latents, g) if g.is_cuda else g.new_zeros(latents.d_sae).index_add_(0, latents.indices, g)
+    return _totals_in_order(latents, g) if on_gpu(g) else g.new_zeros(latents.d_sae).index_add_(0, latents.indices, g)
 
 
 def _totals_in_order(latents: Latents, g: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ def _is_dense(latents: Latents) -> bool:
 
 def _is_local(latents: Latents) -> bool:
     """True if reading the table in the order of latents pays: on a CPU, for latents that lie close together."""
-    if latents.indices.is_cuda or not latents.nnz:
+    if on_gpu(latents.indices) or not latents.nnz:
         return False
     first, last = (
         latents.indices[ends.clamp(0, latents.nnz - 1)] for ends in (latents.offsets[:-1], latents.offsets[1:] - 1)
@@ -183,7 +184,7 @@ def _dense_blocks(latents: Latents, weights: Tensor | None) -> Iterator[tuple[sl
     size = block_rows(latents.d_sae, latents.values)
     z = latents.values.new_empty(0)
     starts = list(range(0, latents.tokens, size))
-    ends = latents.offsets[[*starts, latents.tokens]].tolist()
+    ends = [0, latents.nnz] if len(starts) == 1 else latents.offsets[[*starts, latents.tokens]].tolist()
     for start, (first, last) in zip(starts, pairwise(ends), strict=True):
         tokens, matches = slice(start, min(start + size, latents.tokens)), slice(first, last)
         if weights is not None:

@@ -3,12 +3,14 @@
     weighted_sums   out[g] = sum over the matches n of group g of weights[n] table[indices[n]]
     dot_products    out[n] = <g[rows[n]], table[indices[n]]>
     above           flat positions of the entries of a matrix that exceed a bound
+    MatchList       the same of many blocks, with their codes, into one list
     adam_rows       an Adam step, with or without unit rows, in one pass over memory
 
 All are bound by memory, so each docstring gives the bytes moved (s = bytes of an entry, counted once per access: the
 caches make it less where rows are shared). Sums are accumulated in float32, in float64 if an input is float64, in an
 order that depends on shapes and match lists only: no atomics, so equal inputs give equal bits. No function waits for
-the device, except that `above` reads one count. Indices are not checked against the table: what `choose` returns fits.
+the device, except that `above` reads one count; a `MatchList` leaves that to its reader. Indices are not checked
+against the table: what `choose` returns fits.
 
 Nobody imports this file before it is needed: it is the only one that imports triton. With TRITON_INTERPRET=1, set
 before triton is imported, it runs on a CPU, very slowly, for tests.
@@ -212,16 +214,28 @@ def above(
     marks and counts; the second writes each tile's positions behind those of the tiles before it. Between them the
     host reads the total.
     """
-    assert affinity.ndim == 2 and affinity.dtype in FLOATS, "affinity is [rows, d_sae], float32, float64 or bfloat16"
-    rows, d_sae = affinity.shape
+    assert affinity.ndim == 2, "affinity is [rows, d_sae]"
+    d_sae = affinity.shape[1]
     if not isinstance(bounds, Tensor):
         bounds = torch.full((), bounds, dtype=affinity.dtype, device=affinity.device)
-    assert bounds.dtype == affinity.dtype, "bounds have the dtype of affinity"
-    assert bounds.shape in ((), (d_sae,), (rows, 1)), "bounds are a scalar, one per latent, or one per row"
-    _check_layout(affinity, bounds)
     if not affinity.numel():
         return torch.empty(0, dtype=torch.int64, device=affinity.device)
 
+    marks, counts, words = _marked(affinity, bounds)
+    ends = counts.view(-1).cumsum(0)
+    out = torch.empty(int(ends[-1]), dtype=torch.int64, device=affinity.device)
+    if out.numel():
+        _launch(_write_positions, tuple(counts.shape), marks, ends, out, d_sae, WORDS=words, num_warps=4)
+    return out
+
+
+def _marked(affinity: Tensor, bounds: Tensor) -> tuple[Int[Tensor, "rows across words"], Tensor, int]:
+    """A bit for each entry that exceeds its bound; how many of them each tile of a row has; words of a tile."""
+    rows, d_sae = affinity.shape
+    assert affinity.dtype in FLOATS, "affinity is float32, float64 or bfloat16"
+    assert bounds.dtype == affinity.dtype, "bounds have the dtype of affinity"
+    assert bounds.shape in ((), (d_sae,), (rows, 1)), "bounds are a scalar, one per latent, or one per row"
+    _check_layout(affinity, bounds)
     words = max(1, min(SCAN_ENTRIES, triton.next_power_of_2(d_sae)) // 32)
     across = triton.cdiv(d_sae, 32 * words)
     marks = torch.empty(rows, across, words, dtype=torch.int32, device=affinity.device)
@@ -229,11 +243,7 @@ def above(
     shape = {"ROWS": SCAN_ROWS, "WORDS": words, "ACC": _accumulator(affinity), "num_warps": 8}
     grid = (triton.cdiv(rows, SCAN_ROWS), across)
     _launch(_mark_above, grid, affinity, bounds, marks, counts, rows, d_sae, bounds.ndim, **shape)
-    ends = counts.view(-1).cumsum(0)
-    out = torch.empty(int(ends[-1]), dtype=torch.int64, device=affinity.device)
-    if out.numel():
-        _launch(_write_positions, (rows, across), marks, ends, out, d_sae, WORDS=words, num_warps=4)
-    return out
+    return marks, counts, words
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -280,6 +290,81 @@ def _write_positions(marks, ends, out, d_sae, WORDS: constexpr):
     for _ in range(tl.max(count)):  # pyright: ignore[reportArgumentType]
         rest = word & (word - 1)
         tl.store(out + place, position + _count_bits((word ^ rest) - 1), mask=word != 0)
+        word = rest
+        place += 1
+
+
+class MatchList:
+    """Entries of the blocks of a product that exceed bounds, written one behind the other: blocks follow each other
+    without a wait, and how many there are is read once, from `count`. What does not fit is counted only.
+
+    Bytes: as `above`, and 12 or 16 for each entry.
+    """
+
+    def __init__(self, capacity: int, like: Tensor, weighted: bool) -> None:
+        self.places = torch.empty(capacity, dtype=torch.int64, device=like.device)
+        """row * stride + column, with the row's and the column's numbers in the whole product."""
+        self.values = torch.empty(capacity, dtype=like.dtype, device=like.device)
+        self.affinity = torch.empty_like(self.values) if weighted else self.values
+        self.count = torch.zeros((), dtype=torch.int64, device=like.device)
+
+    def add(
+        self,
+        codes: Float[Tensor, "rows columns"],
+        affinity: Float[Tensor, "rows columns"],
+        bounds: Float[Tensor, ""] | Float[Tensor, " columns"] | Float[Tensor, "rows 1"],
+        first: int,
+        stride: int,
+    ) -> None:
+        """The entries of a block whose affinity exceeds the bounds; its first one has the place `first`."""
+        if not affinity.numel():
+            return
+        marks, counts, words = _marked(affinity, bounds)
+        ends = counts.view(-1).cumsum(0) + self.count
+        _check_layout(codes, affinity, self.places)
+        shape = {"WEIGHTED": self.affinity is not self.values, "WORDS": words, "num_warps": 4}
+        lists = (self.places, self.values, self.affinity)
+        width, capacity = affinity.shape[1], len(self.places)
+        _launch(
+            _append, tuple(counts.shape), marks, ends, codes, affinity, *lists, first, stride, width, capacity, **shape
+        )
+        self.count = ends[-1]
+
+
+@triton.jit(do_not_specialize=["first", "capacity"])
+def _append(
+    marks,
+    ends,
+    codes,
+    affinity,
+    places,
+    values,
+    weights,
+    first,
+    stride,
+    width,
+    capacity,
+    WEIGHTED: constexpr,
+    WORDS: constexpr,
+):
+    """As `_write_positions`, with code and affinity of each entry."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = row * tl.num_programs(1) + tl.program_id(1)
+    lane = tl.arange(0, WORDS)
+    word = tl.load(marks + tile * WORDS + lane).to(tl.uint32, bitcast=True)
+    count = _count_bits(word)
+    place = tl.load(ends + tile) - tl.sum(count) + tl.cumsum(count, axis=0) - count
+    before = tl.program_id(1) * (32 * WORDS) + lane * 32
+    for _ in range(tl.max(count)):  # pyright: ignore[reportArgumentType]
+        rest = word & (word - 1)
+        column = before + _count_bits((word ^ rest) - 1)
+        here = (word != 0) & (place < capacity)
+        tl.store(places + place, first + row * stride + column, mask=here)
+        code = tl.load(codes + row * width + column, mask=here, other=0.0)
+        tl.store(values + place, code.to(values.dtype.element_ty), mask=here)
+        if WEIGHTED:
+            weight = tl.load(affinity + row * width + column, mask=here, other=0.0)
+            tl.store(weights + place, weight.to(weights.dtype.element_ty), mask=here)
         word = rest
         place += 1
 

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from apportion.allocation import Selection
+from apportion.devices import marked
 from apportion.kernels.select import all_above
 from apportion.kernels.sparse import match_products, totals_by_latent
 from apportion.latents import Latents, from_matches
@@ -51,8 +52,8 @@ def reach(
     found = all_above(x.to(wide), W_enc.to(wide), b_enc.to(wide), bounds, selection)
     above, values = found.values - theta[found.latents], found.values.to(x.dtype)
     active, near = (
-        from_matches(found.rows[keep], found.latents[keep], values[keep], W_enc.shape[0], (x.shape[0],))
-        for keep in (above > 0, above.abs() < bandwidth / 2)
+        from_matches(found.rows[at], found.latents[at], values[at], W_enc.shape[0], (x.shape[0],))
+        for at in map(marked, (above > 0, above.abs() < bandwidth / 2))
     )
     return active, near
 

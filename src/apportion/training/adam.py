@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.optim.adam import adam
 
+from apportion.devices import on_gpu
 from apportion.kernels.dispatch import backend_for
 
 BLOCK_ENTRIES = 2**19
@@ -97,7 +98,7 @@ class Adam:
             if along is not None:
                 g.addcmul_(along[start : start + len(w)], w, value=-1)
             g.mul_(scale)
-            if g.is_cuda:  # a scale of 0 means gradients that are not finite, and looking at it would mean waiting
+            if on_gpu(g):  # a scale of 0 means gradients that are not finite, and looking at it would mean waiting
                 g.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             steps = torch.full((), float(m.steps), device=p.device)
             adam(
@@ -153,7 +154,7 @@ class Adam:
 def _blocks(t: Tensor) -> Iterator[Tensor]:
     """Views of consecutive rows; on a GPU, whose caches are no help here, all of them at once."""
     t = t.detach()
-    if t.is_cuda or t.numel() <= BLOCK_ENTRIES or t.ndim < 2:
+    if on_gpu(t) or t.numel() <= BLOCK_ENTRIES or t.ndim < 2:
         return iter([t])
     return iter(t.split(max(1, BLOCK_ENTRIES // t[0].numel())))
 

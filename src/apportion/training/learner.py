@@ -35,12 +35,13 @@ class Learner:
         self.l0: float | None = None
         """Of the previous step."""
 
-    def begin_step(self, progress: float, batch_tokens: int, lr_share: float) -> StepContext:
+    def begin_step(self, progress: float, steps: int, batch_tokens: int, lr_share: float) -> StepContext:
         """Put the SAE in train mode and advance its schedules."""
         sae = self.sae.train()
         context = StepContext(
             progress=progress,
             lr_share=lr_share,
+            steps=steps,
             batch_tokens=batch_tokens,
             dead=self.activity.dead(),
             density=self.activity.density(),
@@ -100,6 +101,7 @@ class Learner:
         tensors = self._counts()
         for name, p in self.sae.named_parameters():
             tensors |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state(p).items()}
+        tensors |= {f"carried.{name}": t for name, t in self.sae.carried().items()}
         if self.bounds is not None:
             tensors["warm.bounds"] = self.bounds
         if self.l0 is not None:
@@ -112,6 +114,8 @@ class Learner:
         for name, p in self.sae.named_parameters():
             if p in set(self.optimizer.parameters):
                 wanted |= {f"adam.{name}.{key}": shape for key, shape in self.optimizer.shapes(p).items()}
+        carried = {f"carried.{name}" for name in under("carried.", tensors)}
+        wanted |= {name: torch.Size([self.sae.d_sae]) for name in carried}
         for name, shape in wanted.items():
             if name not in tensors or tensors[name].shape != shape:
                 raise ValueError(f"{name} is missing, or has another shape")
@@ -125,6 +129,7 @@ class Learner:
         for name, p in self.sae.named_parameters():
             if state := under(f"adam.{name}.", tensors):
                 self.optimizer.load_state(p, state)
+        self.sae.carry_on(under("carried.", tensors))
         self.bounds = tensors.get("warm.bounds")
         self.l0 = tensors["l0"].item() if "l0" in tensors else None
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from apportion.about import About
 from apportion.architectures import SAE, SAES
 from apportion.architectures.inputs import as_tensor
+from apportion.devices import on_gpu
 from apportion.disk import all_finite
 from apportion.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.processes import refuse_several_processes
@@ -107,14 +108,14 @@ class Trainer:
             own.screening.settle(own.sae, batch.rows())
         progress, lr = self.config.progress_at(self.tokens), self.config.lr_at(self.tokens)
         context = TrainingContext(
-            tuple(own.begin_step(progress, len(batch.x), lr / self.config.lr) for own in self.learners),
+            tuple(own.begin_step(progress, self.steps, len(batch.x), lr / self.config.lr) for own in self.learners),
             logged=self.config.logs_step(self.steps + 1),
         )
         terms = self.objective(self.saes, batch, context)
         loss = torch.stack(list(terms.values())).sum()
         loss.backward()
         norms = {own: own.gradient_norm() for own in self.learners if own.trains}
-        if not loss.is_cuda and not math.isfinite(loss.item() + sum(norm.item() for norm in norms.values())):
+        if not on_gpu(loss) and not math.isfinite(loss.item() + sum(norm.item() for norm in norms.values())):
             for own in self.learners:
                 own.optimizer.drop()
             self._check_finite({"loss": loss.detach(), "grad_norm": torch.stack(list(norms.values())).mean()})
@@ -167,7 +168,7 @@ class Trainer:
         if not len(rows.x):
             raise ValueError("A training step needs at least one row; all rows of this batch are masked out.")
         for name, part in (("x", rows.x), ("target", rows.target)):  # on a GPU looking means waiting
-            if part is not None and not part.is_cuda and not all_finite(part):
+            if part is not None and not on_gpu(part) and not all_finite(part):
                 bad = int((~part.flatten(1).isfinite()).any(1).nonzero()[0])
                 where = "" if rows.index is None else f" (row {int(rows.index[bad])} of the source)"
                 raise ValueError(
