@@ -60,7 +60,7 @@ def test_the_demo_and_a_second_call(demo: Demo) -> None:
     assert figures(demo) == found
 
 
-def test_a_demo_that_was_stopped_while_it_collected_collects_again(
+def test_a_demo_that_was_stopped_while_it_collected_collects_the_rest(
     demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, calls = collect.run_contexts, 0
@@ -76,7 +76,8 @@ def test_a_demo_that_was_stopped_while_it_collected_collects_again(
     monkeypatch.setattr(collect, "run_contexts", interrupted)
     with pytest.raises(KeyboardInterrupt):
         other.run()
-    assert not (tmp_path / "out" / "acts").exists()
+    manifest = json.loads((tmp_path / "out" / "acts" / "manifest.json").read_text())
+    assert manifest["ended"] == "interrupted" and 0 < manifest["rows"] < 8000
     with pytest.raises(ZeroDivisionError):  # far enough
         monkeypatch.setattr(Trainer, "step", lambda *a: 1 / 0)
         other.run()

@@ -6,7 +6,6 @@ nothing behind that nobody would remove.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -20,21 +19,19 @@ from typing import Any
 import pytest
 import torch
 from children import changes_of, end_of, killed, orphans, start
-from small_run import contents, train
+from small_run import cache, contents, train
 from trials import trials
 
 import apportion as ap
 from apportion.language.collect import collect, load_model
+from apportion.rows import writer
+from apportion.rows.manifest import read_manifest
 
 
 def _sae(seed: int) -> ap.SAE:
     sae = ap.create("topk", d_in=8, d_sae=16, k=2 + seed, seed=seed)
     sae.info["of"] = seed
     return sae.eval()
-
-
-TIMES = ("seconds", "tokens_per_s", "manifest_sha256")
-"""What a manifest says of when it was written, and its digest."""
 
 
 @contextmanager
@@ -49,14 +46,12 @@ def allowed(words: str) -> Iterator[None]:
 
 def _collect(root: Path, lm: tuple[Any, Any]) -> None:
     text = ["the cat sat on the mat and looked at the dog"] * 20
+    writer.SHARD_ROWS = 37  # shards that split contexts and batches
     with allowed("exists already"):
-        collect(*lm, ["model.layers.0", "model.layers.1"], text, tokens=128, out=root / "acts", context_tokens=16)
-
-
-def _cache(root: Path) -> dict[str, Any]:
-    found = contents(root / "acts")
-    found["manifest.json"] = json.loads(found["manifest.json"]) | dict.fromkeys(TIMES)
-    return found
+        collect(
+            *lm, ["model.layers.0", "model.layers.1"], text, tokens=128, out=root / "acts", context_tokens=16,
+            batch_contexts=2,
+        )  # fmt: skip
 
 
 def _export(root: Path) -> None:
@@ -165,8 +160,38 @@ def test_killed_before_any_change_of_a_collection(
     record_property: Callable[[str, Any], None],
 ) -> None:  # fmt: skip
     lm = load_model(tiny_model_dir)
-    count = check_every_kill(_nothing, lambda root: _collect(root, lm), _cache, tmp_path, chosen)
+    count = check_every_kill(_nothing, lambda root: _collect(root, lm), cache, tmp_path, chosen)
     record_property("trials", count)
+
+
+@pytest.fixture(scope="module")
+def whole_cache(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], float]:
+    folder, lm = tmp_path_factory.mktemp("whole_cache"), load_model(tiny_model_dir)
+    begun = time.perf_counter()
+    assert end_of(start(lambda: _collect(folder, lm))) == 0
+    return lm, cache(folder), time.perf_counter() - begun
+
+
+@pytest.mark.few(3)
+@pytest.mark.fault("SIGKILL at random moments")
+@pytest.mark.parametrize("seed", trials(range(50), short=6))
+def test_a_collection_killed_at_any_moment(
+    seed: int, tmp_path: Path, whole_cache: tuple[Any, dict[str, Any], float]
+) -> None:
+    lm, wanted, seconds = whole_cache
+    chance, rows = random.Random(seed), 0
+    for _ in range(3):
+        pid = start(lambda: _collect(tmp_path, lm))
+        time.sleep(chance.uniform(0, seconds))
+        os.kill(pid, signal.SIGKILL)
+        end_of(pid)
+        if (tmp_path / "acts" / "manifest.json").exists():
+            now = read_manifest(tmp_path / "acts")["rows"]
+            assert now >= rows, "what was there is gone"
+            rows = now
+    assert end_of(start(lambda: _collect(tmp_path, lm))) == 0
+    assert cache(tmp_path) == wanted
+    assert not orphans(tmp_path)
 
 
 @pytest.fixture(scope="module")

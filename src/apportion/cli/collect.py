@@ -21,7 +21,9 @@ class Collect:
     hookpoint: tuple[str, ...]
     """Where to read: module paths such as model.layers.8, model.layers.8.mlp:in; globs such as model.layers.* work."""
     out: Path
-    """The cache folder to create."""
+    """The cache folder to create; one whose collection was interrupted or killed is gone on with."""
+    append: bool = False
+    """Go on with a cache that is complete, up to more --tokens of the same text."""
     tokens: Count = 10_000_000
     """How many tokens to collect."""
     corpus: Annotated[Text, arg(name="")] = field(default_factory=Text)
@@ -56,11 +58,11 @@ class Collect:
 
     def _collect(self) -> dict[str, Any]:
         from apportion.language.collect import collect
-        from apportion.rows.writer import check_out
+        from apportion.rows.writer import cache_at
 
         source = self.corpus.source(self.model)
-        check_out(self.out)
+        cache_at(self.out, self.append)
         model, tokenizer = self.loading.load(self.model)
-        options = ("tokens", "out", "context_tokens", "batch_contexts", "dtype", "bos")
+        options = ("tokens", "out", "context_tokens", "batch_contexts", "dtype", "bos", "append")
         given = {name: getattr(self, name) for name in options}
         return collect(model, tokenizer, self.hookpoint, source, **given, token_filter=self.filter.token_filter())

@@ -26,7 +26,7 @@ from apportion.evals import held_out_rows
 from apportion.evals.report import Report, make_report
 from apportion.extras import need
 from apportion.language import TextSource, load_model
-from apportion.language.collect import collect
+from apportion.language.collect import collect, is_collected
 from apportion.language.hookpoints import expand, middle_layer
 from apportion.language.model import width_at
 from apportion.recipes.experiment import as_now
@@ -92,10 +92,12 @@ class Demo:
         saes = {name: self._new(name, d_in) for name in METHODS}
         self._claim_folder({"hookpoint": hookpoint})
         acts = self.out / "acts"
-        if not acts.exists():
+        if not is_collected(acts):
             logger.info("Collecting activations of %s at %s", self.model, hookpoint)
-            how = {"context_tokens": self.context_tokens, "keep_interrupted": False}
-            manifest = collect(model, tokenizer, hookpoint, self._text(), tokens=self.tokens, out=acts, **how)
+            manifest = collect(
+                model, tokenizer, hookpoint, self._text(), tokens=self.tokens, out=acts,
+                context_tokens=self.context_tokens,
+            )  # fmt: skip
             if manifest["rows"] < 10 * self.batch_tokens:
                 self._forget(acts)  # a longer text may follow
                 raise ValueError(

@@ -34,7 +34,7 @@ from apportion.evals import FIGURES, Figure, evaluate_model, evaluate_rows, held
 from apportion.evals.layers import evaluate_layers
 from apportion.evals.similarity import similarity, within_similarity
 from apportion.language import ContextSource, TextSource, load_model, read_contexts
-from apportion.language.collect import collect
+from apportion.language.collect import collect, is_collected
 from apportion.language.hookpoints import expand, middle_layer
 from apportion.language.model import width_at
 from apportion.objectives import EndToEnd, MutualConfig, MutualFeatureRegularisation
@@ -128,10 +128,10 @@ class Objectives:
     def acts(self) -> Path:
         """A cache of the same contexts at every layer."""
         folder = self.out / "acts"
-        if not folder.exists():
+        if not is_collected(folder):
             layers, tokens = self.place.rpartition(".")[0] + ".*", self.source.contexts.numel()
-            how = {"context_tokens": self.context_tokens, "keep_interrupted": False}
-            collect(*self.lm, layers, self.text or stories(), tokens=tokens, out=folder, **how)
+            text = self.text or stories()
+            collect(*self.lm, layers, text, tokens=tokens, out=folder, context_tokens=self.context_tokens)
         return folder
 
     def new(self, name: str, seed: int) -> SAE:

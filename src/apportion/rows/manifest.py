@@ -39,10 +39,13 @@ FIELDS: dict[str, Any] = {
 }
 """What every cache says; of what kind the rest is follows from `About`."""
 OF_HOOKPOINT: dict[str, Any] = {"folder": str, "d_in": int, "filter": dict}
-OF_FILES = ("shards", "hookpoints", "shard_rows")
+OF_FILES = ("shards", "hookpoints", "shard_rows", "plan")
 """What a manifest says of its files."""
 OF_SHARD: dict[str, Any] = {"rows": int, "sha256": dict[str, str]}
-SAMPLED: dict[str, Any] = {"sample_sha256": dict[str, str]}
+SAMPLED: dict[str, Any] = {"sample_sha256": dict[str, str], "stats": dict[str, dict]}
+UNFINISHED = "unfinished"
+GOES_ON = (UNFINISHED, "interrupted")
+"""How a cache ended that a collection with the same settings goes on with."""
 MOST = 1 << 40
 """No count in a manifest is larger."""
 
@@ -113,11 +116,12 @@ def about_manifest(manifest: Mapping[str, Any]) -> About:
 
 
 def _check(manifest: dict[str, Any], folder: Path) -> None:
-    check_fields(manifest, FIELDS, {DIGEST: str})
+    check_fields(manifest, FIELDS, {DIGEST: str, "plan": dict})
     about = About.from_json(manifest)
     sizes = {"rows": about.rows, "shard_rows": manifest["shard_rows"], "context_tokens": about.lm.context_tokens}
     for name, size in (sizes | {"contexts": about.lm.contexts}).items():
-        _check_size(name, 1 if size is None else size)
+        if not (manifest.get("ended") == UNFINISHED and name in ("rows", "contexts") and size == 0):
+            _check_size(name, 1 if size is None else size)
     if manifest["dtype"] not in DTYPES:
         raise ValueError(f"dtype is {manifest['dtype']!r}, and not one of {', '.join(DTYPES)}.")
     if not manifest["hookpoints"]:

@@ -4,13 +4,17 @@
     acts/tokens-00000.safetensors           tokens, positions, contexts: int32 [rows]
     acts/model.layers.15/00000.safetensors  acts [rows, d_in] in the chosen dtype, mask [rows] (True = takes part)
 
-All shards but the last have the same number of rows. A cache appears when it is complete, the manifest last (disk.py):
-a folder with a manifest is a whole cache. `ended` in the manifest says whether it has all the tokens asked for:
+All shards but the last have the same number of rows. The manifest is written anew behind each shard: a folder with a
+manifest is a whole cache of the rows that it names. `ended` says whether these are all the tokens asked for:
 
-    complete         it has
+    complete         they are
     text             the text had no more
     stream: ...      the stream that the text came from failed for good
     interrupted      it was told to stop
+    unfinished       it is being collected, or its process was killed
+
+`collect` with the same settings goes on with the last two, whose files in the end are those of a collection in one
+piece: `plan` in the manifest has what they depend on.
 
 manifest.py has the fields of the manifest, shards.py what is looked at when a cache is opened.
 """
@@ -49,6 +53,8 @@ class ActivationStore:
         self.folder = expanded(folder)
         self._place = self.folder.absolute()
         self.manifest = read_manifest(self.folder)
+        if not self.manifest["rows"]:
+            raise ValueError(f"the cache {str(self.folder)!r} has no rows yet: collect it with the same settings again")
         self.num_shards, self.context_tokens = len(self.manifest["shards"]), self.manifest["context_tokens"]
         self.hookpoint = self._choose(hookpoint)
         self._about = about_manifest(self.manifest)
