@@ -317,3 +317,14 @@ def test_a_checkpoint_that_says_nonsense_of_its_screen_is_refused(damage, monkey
     (state,) = values["screens"]
     with pytest.raises(ValueError, match="screen"):
         t.check_state(tensors, values | {"screens": [state | damage] if damage else [state, state]})
+
+
+def test_tokens_with_less_than_they_may_have_say_nothing_of_the_margin():
+    """Their cut is zero, and the lowest of their affinities is anything: an expert may have few latents that fit."""
+    sae = new("topk", init="random")
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e4)
+        sae.b_enc[:3] = 0.0  # of k = 4
+    selection = Selection(sae.allocation, screen="int8", check=8)
+    made = sae.forward_scaled(sae.input.apply_to(rows()), StepContext(selection=selection))
+    assert made.latents.nnz > 100 and selection.moved is None

@@ -252,14 +252,18 @@ class _Scan:
 
     def moved(self, rough: _Found, affinity: Float[Tensor, " n"], bounds: Tensor | None) -> float | None:
         """How far the screen moved candidates, as a share of the lowest of a token, of a latent or of all: of those
-        that have a bound in common. None without candidates."""
+        that have a bound in common, and a cut above zero, because there are as many as there may be. None without
+        such candidates."""
         if not len(affinity):
             return None
-        lowest = rough.affinity.min()
+        by = ((affinity - rough.affinity) / rough.affinity.min()).square()
         if bounds is None or bounds.ndim:
             groups, n = (rough.rows, self.tokens) if bounds is None else (rough.latents, self.d_sae)
             lowest = self.x.new_full((n,), torch.inf).scatter_reduce(0, groups, rough.affinity, "amin")[groups]
-        return ((affinity - rough.affinity) / lowest).square().mean().sqrt().item()
+            most = self.rule.row_limit if bounds is None else self.budget
+            full = torch.bincount(groups, minlength=n) >= (0 if most is None else most)
+            by = ((affinity - rough.affinity) / lowest).square()[full[groups]]
+        return by.mean().sqrt().item() if len(by) else None
 
     def rows(self, bounds: Tensor | None) -> tuple[_Found, Tensor | None]:
         """Candidates from all row blocks, and the bounds that held for all of them (None if rows had their own).
