@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import apportion as ap
-from apportion.rows import ArraySource
+from apportion.language.collect import collect
+from apportion.rows import ArraySource, writer
 
 D_IN, BATCH, STEPS, EVERY = 8, 32, 14, 3
 
@@ -80,3 +82,23 @@ def cache(root: Path) -> dict[str, Any]:
     found = contents(root / "acts")
     found["manifest.json"] = json.loads(found["manifest.json"]) | dict.fromkeys(TIMES)
     return found
+
+
+@contextmanager
+def allowed(words: str) -> Iterator[None]:
+    """Where all was done before, the command says so."""
+    try:
+        yield
+    except ValueError as error:
+        if words not in str(error):
+            raise
+
+
+def collect_small(root: Path, lm: tuple[Any, Any]) -> None:
+    text = ["the cat sat on the mat and looked at the dog"] * 20
+    writer.SHARD_ROWS = 37  # shards that split contexts and batches
+    with allowed("exists already"):
+        collect(
+            *lm, ["model.layers.0", "model.layers.1"], text, tokens=128, out=root / "acts", context_tokens=16,
+            batch_contexts=2,
+        )  # fmt: skip

@@ -11,20 +11,18 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from children import changes_of, end_of, killed, orphans, start
-from small_run import cache, contents, train
+from small_run import allowed, cache, collect_small, contents, train
 from trials import trials
 
 import apportion as ap
-from apportion.language.collect import collect, load_model
-from apportion.rows import writer
+from apportion.language.model import load_model
 from apportion.rows.manifest import read_manifest
 
 
@@ -32,26 +30,6 @@ def _sae(seed: int) -> ap.SAE:
     sae = ap.create("topk", d_in=8, d_sae=16, k=2 + seed, seed=seed)
     sae.info["of"] = seed
     return sae.eval()
-
-
-@contextmanager
-def allowed(words: str) -> Iterator[None]:
-    """Where all was done before, the command says so."""
-    try:
-        yield
-    except ValueError as error:
-        if words not in str(error):
-            raise
-
-
-def _collect(root: Path, lm: tuple[Any, Any]) -> None:
-    text = ["the cat sat on the mat and looked at the dog"] * 20
-    writer.SHARD_ROWS = 37  # shards that split contexts and batches
-    with allowed("exists already"):
-        collect(
-            *lm, ["model.layers.0", "model.layers.1"], text, tokens=128, out=root / "acts", context_tokens=16,
-            batch_contexts=2,
-        )  # fmt: skip
 
 
 def _export(root: Path) -> None:
@@ -160,7 +138,7 @@ def test_killed_before_any_change_of_a_collection(
     record_property: Callable[[str, Any], None],
 ) -> None:  # fmt: skip
     lm = load_model(tiny_model_dir)
-    count = check_every_kill(_nothing, lambda root: _collect(root, lm), cache, tmp_path, chosen)
+    count = check_every_kill(_nothing, lambda root: collect_small(root, lm), cache, tmp_path, chosen)
     record_property("trials", count)
 
 
@@ -168,7 +146,7 @@ def test_killed_before_any_change_of_a_collection(
 def whole_cache(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], float]:
     folder, lm = tmp_path_factory.mktemp("whole_cache"), load_model(tiny_model_dir)
     begun = time.perf_counter()
-    assert end_of(start(lambda: _collect(folder, lm))) == 0
+    assert end_of(start(lambda: collect_small(folder, lm))) == 0
     return lm, cache(folder), time.perf_counter() - begun
 
 
@@ -181,7 +159,7 @@ def test_a_collection_killed_at_any_moment(
     lm, wanted, seconds = whole_cache
     chance, rows = random.Random(seed), 0
     for _ in range(3):
-        pid = start(lambda: _collect(tmp_path, lm))
+        pid = start(lambda: collect_small(tmp_path, lm))
         time.sleep(chance.uniform(0, seconds))
         os.kill(pid, signal.SIGKILL)
         end_of(pid)
@@ -189,7 +167,7 @@ def test_a_collection_killed_at_any_moment(
             now = read_manifest(tmp_path / "acts")["rows"]
             assert now >= rows, "what was there is gone"
             rows = now
-    assert end_of(start(lambda: _collect(tmp_path, lm))) == 0
+    assert end_of(start(lambda: collect_small(tmp_path, lm))) == 0
     assert cache(tmp_path) == wanted
     assert not orphans(tmp_path)
 
