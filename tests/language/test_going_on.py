@@ -26,6 +26,8 @@ TEXT = ["the cat sat on the mat and looked at the dog by the sea " * 12, "she re
 NAMES = ["model.layers.1", "model.layers.0.mlp:in"]
 SHARD = 37
 """Rows of a shard: it splits contexts and batches."""
+LATER = " ".join("book" if number == 36 else word for number, word in enumerate(TEXT[0].split()))
+"""Another word in row 42, in the second shard: every context begins with BOS."""
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +156,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "bos": ({"bos": "never"}, "bos = auto, and not never"),
     "filter": ({"token_filter": TokenFilter(norm_outlier=5)}, "filter = "),
     "text": ({"text": TEXT[::-1]}, "the text is not the one that"),
+    "text, later": ({"text": [LATER, TEXT[1]]}, "its tokens differ between 37 and 48"),
     "fewer tokens": ({"tokens": 24}, "with 48 tokens, and 24 are asked for"),
 }
 
