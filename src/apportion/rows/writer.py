@@ -276,9 +276,9 @@ def cache_at(out: str | Path, append: bool = False) -> dict[str, Any] | None:
         return None
     sweep(place)
     manifest = read_manifest(place)
-    goes_on = manifest.get("ended") in GOES_ON
-    if not goes_on and not (append and "plan" in manifest):
-        more = ", or append to it, with more tokens" if "plan" in manifest and not append else ""
+    planned = "plan" in manifest  # older caches have none
+    if not planned or not (append or manifest.get("ended") in GOES_ON):
+        more = ", or append to it, with more tokens" if planned else ""
         raise ValueError(f"{str(out)!r} exists already: choose another folder or delete it first{more}")
     with Lock(lock_of(place), f"the cache {str(out)!r}"):
         pass
