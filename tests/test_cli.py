@@ -26,7 +26,7 @@ from apportion.architectures import rule_choices
 from apportion.cli import main, parse
 from apportion.cli.arguments import parse_count, whole_number
 from apportion.group import Group
-from apportion.rows.manifest import sealed
+from apportion.rows.layout import sealed
 
 WORDS = ("the cat sat on the mat and looked at a dog old house by sea was calm sun warm stones she read book").split()  # noqa: SIM905
 

@@ -12,7 +12,7 @@ from jaxtyping import TypeCheckError, config
 from apportion.allocation import reference
 from apportion.latents import Latents
 from apportion.metrics import batch_fvu
-from apportion.rows.shards import ShardedRows
+from apportion.rows.order import EpochOrder
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "whole numbers": lambda: reference.threshold(torch.ones(3, 4).int(), 0.5),
     "a field of a dataclass": lambda: latents(torch.ones(2)),
     "a method": lambda: latents(torch.tensor([0, 1])).with_values(torch.ones(2).int()),
-    "a class": lambda: ShardedRows([torch.ones(3)], 3.5),  # type: ignore[arg-type]
+    "a class": lambda: EpochOrder(torch.arange(3), 1.5),  # type: ignore[arg-type]
 }
 """What would otherwise pass."""
 

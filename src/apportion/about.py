@@ -155,6 +155,8 @@ class Site(Record):
     median_norm: float | None = None
     median_norm_rows: int | None = None
     mean_norm: float | None = None
+    precision_fvu: float | None = None
+    """Of rows held in 8 bits: the share of their variance that is lost."""
     filtered: dict[str, int] | None = field(default=None, metadata=PASSING)
     """Rows left out, by reason."""
     filtered_share: float | None = field(default=None, metadata=PASSING)

@@ -96,7 +96,7 @@ def allowed(words: str) -> Iterator[None]:
 
 def collect_small(root: Path, lm: tuple[Any, Any]) -> None:
     text = ["the cat sat on the mat and looked at the dog"] * 20
-    writer.SHARD_ROWS = 37  # shards that split contexts and batches
+    writer.SHARD_ROWS = 37  # shards of two contexts
     with allowed("exists already"):
         collect(
             *lm, ["model.layers.0", "model.layers.1"], text, tokens=128, out=root / "acts", context_tokens=16,

@@ -21,8 +21,8 @@ from apportion.cli import main
 from apportion.rows import ActivationStore, CacheSource, LayersStore, PairStore, SitesStore, open_stores
 from apportion.rows.batch import Batch
 from apportion.rows.filter import TokenFilter
-from apportion.rows.manifest import sealed
-from apportion.rows.shards import BLOCK_BYTES
+from apportion.rows.layout import sealed
+from apportion.rows.shards import BLOCK_BYTES, sha256_of
 from apportion.rows.writer import StoreWriter
 from apportion.training import TrainConfig, Trainer
 
@@ -74,12 +74,19 @@ def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], Any], seal: boo
 
 
 def make_old(folder: Path) -> None:
-    """As caches were before manifests had digests of blocks and of themselves."""
+    """As caches of version 1 were, with masks in place of norms; the first had no digests of blocks and manifest."""
+    for hookpoint in (A, B):
+        mask = ActivationStore(folder, hookpoint).mask.split(SHARD_ROWS)
+        for number, part in enumerate(mask):
+            file = folder / hookpoint.replace(":", "--") / f"{number:05d}.safetensors"
+            save_file({"acts": load_file(file)["acts"], "mask": part.clone()}, file)
 
     def forget(manifest: dict[str, Any]) -> None:
-        del manifest["manifest_sha256"]
+        del manifest["manifest_sha256"], manifest["shard_contexts"]
+        manifest |= {"format_version": 1, "shard_rows": SHARD_ROWS}
         for shard in manifest["shards"]:
-            del shard["sample_sha256"]
+            del shard["sample_sha256"], shard["contexts"], shard["shard"]
+            shard["sha256"] = {file: sha256_of(folder / file) for file in shard["sha256"]}
 
     edit_manifest(folder, forget, seal=False)
 
@@ -151,7 +158,7 @@ ON_OPENING: list[tuple[str, Callable[[Path], Any]]] = [
     ("another dtype", lambda f: rewrite(shard(f), changed("acts", lambda x: x.half()))),
     ("a row less", lambda f: rewrite(shard(f), changed("acts", lambda x: x[1:]))),
     ("another width", lambda f: rewrite(shard(f), changed("acts", lambda x: x[:, 1:]))),
-    ("no mask", lambda f: rewrite(shard(f), lambda t: t.pop("mask"))),
+    ("no norms", lambda f: rewrite(shard(f), lambda t: t.pop("norms" if "norms" in t else "mask"))),
     ("a tensor more", lambda f: rewrite(shard(f), lambda t: t.update(more=torch.ones(1)))),
     ("labels of 64 bits", lambda f: rewrite(labels(f), changed("tokens", lambda x: x.long()))),
     ("one huge context", lambda f: rewrite(labels(f), changed("contexts", lambda x: x.fill_(2**31 - 1)))),
@@ -191,7 +198,7 @@ def test_verifying_notices_every_byte(
 
 SEEN_WITHOUT_DIGESTS = [
     *("shard missing", "labels missing", "folder outside", "cut by a byte", "empty", "zeroed", "another dtype"),
-    *("a row less", "another width", "no mask", "a tensor more", "labels of 64 bits", "a pipe for a shard"),
+    *("a row less", "another width", "no norms", "a tensor more", "labels of 64 bits", "a pipe for a shard"),
 ]
 
 
@@ -237,7 +244,12 @@ def test_caches_with_and_without_digests_are_read_and_verified(acts: Path, capsy
     old = ActivationStore(acts, B)
     old.verify()
     assert torch.equal(old.gather(torch.arange(240)), new.gather(torch.arange(240)))
-    assert old.describe() == new.describe() and "manifest_sha256" not in new.describe().to_json()
+    assert torch.equal(old.mask, new.mask) and torch.equal(old.tokens, new.tokens)
+    known = {"content_sha256", "format_version"}  # the files are others
+    assert (
+        old.describe().to_json() | dict.fromkeys(known) == new.describe().to_json() | dict.fromkeys(known)
+        and "manifest_sha256" not in new.describe().to_json()
+    )
     assert all(shard["sample_sha256"].keys() == shard["sha256"].keys() for shard in new.manifest["shards"])
 
 
@@ -254,12 +266,14 @@ def test_opening_reads_a_few_blocks_of_a_file(acts: Path, monkeypatch: pytest.Mo
 # Manifests
 
 EDITS: list[tuple[str, Any]] = [
-    *((name, ...) for name in ("dtype", "rows", "shard_rows", "context_tokens")),
+    *((name, ...) for name in ("dtype", "rows", "shard_contexts", "context_tokens")),
     *((name, ...) for name in ("model", "text", "hookpoints", "shards")),
     *((f"hookpoints.{A}.{name}", ...) for name in ("folder", "d_in", "filter")),
-    *((f"shards.1.{name}", ...) for name in ("rows", "sha256")),
+    *((f"shards.1.{name}", ...) for name in ("rows", "sha256", "sample_sha256", "shard", "contexts")),
     *(("rows", value) for value in ("240", 240.0, 239, 10**18, -240, None, True)),
-    *(("shard_rows", value) for value in (0, 10**30, [100], 50, 239)),
+    *(("shard_contexts", value) for value in (0, 10**30, [100], "13")),
+    *(("shards.1.shard", value) for value in (0, 2, -1, "1", None)),
+    *(("shards.1.contexts", value) for value in (0, -1, 10**12, "13", None)),
     *(("context_tokens", value) for value in (0, "8", 10**15, None)),
     *(("contexts", value) for value in (0, -1, 10**15, "30")),
     *(("dtype", value) for value in ("float64", "bfloat16", 32, None)),

@@ -38,9 +38,9 @@ def tiny_collect(lm: tuple[Any, Any], out: Path, hookpoints: Any = OUT, **settin
 def test_rows_are_the_models_activations_in_the_chosen_dtype(
     lm: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    monkeypatch.setattr(writer_module, "SHARD_ROWS", 37)  # shards that split contexts and batches
+    monkeypatch.setattr(writer_module, "SHARD_ROWS", 57)  # shards of two batches
     manifest = tiny_collect(lm, tmp_path / "acts", [OUT, MLP], dtype=dtype)
-    assert [shard["rows"] for shard in manifest["shards"]] == [37, 37, 37, 37, 12]
+    assert [shard["rows"] for shard in manifest["shards"]] == [48, 48, 48, 16]
     assert not manifest["text_ended_early"]
     model, tokenizer = lm
     ids = read_contexts(tokenizer, TEXT, tokens=160, context_tokens=8)
@@ -159,7 +159,7 @@ def test_a_text_that_ends_early_is_collected_and_reported(
     ("settings", "message"),
     [
         ({"context_tokens": 65}, "more than the 64 positions"),
-        ({"dtype": "int8"}, "'int8' is not supported"),
+        ({"dtype": "int4"}, "'int4' is not supported"),
         ({"tokens": 0}, "tokens=0"),
         ({"batch_contexts": 0}, "batch_contexts=0"),
         ({"hookpoints": "model.layers.9"}, r"no module 'model\.layers\.9'"),
@@ -187,7 +187,7 @@ def test_an_existing_folder_is_refused_but_an_empty_one_is_not(lm: tuple[Any, An
 
 def test_a_full_disk_is_foreseen(lm: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(ValueError, match=r"needs 12\.3 kB but its disk has 1\.0 kB free"):
+    with pytest.raises(ValueError, match=r"needs 12\.8 kB but its disk has 1\.0 kB free"):
         tiny_collect(lm, tmp_path / "acts")
 
 

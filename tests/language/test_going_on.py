@@ -19,15 +19,14 @@ from apportion.language.collect import collect, is_collected
 from apportion.language.model import load_model
 from apportion.rows import writer as writer_module
 from apportion.rows.filter import TokenFilter
-from apportion.rows.manifest import read_manifest
 from apportion.rows.store import ActivationStore
 
 TEXT = ["the cat sat on the mat and looked at the dog by the sea " * 12, "she read a book about ships " * 40]
 NAMES = ["model.layers.1", "model.layers.0.mlp:in"]
-SHARD = 37
-"""Rows of a shard: it splits contexts and batches."""
-LATER = " ".join("book" if number == 36 else word for number, word in enumerate(TEXT[0].split()))
-"""Another word in row 42, in the second shard: every context begins with BOS."""
+SHARD = 48
+"""Rows of a shard, two batches of three contexts; 57 were allowed."""
+LATER = " ".join("book" if number == 43 else word for number, word in enumerate(TEXT[0].split()))
+"""Another word in row 50, in the second shard: every context begins with BOS."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def lm(tiny_model_dir: Path) -> tuple[Any, Any]:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "SHARD_ROWS", SHARD)
+    monkeypatch.setattr(writer_module, "SHARD_ROWS", 57)
 
 
 def tiny(lm: tuple[Any, Any], out: Path, **settings: Any) -> dict[str, Any]:
@@ -129,25 +128,6 @@ def test_a_text_that_has_grown_is_appended(lm: tuple[Any, Any], tmp_path: Path) 
     assert found == wanted and found["manifest.json"]["rows"] > first["rows"]
 
 
-def test_a_kill_behind_a_short_batch_and_more_tokens(lm: tuple[Any, Any], tmp_path: Path) -> None:
-    """Its rows are rounded as in a batch of one context: with more tokens they are made again."""
-    tiny(lm, tmp_path / "whole")
-    tiny(lm, tmp_path / "acts", tokens=80)  # batches of 3, 3, 3 and 1 contexts; two shards and 6 rows
-    manifest = json.loads((tmp_path / "acts" / "manifest.json").read_text())
-    manifest["ended"], manifest["shards"], manifest["rows"] = "unfinished", manifest["shards"][:2], 74
-    for said in manifest["hookpoints"].values():
-        said["filtered"] = {}
-    (tmp_path / "acts" / "manifest.json").write_text(json.dumps(writer_module.sealed(manifest)))
-    kept: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        add = writer_module.StoreWriter._go_on
-        patch.setattr(
-            writer_module.StoreWriter, "_go_on", lambda self, found: (kept.append(self.keep), add(self, found))[1]
-        )
-        tiny(lm, tmp_path / "acts")
-    assert kept == [72] and content(tmp_path / "acts") == content(tmp_path / "whole")
-
-
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"dtype": "float32"}, "dtype = bfloat16, and not float32"),
     "contexts": ({"context_tokens": 16}, "context_tokens = 8, and not 16"),
@@ -156,15 +136,15 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "bos": ({"bos": "never"}, "bos = auto, and not never"),
     "filter": ({"token_filter": TokenFilter(norm_outlier=5)}, "filter = "),
     "text": ({"text": TEXT[::-1]}, "the text is not the one that"),
-    "text, later": ({"text": [LATER, TEXT[1]]}, "its tokens differ between 37 and 48"),
-    "fewer tokens": ({"tokens": 24}, "with 48 tokens, and 24 are asked for"),
+    "text, later": ({"text": [LATER, TEXT[1]]}, "its tokens differ between 48 and 72"),
+    "fewer tokens": ({"tokens": 24}, "with 72 tokens, and 24 are asked for"),
 }
 
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_going_on_with_something_else_is_refused(other: str, lm: tuple[Any, Any], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        stopped(patch, 3, interrupt)
+        stopped(patch, 4, interrupt)
         with pytest.raises(Interrupted):
             tiny(lm, tmp_path / "acts")
     before = content(tmp_path / "acts")
@@ -193,19 +173,6 @@ def test_a_complete_cache_is_not_collected_again(lm: tuple[Any, Any], tmp_path: 
         tiny(lm, tmp_path / "acts", tokens=300)
     assert tiny(lm, tmp_path / "acts", append=True)["rows"] == 200
     assert content(tmp_path / "acts") == before
-
-
-def test_one_process_at_a_time(lm: tuple[Any, Any], tmp_path: Path) -> None:
-    def second() -> None:
-        assert read_manifest(tmp_path / "acts")["ended"] == "unfinished"
-        with pytest.raises(ValueError, match="is being written by another process"):
-            tiny(lm, tmp_path / "acts")
-        raise Stop
-
-    with pytest.MonkeyPatch.context() as patch:
-        stopped(patch, 4, second)
-        with pytest.raises(Stop):
-            tiny(lm, tmp_path / "acts")
 
 
 def test_a_cache_without_a_shard_says_so(lm: tuple[Any, Any], tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ import torch
 from apportion.disk import CannotWrite
 from apportion.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.language import collect as collect_module
-from apportion.language.collect import collect
+from apportion.language.collect import _Shard, collect
 from apportion.language.model import load_model
 from apportion.rows import writer as writer_module
 from apportion.rows.store import ActivationStore, read_manifest
-from apportion.rows.writer import StoreWriter, check_free_disk, check_out, size_text
+from apportion.rows.writer import CacheWriter, check_free_disk, check_out, size_text
 
 TEXT = ["the cat sat on the mat and looked at the dog by the sea " * 20]
 
@@ -109,7 +109,7 @@ def test_a_failure_leaves_every_place_as_it_was(
     monkeypatch.setenv("HOME", str(tmp_path))
     out = PLACES[place](tmp_path)
     before = sorted(p for p in tmp_path.rglob("*") if p.name not in ("a", "b", "not"))
-    monkeypatch.setattr(StoreWriter, "finish", lambda *a, **how: 1 / 0)
+    monkeypatch.setattr(CacheWriter, "write", lambda *a, **how: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tiny_collect(lm, out)
     assert sorted(p for p in tmp_path.rglob("*") if p.name not in ("a", "b", "not")) == before
@@ -179,7 +179,7 @@ def test_space_is_looked_up_where_the_rows_go(tmp_path: Path, monkeypatch: pytes
 MOUNTED = """
 import sys
 from apportion.language.model import load_model
-from apportion.language.collect import collect
+from apportion.language.collect import _Shard, collect
 lm = load_model(sys.argv[1])
 collect(*lm, "model.layers.1", ["the cat sat on the mat " * 50], tokens=96, context_tokens=8, out=sys.argv[2])
 """
@@ -271,8 +271,8 @@ def first_contexts(lm: tuple[Any, Any], tmp_path: Path, contexts: int) -> torch.
     [
         (collect_module, "run_contexts", 5, 6),  # the first call finds the widths
         (collect_module, "check_finite", 3, 6),  # what is computed is written before it stops
-        (StoreWriter, "add", 3, 6),
-        (StoreWriter, "add", 1, 2),
+        (_Shard, "add", 3, 6),
+        (_Shard, "add", 1, 2),
     ],
 )
 def test_what_is_collected_is_kept(
@@ -313,8 +313,8 @@ def test_a_stop_while_the_text_is_waited_for(lm: tuple[Any, Any], tmp_path: Path
     ("module", "function", "at", "signals"),
     [
         (collect_module, "run_contexts", 2, [signal.SIGINT]),
-        (StoreWriter, "finish", 1, [signal.SIGINT, signal.SIGINT]),
-        (StoreWriter, "add", 2, [signal.SIGTERM, signal.SIGINT]),
+        (CacheWriter, "write", 1, [signal.SIGINT, signal.SIGINT]),
+        (_Shard, "add", 2, [signal.SIGTERM, signal.SIGINT]),
     ],
     ids=["before the first context", "twice at the end", "twice in the middle"],
 )
@@ -333,7 +333,7 @@ def test_nothing_is_left(
 def test_a_stop_at_the_very_end_comes_after_the_cache(
     lm: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopping(monkeypatch, StoreWriter, "finish", 1, signal.SIGINT)
+    stopping(monkeypatch, CacheWriter, "finish", 1, signal.SIGINT)
     with pytest.raises(Interrupted, match="96 of 96 tokens are kept"):
         tiny_collect(lm, tmp_path / "acts")
     assert ActivationStore(tmp_path / "acts").manifest["ended"] == "complete"

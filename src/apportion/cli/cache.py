@@ -34,7 +34,40 @@ class CacheVerify:
         say(f"{self.path}: all checksums agree")
 
 
-COMMANDS: dict[str, type] = {"info": CacheInfo, "verify": CacheVerify}
+@dataclass(kw_only=True)
+class CacheRepair:
+    """Take out the shards of a cache that are damaged, so that collect makes them again."""
+
+    path: Positional[Path]
+    """The folder of the cache."""
+
+    def run(self) -> None:
+        from apportion.rows.mend import repair
+
+        if not (bad := repair(self.path, progress=True)):
+            say(f"{self.path}: all checksums agree, nothing was changed")
+            return
+        say(f"{self.path}: taken out with their shards: {', '.join(bad)}")
+        say("  next: apportion collect with the same settings makes these shards again")
+
+
+@dataclass(kw_only=True)
+class CacheMerge:
+    """Make one cache of several, which have the same model, hookpoints and settings."""
+
+    paths: Positional[tuple[Path, ...]]
+    """The folders of the caches, in the order of their rows."""
+    out: Path
+    """The folder to create."""
+
+    def run(self) -> None:
+        from apportion.rows.mend import merge
+
+        merge(self.paths, self.out)
+        say_cache(self.out)
+
+
+COMMANDS: dict[str, type] = {"info": CacheInfo, "verify": CacheVerify, "repair": CacheRepair, "merge": CacheMerge}
 Command: Any = Union[tuple(Annotated[c, subcommand(name)] for name, c in COMMANDS.items())]  # noqa: UP007
 
 

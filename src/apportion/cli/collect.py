@@ -34,8 +34,8 @@ class Collect:
     """Contexts per forward pass."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether every context begins with the BOS token; auto does what the tokenizer does."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Precision of the cache."""
+    dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
+    """Precision of the cache; int8 has a scale for each row, and says what it costs."""
     loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
 
     def run(self) -> None:

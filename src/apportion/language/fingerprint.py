@@ -33,7 +33,8 @@ PROBE_OUTPUTS = 24
 
 
 def model_fingerprint(model: Any) -> ModelRecord:
-    """Name, class, sizes, digest of the weights and probe (None for a model that does not run on token ids alone)."""
+    """Name, class, sizes, digest of the weights and probe (None for a model that does not run on token ids
+    alone, or not to numbers)."""
     config, text = getattr(model, "config", None), text_config(model)
     weights = next(model.parameters(), None)
     return ModelRecord(
@@ -82,6 +83,8 @@ def _probe(model: Any) -> tuple[float, ...] | None:
     last = out.reshape(-1, out.shape[-1])[-1].double().cpu()
     some = last[torch.linspace(0, len(last) - 1, PROBE_OUTPUTS).long()]
     some = some - some.mean()
+    if not some.isfinite().all():  # which whoever collects is told of
+        return None
     return tuple(round(value, 6) for value in (some / some.norm().clamp_min(1e-12)).tolist())
 
 

@@ -27,7 +27,7 @@ from apportion.language.hookpoints import capture
 from apportion.language.passes import by_context, inputs_for, modules_of, parameters_of, text_config
 from apportion.rows.filter import row_norms
 from apportion.rows.hookpoint import Hookpoint
-from apportion.rows.manifest import torch_dtype
+from apportion.rows.layout import torch_dtype
 from apportion.torch_state import in_eval_mode, usual
 from apportion.trust import expanded, refuse_mistyped
 

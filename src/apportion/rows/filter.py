@@ -9,8 +9,9 @@ So three kinds of row are left out, and reported:
     special          BOS, EOS, padding and the like
     norm_outlier     norm above `norm_outlier` times the median norm of ordinary rows, or not a number
 
-The median is taken once, over the first rows collected, and kept: a filter is a plain value that gives the same answer
-for the same row for ever, so it travels with the cache and with the SAE trained on it.
+The median is that of all rows of a cache, fitted again when rows are added (rows/norms.py); a live source takes that of
+its first rows. A filter is a plain value that gives the same answer for the same row for ever, so it travels with the
+SAE that was trained with it.
 """
 
 from __future__ import annotations
@@ -57,6 +58,13 @@ class TokenFilter:
     def is_fitted(self) -> bool:
         return self.median_norm is not None or not self.norm_outlier
 
+    @property
+    def limit(self) -> float | None:
+        """The norm above which a row is an outlier, in float32 as norms are; None if there is no such limit."""
+        if not self.norm_outlier or not self.median_norm:
+            return None
+        return torch.tensor(self.norm_outlier * self.median_norm, dtype=torch.float32).item()
+
     def fit(
         self,
         norms: Float[Tensor, " n"],
@@ -71,7 +79,7 @@ class TokenFilter:
         fitted = replace(self, special_ids=tuple(sorted(set(special_ids))))
         if self.median_norm is not None:
             return fitted
-        ordinary = (positions != 0) & ~_is_in(tokens, fitted.special_ids)
+        ordinary = kinds_of(tokens, positions, fitted.special_ids)["ordinary"]
         norms = norms[ordinary] if ordinary.any() else norms
         return replace(fitted, median_norm=float(norms.float().median()))
 
@@ -87,7 +95,7 @@ class TokenFilter:
         never = torch.zeros_like(norms, dtype=torch.bool)
         first = positions == 0 if self.first_position and positions is not None else never
         special = _is_in(tokens, self.special_ids) if self.special_tokens and tokens is not None else never
-        outlier = ~(norms <= self.norm_outlier * self.median_norm) if self.norm_outlier and self.median_norm else never
+        outlier = never if (limit := self.limit) is None else ~(norms <= limit)
         return {"first_position": first, "special": special & ~first, "norm_outlier": outlier & ~first & ~special}
 
     def mask(
@@ -97,7 +105,16 @@ class TokenFilter:
         positions: Int[Tensor, "*rows"] | None = None,
     ) -> Bool[Tensor, "*rows"]:
         """True for the rows that take part; a reason whose tokens or positions are not given does not apply."""
-        left_out = self.reasons(row_norms(x), tokens, positions)
+        return self.mask_of(row_norms(x), tokens, positions)
+
+    def mask_of(
+        self,
+        norms: Float[Tensor, "*rows"],
+        tokens: Int[Tensor, "*rows"] | None = None,
+        positions: Int[Tensor, "*rows"] | None = None,
+    ) -> Bool[Tensor, "*rows"]:
+        """The same for rows of these norms."""
+        left_out = self.reasons(norms, tokens, positions)
         return ~(left_out["first_position"] | left_out["special"] | left_out["norm_outlier"])
 
     def counted(
@@ -134,6 +151,14 @@ def trained_filter(about: About, hookpoint: str | None = None) -> TokenFilter | 
 def row_norms(x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows"]:
     """Euclidean norms in float32, whatever the dtype of x."""
     return x.float().norm(dim=-1)
+
+
+def kinds_of(
+    tokens: Int[Tensor, "*rows"], positions: Int[Tensor, "*rows"], special_ids: tuple[int, ...]
+) -> dict[str, Bool[Tensor, "*rows"]]:
+    """Of what kind each row is: a first position, else a special token, else ordinary."""
+    first, special = positions == 0, _is_in(tokens, special_ids)
+    return {"ordinary": ~first & ~special, "first_position": first, "special": special & ~first}
 
 
 def _is_in(tokens: Int[Tensor, "*rows"], ids: tuple[int, ...]) -> Bool[Tensor, "*rows"]:

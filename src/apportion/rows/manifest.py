@@ -1,103 +1,61 @@
-"""The manifest of a cache: its fields, of what kind each is, and whether it was changed since it was written.
+"""What a cache says of itself: its manifest, with what the journal has besides.
 
-Everything that is read from a cache goes by its manifest, so it is checked as a whole before anything is made in the
-sizes that it names. `manifest_sha256` in it is the digest of all the rest; caches from before there was one lack it.
+While a cache is collected its journal (journal.py) has shards that the manifest does not have yet: whoever reads the
+manifest gets both together, the shards from the first to before the first gap.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from apportion.about import About, Site
-from apportion.disk import plain, read_json
-from apportion.fields import check_fields
-from apportion.rows.filter import TokenFilter
-from apportion.trust import expanded, within
-
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-DIGEST = "manifest_sha256"
-MOST_BYTES = 1 << 26
-"""A manifest has some 300 bytes for each file."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-FIELDS: dict[str, Any] = {
-    "dtype": str,
-    "rows": int,
-    "shard_rows": int,
-    "context_tokens": int,
-    "model": dict,
-    "text": dict,
-    "hookpoints": dict[str, dict],
-    "shards": list[dict],
-}
-"""What every cache says; of what kind the rest is follows from `About`."""
-OF_HOOKPOINT: dict[str, Any] = {"folder": str, "d_in": int, "filter": dict}
-OF_FILES = ("shards", "hookpoints", "shard_rows", "plan")
-"""What a manifest says of its files."""
-OF_SHARD: dict[str, Any] = {"rows": int, "sha256": dict[str, str]}
-SAMPLED: dict[str, Any] = {"sample_sha256": dict[str, str], "stats": dict[str, dict]}
-UNFINISHED = "unfinished"
-GOES_ON = (UNFINISHED, "interrupted")
-"""How a cache ended that a collection with the same settings goes on with."""
-MOST = 1 << 40
-"""No count in a manifest is larger."""
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not supported: use one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def folder_name(hookpoint: str) -> str:
-    """The folder of a hookpoint inside a cache: its name without characters that file systems dislike."""
-    return hookpoint.replace(":", "--")
-
-
-def token_file(number: int) -> str:
-    """Where a cache keeps the tokens, positions and contexts of a shard."""
-    return f"tokens-{number:05d}.safetensors"
-
-
-def acts_file(hookpoint: str, number: int) -> str:
-    """Where a cache keeps the activations of a shard at a hookpoint."""
-    return f"{folder_name(hookpoint)}/{number:05d}.safetensors"
-
-
-def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with the digest of all the rest of it."""
-    return {**manifest, DIGEST: _digest(manifest)}
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    rest = plain({name: value for name, value in manifest.items() if name != DIGEST})
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+from apportion.about import About
+from apportion.rows.journal import JOURNAL, lines
+from apportion.rows.layout import DIGEST, GOES_ON, OF_FILES, UNFINISHED, check_shard, read_written
+from apportion.rows.refit import refitted
+from apportion.trust import expanded
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of the cache in `folder`. ValueError, naming the field, unless it is whole and fits itself."""
-    folder = expanded(folder)
-    file = folder / MANIFEST
-    if not file.is_file():
-        raise ValueError(f"{str(folder)!r} is no activation cache (no {MANIFEST}): make one with `apportion collect`")
-    manifest = read_json(file, MOST_BYTES)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{str(file)!r} has format version {manifest.get('format_version')!r}, this program reads "
-            f"{FORMAT_VERSION}: collect the cache again or use a matching version of apportion"
-        )
-    try:
-        _check(manifest, folder)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error} Take the manifest as it was written, or collect the cache again.") from None
-    return manifest
+    """The manifest of the cache in `folder`, with what the journal has. ValueError, naming the field, unless it is
+    whole and fits itself."""
+    manifest = read_written(folder)
+    return manifest if manifest["format_version"] == 1 else _with_journal(manifest, expanded(folder))
+
+
+def _with_journal(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
+    known = known_shards(manifest, folder)
+    if list(known.values()) == manifest["shards"]:
+        return manifest
+    shards = from_the_first(known, manifest["shard_contexts"])
+    rows, contexts = (sum(shard[name] for shard in shards) for name in ("rows", "contexts"))
+    ended = manifest["ended"] if manifest["ended"] in GOES_ON else UNFINISHED
+    hookpoints = refitted(manifest, shards, folder)
+    return {**manifest, "shards": shards, "rows": rows, "contexts": contexts, "ended": ended, "hookpoints": hookpoints}
+
+
+def known_shards(manifest: Mapping[str, Any], folder: Path) -> dict[int, dict[str, Any]]:
+    """The shards that are on the disk, by their numbers, ascending: of the manifest as it is written, and the journal.
+    ValueError for a line that is no shard of this cache."""
+    known = {shard["shard"]: shard for shard in manifest["shards"]}
+    for line in lines(folder):
+        try:
+            check_shard(line, manifest, f"journal.{line.get('shard')}")
+        except ValueError as error:
+            raise ValueError(f"{folder / JOURNAL}: {error} Collect the cache again.") from None
+        known[line["shard"]] = line
+    return {number: known[number] for number in sorted(known) if known[number]["contexts"]}
+
+
+def from_the_first(known: Mapping[int, dict[str, Any]], shard_contexts: int) -> list[dict[str, Any]]:
+    """The shards from the first to before a gap: behind one that is not full there is a gap."""
+    shards: list[dict[str, Any]] = []
+    while len(shards) in known:
+        shards.append(known[len(shards)])
+        if shards[-1]["contexts"] < shard_contexts:
+            break
+    return shards
 
 
 def about_cache(folder: str | Path) -> About:
@@ -113,54 +71,3 @@ def about_manifest(manifest: Mapping[str, Any]) -> About:
         for name, said in manifest["hookpoints"].items()
     ]
     return About.from_json(shared | {"sites": sites})
-
-
-def _check(manifest: dict[str, Any], folder: Path) -> None:
-    check_fields(manifest, FIELDS, {DIGEST: str, "plan": dict})
-    about = About.from_json(manifest)
-    sizes = {"rows": about.rows, "shard_rows": manifest["shard_rows"], "context_tokens": about.lm.context_tokens}
-    for name, size in (sizes | {"contexts": about.lm.contexts}).items():
-        if not (manifest.get("ended") == UNFINISHED and name in ("rows", "contexts") and size == 0):
-            _check_size(name, 1 if size is None else size)
-    if manifest["dtype"] not in DTYPES:
-        raise ValueError(f"dtype is {manifest['dtype']!r}, and not one of {', '.join(DTYPES)}.")
-    if not manifest["hookpoints"]:
-        raise ValueError("hookpoints is empty.")
-    for name, hookpoint in manifest["hookpoints"].items():
-        _check_hookpoint(name, hookpoint, folder)
-    _check_shards(manifest)
-    has_samples = any("sample_sha256" in shard for shard in manifest["shards"])
-    if (DIGEST in manifest or has_samples) and manifest.get(DIGEST) != _digest(manifest):
-        raise ValueError(f"something was changed since it was written ({DIGEST} is not that of its content).")
-
-
-def _check_size(name: str, size: int) -> None:
-    if not 1 <= size <= MOST:
-        raise ValueError(f"{name} = {size} is no possible number.")
-
-
-def _check_hookpoint(name: str, about: dict[str, Any], folder: Path) -> None:
-    where = f"hookpoints.{name}"
-    check_fields(about, OF_HOOKPOINT, {}, where)
-    Site.from_json({"hookpoint": name, **about}, where)
-    _check_size(f"{where}.d_in", about["d_in"])
-    if about["folder"] != folder_name(name):
-        raise ValueError(f"{where}.folder is {about['folder']!r}, not {folder_name(name)!r}.")
-    within(folder, about["folder"])
-    if not all(0 <= i < 2**31 for i in TokenFilter.from_dict(about["filter"]).special_ids):
-        raise ValueError(f"{where}.filter.special_ids are no ids of tokens.")
-
-
-def _check_shards(manifest: dict[str, Any]) -> None:
-    shards, most = manifest["shards"], manifest["shard_rows"]
-    for number, shard in enumerate(shards):
-        where, last = f"shards.{number}", number == len(shards) - 1
-        check_fields(shard, OF_SHARD, SAMPLED, where)
-        if not (1 <= shard["rows"] <= most and (last or shard["rows"] == most)):
-            raise ValueError(f"{where}.rows = {shard['rows']} does not fit shard_rows = {most}.")
-        files = [token_file(number), *(acts_file(name, number) for name in manifest["hookpoints"])]
-        for field in ("sha256", "sample_sha256"):
-            if field in shard and shard[field].keys() != set(files):
-                raise ValueError(f"{where}.{field} is not about {', '.join(files)}.")
-    if (rows := sum(shard["rows"] for shard in shards)) != manifest["rows"]:
-        raise ValueError(f"rows = {manifest['rows']}, and the shards have {rows}.")

@@ -13,7 +13,8 @@ from apportion.architectures import SAE
 from apportion.architectures.base import RowKind
 from apportion.rows.arrays import ArrayStore, open_array
 from apportion.rows.batch import RowStore
-from apportion.rows.manifest import MANIFEST, read_manifest
+from apportion.rows.layout import MANIFEST
+from apportion.rows.manifest import read_manifest
 from apportion.rows.sites import LayersStore, PairStore, SitesStore, open_stores
 from apportion.rows.store import ActivationStore
 

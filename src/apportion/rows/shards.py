@@ -56,31 +56,32 @@ def sample_sha256_of(file: Path) -> str:
 
 
 class ShardedRows:
-    """One tensor [rows, ...] that lies in several memory-mapped files of `shard_rows` rows each."""
+    """One tensor [rows, ...] that lies in several memory-mapped files."""
 
-    def __init__(self, parts: Sequence[Shaped[Tensor, "_ ..."]], shard_rows: int) -> None:
-        self._parts, self.shard_rows = list(parts), shard_rows
+    def __init__(self, parts: Sequence[Shaped[Tensor, "_ ..."]]) -> None:
+        self.parts = list(parts)
+        self._ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
 
     def gather(self, indices: Int[Tensor, " n"]) -> Shaped[Tensor, "n ..."]:
         """The rows at `indices`, in that order."""
-        if len(self._parts) == 1:
-            return self._parts[0][indices]
-        first = self._parts[0]
+        if len(self.parts) == 1:
+            return self.parts[0][indices]
+        first = self.parts[0]
         out = torch.empty((len(indices), *first.shape[1:]), dtype=first.dtype)
-        shard = indices // self.shard_rows
+        shard = torch.bucketize(indices, self._ends, right=True)
         for number in shard.unique().tolist():
-            where = (shard == number).nonzero().squeeze(1)
-            out[where] = self._parts[number][indices[where] - number * self.shard_rows]
+            where, part = (shard == number).nonzero().squeeze(1), self.parts[number]
+            out[where] = part[indices[where] - (self._ends[number] - len(part))]
         return out
 
     def all(self) -> Shaped[Tensor, "rows ..."]:
-        return torch.cat(self._parts)
+        return torch.cat(self.parts)
 
 
-def open_shards(shards: Sequence[Shard], columns: Mapping[str, Column], shard_rows: int) -> dict[str, ShardedRows]:
+def open_shards(shards: Sequence[Shard], columns: Mapping[str, Column]) -> dict[str, ShardedRows]:
     """The columns that lie in these files, mapped. ValueError, naming the file, for one that is not as it should be."""
     opened = [_opened(shard, columns) for shard in shards]
-    return {name: ShardedRows([parts[name] for parts in opened], shard_rows) for name in columns}
+    return {name: ShardedRows([parts[name] for parts in opened]) for name in columns}
 
 
 def _opened(shard: Shard, columns: Mapping[str, Column]) -> dict[str, Tensor]:

@@ -1,11 +1,17 @@
 """The activation cache: rows of numbers on disk, with everything one must know about them.
 
     acts/manifest.json                      model, hookpoints, filter, tokenizer, text, dtype, rows, digests of files
+    acts/journal.jsonl                      what the manifest does not have yet, while the cache is collected
     acts/tokens-00000.safetensors           tokens, positions, contexts: int32 [rows]
-    acts/model.layers.15/00000.safetensors  acts [rows, d_in] in the chosen dtype, mask [rows] (True = takes part)
+    acts/model.layers.15/00000.safetensors  acts [rows, d_in] in the chosen dtype, norms float32 [rows]
 
-All shards but the last have the same number of rows. The manifest is written anew behind each shard: a folder with a
-manifest is a whole cache of the rows that it names. `ended` says whether these are all the tokens asked for:
+A shard has all rows of `shard_contexts` contexts, the last one of fewer; what is in it follows from their numbers, so
+it does not matter who made it, when, and behind what. docs/store.md reads it in ten lines of numpy. Which rows take
+part follows from norms, tokens and positions by the filter in the manifest, which is that of all rows. (A cache of
+format version 1 has a mask in place of norms, and shards of equal numbers of rows.)
+
+A folder with a manifest is a whole cache of the rows that manifest and journal name. `ended` says whether these are all
+the tokens asked for:
 
     complete         they are
     text             the text had no more
@@ -16,7 +22,7 @@ manifest is a whole cache of the rows that it names. `ended` says whether these 
 `collect` with the same settings goes on with the last two, whose files in the end are those of a collection in one
 piece: `plan` in the manifest has what they depend on.
 
-manifest.py has the fields of the manifest, shards.py what is looked at when a cache is opened.
+manifest.py and journal.py have the fields of the manifest, shards.py what is looked at when a cache is opened.
 """
 
 from __future__ import annotations
@@ -38,7 +44,9 @@ from apportion.progress import progress_bar
 from apportion.rows.batch import Batch
 from apportion.rows.filter import TokenFilter
 from apportion.rows.hookpoint import Hookpoint
-from apportion.rows.manifest import about_manifest, acts_file, read_manifest, token_file, torch_dtype
+from apportion.rows.layout import acts_file, token_file
+from apportion.rows.manifest import about_manifest, read_manifest
+from apportion.rows.precision import columns_of, restored
 from apportion.rows.shards import Column, Shard, ShardedRows, open_shards, sha256_of
 from apportion.trust import expanded
 
@@ -63,7 +71,9 @@ class ActivationStore:
         assert self._about.rows and self.site.d_in and self.site.filter, "every manifest says so"
         self.rows, self.d_in, self.filter = self._about.rows, self.site.d_in, TokenFilter.from_dict(self.site.filter)
         labels = {name: Column((), torch.int32) for name in ("tokens", "positions", "contexts")}
-        acts = {"acts": Column((self.d_in,), torch_dtype(self.manifest["dtype"])), "mask": Column((), torch.bool)}
+        own = {"mask": Column((), torch.bool)} if self.manifest["format_version"] == 1 else {}
+        self._numbers = columns_of(self.manifest["dtype"], self.d_in)
+        acts = self._numbers | (own or {"norms": Column((), torch.float32)})
         self._labels = self._opened([token_file(number) for number in range(self.num_shards)], labels)
         self._rows = self._opened([acts_file(self.hookpoint, number) for number in range(self.num_shards)], acts)
 
@@ -88,7 +98,7 @@ class ActivationStore:
             for file, shard in zip(files, self.manifest["shards"], strict=True)
         ]
         try:
-            return open_shards(shards, columns, self.manifest["shard_rows"])
+            return open_shards(shards, columns)
         except (OSError, RuntimeError, ValueError) as error:
             if (system := of_the_system(error)) is not None:
                 raise system from error
@@ -99,7 +109,10 @@ class ActivationStore:
     @cached_property
     def mask(self) -> Bool[Tensor, " rows"]:
         """True for the rows that take part."""
-        return self._rows["mask"].all()
+        if "mask" in self._rows:
+            return self._rows["mask"].all()
+        columns = (self._rows["norms"], self._labels["tokens"], self._labels["positions"])
+        return torch.cat([self.filter.mask_of(*of) for of in zip(*(column.parts for column in columns), strict=True)])
 
     @cached_property
     def tokens(self) -> Int[Tensor, " rows"]:
@@ -136,7 +149,7 @@ class ActivationStore:
 
     def gather(self, indices: Int[Tensor, " n"]) -> Float[Tensor, "n d_in"]:
         """The activations at `indices`, in that order, as float32."""
-        return self._rows["acts"].gather(indices).float()
+        return restored({name: self._rows[name].gather(indices) for name in self._numbers})
 
     def gather_labels(self, indices: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
         """The tokens and positions at `indices`."""

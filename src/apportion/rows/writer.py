@@ -1,44 +1,52 @@
-"""Writing an activation cache (its layout is explained in store.py), shard by shard.
+"""Writing an activation cache (its layout is explained in store.py), shard by shard, by any number of processes.
 
-Rows are held until they fill a shard. Behind each shard the manifest is written anew, so that what lies on the disk is
-a whole cache at any moment; `ended` in it is "unfinished" until the end. Whoever writes there next goes on behind what
-there is: what is in a shard depends on nothing but the rows, so the files are those of a collection in one piece.
+    with CacheWriter("acts", widths, ..., plan=plan, about=about) as cache:
+        with cache.claim(3) as claimed:              no other process makes shard 3 meanwhile
+            cache.write(3, acts, tokens, positions, contexts)
+        cache.finish("complete")
 
-The token filter is fitted on the first rows of the first shard, so every mask is known when its shard is written; norms
-are those of the stored values, so a mask can be recomputed from the cache.
+A shard is committed when its files are on the disk and the journal has its line. Short work on what all share (manifest
+and journal) is done under the lock of the folder, long work under a lock of the shard. Whoever comes next goes on with
+what there is; what is in a shard depends on nothing but the numbers of its contexts, so the files are those of a
+collection in one piece.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Int, Shaped
 from safetensors import safe_open
 from torch import Tensor
 
-from apportion.about import Site
 from apportion.disk import existing, naming, occupied, write_json, write_tensors
 from apportion.durable import place_in, sweep, sync_folder
 from apportion.locks import LOCK, Lock, lock_of
-from apportion.rows.filter import FIT_ROWS, REASONS, TokenFilter, row_norms
-from apportion.rows.manifest import (
+from apportion.rows.filter import TokenFilter, row_norms
+from apportion.rows.journal import JOURNAL, add_line
+from apportion.rows.layout import (
     FORMAT_VERSION,
     GOES_ON,
     MANIFEST,
     UNFINISHED,
     acts_file,
     folder_name,
-    read_manifest,
+    read_written,
     sealed,
     token_file,
-    torch_dtype,
 )
+from apportion.rows.manifest import from_the_first, known_shards, read_manifest
+from apportion.rows.norms import histograms
+from apportion.rows.precision import lost, restored, row_bytes, stored
+from apportion.rows.refit import of_hookpoint
 from apportion.rows.shards import sample_sha256_of, sha256_of
 from apportion.trust import resolved, within
 
@@ -48,56 +56,16 @@ SHARD_ROWS = 1 << 17
 SHARD_BYTES = 1 << 30
 """A shard holds at most this many bytes over all hookpoints, because that is what is held in memory."""
 LABELS = ("tokens", "positions", "contexts")
+PATIENCE_S = 60
+"""How long the lock of the folder, under which nothing takes long, is waited for."""
+BEGINNING_S = 2
 
 
-class _HookpointStats:
-    """Filter, counts and mean norm of one hookpoint while its shards are written."""
+class CacheWriter:
+    """Writes a cache, or goes on with one. Whatever ends it, shards stay that are whole; without any nothing is left.
 
-    def __init__(self, d_in: int, token_filter: TokenFilter) -> None:
-        self.d_in, self.filter, self.asked = d_in, token_filter, token_filter
-        self.shards: list[dict[str, Any]] = []
-        """Of each: rows that take part, the sum of their norms, rows left out by reason."""
-        self.fit_rows = 0
-
-    def fit(self, norms: Tensor, tokens: Tensor, positions: Tensor, special_ids: tuple[int, ...]) -> None:
-        rows = slice(0, FIT_ROWS)
-        self.filter = self.asked.fit(norms[rows], tokens[rows], positions[rows], special_ids)
-        self.fit_rows = len(norms[rows])
-
-    def go_on(self, shards: list[dict[str, Any]], found: Mapping[str, Any]) -> None:
-        """Behind these shards, which the manifest has, and what it says of the hookpoint."""
-        self.shards = shards
-        if shards:
-            self.filter, self.fit_rows = TokenFilter.from_dict(found["filter"]), found["median_norm_rows"]
-
-    def mask(self, norms: Tensor, tokens: Tensor, positions: Tensor) -> Bool[Tensor, " n"]:
-        """The rows of the next shard that take part, counted."""
-        left_out = dict.fromkeys(REASONS, 0)
-        mask = self.filter.counted(norms, tokens, positions, left_out)
-        kept = {"kept": int(mask.sum()), "norm_sum": float(norms[mask].double().sum())}
-        self.shards.append({**kept, "left_out": left_out})
-        return mask
-
-    def to_dict(self, hookpoint: str, rows: int) -> dict[str, Any]:
-        kept = sum(shard["kept"] for shard in self.shards)
-        site = Site(
-            hookpoint=hookpoint,
-            d_in=self.d_in,
-            filter=self.filter.to_dict(),
-            median_norm=self.filter.median_norm,
-            median_norm_rows=self.fit_rows,
-            mean_norm=sum(shard["norm_sum"] for shard in self.shards) / max(1, kept),
-            filtered={reason: sum(shard["left_out"][reason] for shard in self.shards) for reason in REASONS},
-            filtered_share=1 - kept / max(1, rows),
-        )
-        return {"folder": folder_name(hookpoint), **site.to_json()}
-
-
-class StoreWriter:
-    """Writes a cache, or goes on with one. Whatever ends it, whole shards stay; without any nothing is left.
-
-    `about(ended)` is what the manifest says besides, at any moment; without it there is no manifest before `finish`.
-    `found` is the manifest of a cache to go on with, of which the first `keep` rows stay.
+    `plan` says what the bytes of the cache depend on; without one there is no manifest before `finish`, and nobody can
+    go on with it. `about(ended, contexts)` is what the manifest says besides of that many contexts.
     """
 
     def __init__(
@@ -108,36 +76,32 @@ class StoreWriter:
         dtype: str,
         token_filter: TokenFilter,
         special_ids: tuple[int, ...],
-        about: Callable[[str], Mapping[str, Any]] | None = None,
-        found: Mapping[str, Any] | None = None,
-        keep: int = 0,
+        shard_contexts: int,
+        plan: Mapping[str, Any] | None = None,
+        about: Callable[[str, int], Mapping[str, Any]] = lambda ended, contexts: {},
     ) -> None:
-        self.place = resolved(out) if found else check_out(out)
-        self.dtype_name, self.dtype, self.special_ids = dtype, torch_dtype(dtype), special_ids
-        self.about, self.found, self.keep = about, found, keep
-        self.stats = {name: _HookpointStats(d_in, token_filter) for name, d_in in widths.items()}
-        self.shard_rows = shard_rows(widths, dtype)
-        self.shards: list[dict[str, Any]] = []
-        self._acts: dict[str, list[Tensor]] = {name: [] for name in widths}
-        self._labels: list[Int[Tensor, "3 n"]] = []  # tokens, positions, contexts
-        self._pending = 0
-        self._replaces = False
-        """Whether the manifest has a shard that the next one takes the place of."""
-        self._until_then = ExitStack()
-        self._lock: Lock | None = None
+        self.place = resolved(out)
+        self.widths, self.dtype, self.asked = dict(widths), dtype, token_filter
+        self.special_ids, self.shard_contexts, self.plan, self.about = special_ids, shard_contexts, plan, about
+        self.shards: dict[int, dict[str, Any]] = {}
+        """Those that are on the disk, as far as this process has looked (`look`)."""
         self._made: list[Path] = []
+        self._began = False
 
-    def __enter__(self) -> StoreWriter:
-        folders = [within(self.place, folder_name(name)) for name in self.stats]
+    def __enter__(self) -> CacheWriter:
+        folders = [within(self.place, folder_name(name)) for name in self.widths]
         try:
             with naming(self.place):
                 self._made = [folder for folder in (self.place, *self.place.parents) if not folder.exists()]
                 self.place.mkdir(parents=True, exist_ok=True)
-                self._lock = self._until_then.enter_context(Lock(self.place / LOCK, f"the cache {str(self.place)!r}"))
-            if self.found:
-                self._go_on(self.found)
-            elif self.about is not None:
-                self._write_manifest(UNFINISHED)
+            with folder_lock(self.place):
+                if (self.place / MANIFEST).is_file():
+                    check_plan(read_written(self.place), self.plan, self.place)
+                    self.look()
+                else:
+                    self._began = True
+                    if self.plan is not None:
+                        self.write_manifest(UNFINISHED, [])
             with naming(self.place):
                 for folder in folders:
                     folder.mkdir(parents=True, exist_ok=True)
@@ -147,141 +111,270 @@ class StoreWriter:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        nothing = self.found is None and not self.shards
-        if nothing and self._lock is not None:
-            self._remove()
-        self._until_then.close()
-        for folder in self._made if nothing else ():  # from the inside out
+        if not self._began or self.shards:
+            return
+        with suppress(OSError, ValueError), folder_lock(self.place):
+            if not self.look() and not self._others():
+                self._remove()
+        for folder in self._made:  # from the inside out
             with suppress(OSError):
                 folder.rmdir()
 
-    def _go_on(self, found: Mapping[str, Any]) -> None:
-        """Keep the whole shards among the first rows, and hold the rows behind these."""
-        if read_manifest(self.place) != found:
-            raise ValueError(f"{str(self.place)!r} was written by another process meanwhile: collect again.")
-        whole, rest = divmod(self.keep, self.shard_rows)
-        self.shards = list(found["shards"][:whole])
-        for name, stats in self.stats.items():
-            stats.go_on([shard["stats"][name] for shard in self.shards], found["hookpoints"][name])
-        self._replaces = len(found["shards"]) > whole
-        if rest:
-            held = {name: self._held(acts_file(name, whole), "acts", rest) for name in self.stats}
-            self.add(held, *(self._held(token_file(whole), label, rest) for label in LABELS))
+    def look(self) -> dict[int, dict[str, Any]]:
+        """The shards that are on the disk now, others' too."""
+        if (self.place / MANIFEST).is_file():
+            self.shards = known_shards(read_written(self.place), self.place)
+        return self.shards
 
-    def _held(self, file: str, name: str, rows: int) -> Tensor:
+    @property
+    def contexts(self) -> int:
+        return sum(shard["contexts"] for shard in self.shards.values())
+
+    @contextmanager
+    def claim(self, number: int) -> Iterator[Lock | None]:
+        """Within the block no other process makes this shard; None if one is at it."""
+        lock = Lock(self._claim(number), f"shard {number} of the cache {str(self.place)!r}")
+        try:
+            lock.__enter__()
+        except ValueError:
+            yield None
+            return
+        try:
+            self.look()
+            yield lock
+        finally:
+            lock.__exit__()
+
+    def is_free(self, number: int) -> bool:
+        """Whether nobody makes this shard now."""
+        with self.claim(number) as lock:
+            return lock is not None
+
+    def _claim(self, number: int) -> Path:
+        return self.place / f"{number:05d}{LOCK}"
+
+    def _others(self) -> bool:
+        """Whether somebody makes a shard."""
+        sweep(self.place)
+        return any(file.name != LOCK for file in self.place.glob(f"*{LOCK}"))
+
+    def held(self, number: int, contexts: int) -> tuple[dict[str, Tensor], Int[Tensor, "3 n"]]:
+        """The rows of the first contexts of a shard at each hookpoint, and their labels; not of one in 8 bits."""
+        labels = torch.stack([self._column(token_file(number), label) for label in LABELS])
+        rows = int((labels[2] < number * self.shard_contexts + contexts).sum())
+        acts = {name: self._column(acts_file(name, number), "acts", rows) for name in self.widths}
+        return acts, labels[:, :rows]
+
+    def tokens(self, number: int) -> Int[Tensor, " rows"]:
+        """The tokens of a shard."""
+        return self._column(token_file(number), "tokens")
+
+    def _column(self, file: str, name: str, rows: int | None = None) -> Tensor:
         with safe_open(self.place / file, framework="pt") as opened:
             return opened.get_slice(name)[:rows].clone()
 
-    @property
-    def rows(self) -> int:
-        return sum(shard["rows"] for shard in self.shards) + self._pending
-
-    def add(
-        self, acts: Mapping[str, Shaped[Tensor, "n d_in"]], tokens: Tensor, positions: Tensor, contexts: Tensor
-    ) -> None:
-        """Append rows; `acts` must already be in the cache's dtype."""
+    def write(
+        self, number: int, acts: Mapping[str, Shaped[Tensor, "n d_in"]], labels: Int[Tensor, "3 n"],
+        lock: Lock | None = None,
+    ) -> None:  # fmt: skip
+        """Commit a shard: its rows at each hookpoint, and tokens, positions and contexts. `lock` is what claims it."""
+        columns = {name: column.int().clone() for name, column in zip(LABELS, labels, strict=True)}
+        if self.plan is not None and number in self.shards:
+            self._note({"shard": number, "contexts": 0, "rows": 0}, lock)
+        files = [self._save(token_file(number), columns, None)]
         for name, x in acts.items():
-            self._acts[name].append(x.cpu())
-        self._labels.append(torch.stack([tokens.int(), positions.int(), contexts.int()]).cpu())
-        self._pending += len(tokens)
-        while self._pending >= self.shard_rows:
-            self._flush(self.shard_rows)
-            if self.about is not None:
-                self._write_manifest(UNFINISHED)
+            held = stored(x, self.dtype)
+            norms = row_norms(restored(held))
+            of = (norms, columns["tokens"], columns["positions"])
+            stats: dict[str, Any] = {"norms": histograms(*of, self.special_ids)}
+            if self.dtype == "int8":
+                mask = self.asked.fit(*of, self.special_ids).mask_of(*of)
+                stats["lost"] = lost(x[mask], {c: part[mask] for c, part in held.items()})
+            held = {c: part.contiguous() for c, part in held.items()}
+            files.append(self._save(acts_file(name, number), {**held, "norms": norms}, {"stats": json.dumps(stats)}))
+        self._note({
+            "shard": number,
+            "contexts": len(columns["contexts"].unique()),
+            "rows": len(columns["tokens"]),
+            "sha256": {file: sha256_of(self.place / file) for file in files},
+            "sample_sha256": {file: sample_sha256_of(self.place / file) for file in files},
+        }, lock)  # fmt: skip
 
-    def _flush(self, rows: int) -> None:
-        """Write the first `rows` pending rows as one shard."""
-        self._check_lock()
-        if self._replaces:
-            self._write_manifest(UNFINISHED)
-        number, self._replaces = len(self.shards), False
-        labels = torch.cat(self._labels, dim=1)
-        columns = {name: column[:rows].clone() for name, column in zip(LABELS, labels, strict=True)}
-        tokens, positions = columns["tokens"], columns["positions"]
-        files = [self._save(token_file(number), columns)]
-        for name, stats in self.stats.items():
-            held = torch.cat(self._acts[name])
-            x, self._acts[name] = held[:rows], [held[rows:].clone()]
-            norms = row_norms(x)
-            if number == 0:
-                stats.fit(norms, tokens, positions, self.special_ids)
-            mask = stats.mask(norms, tokens, positions)
-            files.append(self._save(acts_file(name, number), {"acts": x.contiguous(), "mask": mask}))
-        self._labels, self._pending = [labels[:, rows:].clone()], self._pending - rows
-        digests = {file: sha256_of(self.place / file) for file in files}
-        samples = {file: sample_sha256_of(self.place / file) for file in files}
-        stats = {name: stats.shards[-1] for name, stats in self.stats.items()}
-        self.shards.append({"rows": rows, "sha256": digests, "sample_sha256": samples, "stats": stats})
+    def _note(self, line: dict[str, Any], lock: Lock | None) -> None:
+        if lock is not None:
+            lock.check()
+        line = {"sha256": {}, "sample_sha256": {}, **line}
+        if self.plan is not None:
+            with folder_lock(self.place):
+                add_line(self.place, line)
+        self.shards[line["shard"]] = line
+        if not line["contexts"]:
+            del self.shards[line["shard"]]
 
-    def _save(self, name: str, tensors: dict[str, Tensor]) -> str:
-        write_tensors(self.place / name, tensors)
+    def _save(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> str:
+        write_tensors(self.place / name, tensors, metadata)
         return name
 
-    def finish(self, about: Mapping[str, Any] | None = None, ended: str = "complete") -> dict[str, Any]:
-        """Write what is pending and the manifest, which is returned."""
-        if self._pending:
-            self._flush(self._pending)
-        manifest = self._write_manifest(ended, about)
-        number = len(self.shards)
-        for file in (token_file(number), *(acts_file(name, number) for name in self.stats)):
-            (self.place / file).unlink(missing_ok=True)  # of a shard that a kill broke off
+    def finish(self, ended: str) -> dict[str, Any]:
+        """The manifest of the shards up to the first gap, written; of the journal stays what lies behind the gap."""
+        with folder_lock(self.place):
+            self.look()
+            manifest = self.write_manifest(ended, from_the_first(self.shards, self.shard_contexts))
+            tidy(self.place)
         return manifest
 
-    def _write_manifest(self, ended: str, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        self._check_lock()
-        rows = sum(shard["rows"] for shard in self.shards)
-        said = about or (self.about(ended) if self.about is not None else {})
+    def write_manifest(self, ended: str, shards: list[dict[str, Any]]) -> dict[str, Any]:
+        rows, contexts = (sum(shard[name] for shard in shards) for name in ("rows", "contexts"))
+        of = self.asked, self.special_ids, shards, self.place
         manifest = sealed({
             "format": "apportion-activations",
             "format_version": FORMAT_VERSION,
             "model": {},
             "text": {},
-            **said,
-            "dtype": self.dtype_name,
+            "contexts": contexts,
+            **self.about(ended, contexts),
+            **({"plan": self.plan} if self.plan is not None else {}),
+            "dtype": self.dtype,
             "rows": rows,
-            "shard_rows": self.shard_rows,
-            "hookpoints": {name: stats.to_dict(name, rows) for name, stats in self.stats.items()},
-            "shards": self.shards,
+            "shard_contexts": self.shard_contexts,
+            "hookpoints": {name: of_hookpoint(name, d_in, *of) for name, d_in in self.widths.items()},
+            "shards": shards,
         })  # fmt: skip
         write_json(self.place / MANIFEST, manifest)
         for folder in (self.place, *(folder.parent for folder in self._made)):
             sync_folder(folder)
         return manifest
 
-    def _check_lock(self) -> None:
-        assert self._lock is not None, "the writer was entered"
-        self._lock.check()
-
     def _remove(self) -> None:
-        """What this writer has made, of which nothing is a whole shard."""
-        for file in (MANIFEST, token_file(0), *(acts_file(name, 0) for name in self.stats)):
+        """What was made here, of which nothing is a whole shard."""
+        for file in (MANIFEST, JOURNAL, *self.place.glob("tokens-*.safetensors")):
             with suppress(OSError):
                 (self.place / file).unlink(missing_ok=True)
-        for name in self.stats:
+        for name in self.widths:
+            for file in (self.place / folder_name(name)).glob("*.safetensors"):
+                with suppress(OSError):
+                    file.unlink()
             with suppress(OSError):
                 (self.place / folder_name(name)).rmdir()
 
 
+class StoreWriter:
+    """A cache of rows that come one after the other, written by one process, with a manifest at the end."""
+
+    def __init__(
+        self, out: str | Path, widths: Mapping[str, int], *, dtype: str, token_filter: TokenFilter,
+        special_ids: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        asked = {"dtype": dtype, "token_filter": token_filter, "special_ids": special_ids}
+        self.cache = CacheWriter(check_out(out), widths, **asked, shard_contexts=1)
+        self.shard_rows = shard_rows(widths, dtype)
+        self._acts: dict[str, list[Tensor]] = {name: [] for name in widths}
+        self._labels: list[Int[Tensor, "3 n"]] = []
+
+    def __enter__(self) -> StoreWriter:
+        self.cache.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.cache.__exit__()
+
+    def add(
+        self, acts: Mapping[str, Shaped[Tensor, "n d_in"]], tokens: Tensor, positions: Tensor, contexts: Tensor
+    ) -> None:
+        """Append rows."""
+        for name, x in acts.items():
+            self._acts[name].append(x)
+        self._labels.append(torch.stack([tokens, positions, contexts]))
+        while sum(labels.shape[1] for labels in self._labels) >= self.shard_rows:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write the first pending rows as one shard."""
+        labels, held = torch.cat(self._labels, 1), {name: torch.cat(parts) for name, parts in self._acts.items()}
+        first = {name: x[: self.shard_rows] for name, x in held.items()}
+        self.cache.write(len(self.cache.shards), first, labels[:, : self.shard_rows])
+        self._labels = [labels[:, self.shard_rows :]]
+        self._acts = {name: [x[self.shard_rows :]] for name, x in held.items()}
+
+    def finish(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        """Write what is pending and the manifest, which says this besides and is returned."""
+        if any(labels.shape[1] for labels in self._labels):
+            self._flush()
+        shards = list(self.cache.shards.values())
+        self.cache.shard_contexts = max(shard["contexts"] for shard in shards)
+        self.cache.about = lambda ended, contexts: about
+        return self.cache.write_manifest("complete", shards)
+
+
+def tidy(place: Path) -> None:
+    """Remove the journal of a cache if the manifest has all of it."""
+    manifest = read_written(place)
+    if list(known_shards(manifest, place).values()) == manifest["shards"] and manifest["ended"] != UNFINISHED:
+        (place / JOURNAL).unlink(missing_ok=True)
+        sync_folder(place)
+
+
+@contextmanager
+def folder_lock(place: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """Within the block nobody else writes manifest or journal of a cache; it is waited for."""
+    lock, deadline = Lock(place / LOCK, f"the cache {str(place)!r}"), monotonic() + patience_s
+    while True:
+        try:
+            lock.__enter__()
+            break
+        except ValueError:
+            if monotonic() > deadline:
+                raise
+            sleep(0.02)
+    try:
+        yield
+    finally:
+        lock.__exit__()
+
+
 def shard_rows(widths: Mapping[str, int], dtype: str) -> int:
-    """How many rows a shard has."""
-    return max(1, min(SHARD_ROWS, SHARD_BYTES // (sum(widths.values()) * torch_dtype(dtype).itemsize)))
+    """How many rows a shard has at most; those of 8 bits are held as they come."""
+    of_row = sum(row_bytes("float32" if dtype == "int8" else dtype, d_in) for d_in in widths.values())
+    return max(1, min(SHARD_ROWS, SHARD_BYTES // of_row))
+
+
+def contexts_of_a_shard(widths: Mapping[str, int], dtype: str, context_tokens: int, together: int) -> int:
+    """How many contexts a shard has: a multiple of those that the model takes together."""
+    return together * max(1, shard_rows(widths, dtype) // (context_tokens * together))
+
+
+def check_plan(found: Mapping[str, Any], plan: Mapping[str, Any] | None, out: str | Path) -> None:
+    """ValueError unless a cache was begun with this plan."""
+    theirs = found.get("plan")
+    if theirs is None or plan is None:
+        raise ValueError(f"{str(out)!r} exists already: choose another folder or delete it first")
+    for name, value in plan.items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"{str(out)!r} exists already, begun with {name} = {theirs.get(name)}, and not {value}: collect with "
+                "the same settings to go on, or choose another folder"
+            )
 
 
 def cache_at(out: str | Path, append: bool = False) -> dict[str, Any] | None:
     """The manifest of a cache at `out` with which a collection can go on; None where there is nothing yet. ValueError
     for anything else, and for a cache that is complete, unless it is to be appended to."""
     place = resolved(out)
+    if place.is_dir():
+        with suppress(OSError), folder_lock(place, BEGINNING_S):  # somebody may be beginning
+            pass
     if not (place / MANIFEST).is_file():
         check_out(out)
         return None
     sweep(place)
     manifest = read_manifest(place)
-    planned = "plan" in manifest  # older caches have none
+    planned = "plan" in manifest  # caches of version 1 and merged ones have none
+    if planned:
+        with suppress(OSError), folder_lock(place):  # one that may only be read stays as it is
+            tidy(place)
     if not planned or not (append or manifest.get("ended") in GOES_ON):
         more = ", or append to it, with more tokens" if planned else ""
         raise ValueError(f"{str(out)!r} exists already: choose another folder or delete it first{more}")
-    with Lock(lock_of(place), f"the cache {str(out)!r}"):
-        pass
     return manifest
 
 
@@ -293,7 +386,7 @@ def check_out(out: str | Path) -> Path:
     try:
         with place_in(existing(place), place.name):
             pass
-        if place.parent.is_dir():
+        if place.parent.is_dir() and not place.is_dir():
             with Lock(lock_of(place), f"the cache {str(out)!r}"):
                 pass
     except OSError as error:

@@ -1,0 +1,80 @@
+"""What a cache says of each hookpoint, made again from its shards: the token filter, its counts, norms.
+
+Each file of activations has its statistics in the header (`stats` in its metadata, JSON): histograms of norms
+(norms.py) and what its precision lost. So the filter is always that of all rows, in whatever order they came.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from apportion.about import Site
+from apportion.rows.filter import REASONS, TokenFilter
+from apportion.rows.layout import acts_file, folder_name, token_file
+from apportion.rows.norms import check_histograms, counted, counted_exactly, fitted, num_ordinary
+
+
+def refitted(manifest: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+    """`hookpoints` of the manifest, for these shards."""
+    asked = TokenFilter.from_dict(manifest["plan"]["filter"]) if "plan" in manifest else TokenFilter()
+    found = manifest["hookpoints"].items()
+    return {
+        name: of_hookpoint(name, said["d_in"], asked, tuple(said["filter"]["special_ids"]), shards, folder)
+        for name, said in found
+    }
+
+
+def of_hookpoint(
+    hookpoint: str, d_in: int, asked: TokenFilter, special_ids: tuple[int, ...], shards: Sequence[Mapping[str, Any]],
+    folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """What the manifest says of a hookpoint with these shards."""
+    stats = [stats_of(folder / acts_file(hookpoint, shard["shard"])) for shard in shards]
+    norms = [said["norms"] for said in stats]
+    token_filter = fitted(asked, norms, special_ids)
+    counts = [
+        counted(token_filter, each) or counted_exactly(token_filter, _columns(folder, hookpoint, shard["shard"]))
+        for each, shard in zip(norms, shards, strict=True)
+    ]
+    rows, kept = sum(shard["rows"] for shard in shards), sum(count["kept"] for count in counts)
+    site = Site(
+        hookpoint=hookpoint,
+        d_in=d_in,
+        filter=token_filter.to_dict(),
+        median_norm=token_filter.median_norm,
+        median_norm_rows=num_ordinary(norms),
+        mean_norm=sum(count["norm_sum"] for count in counts) / max(1, kept),
+        filtered={reason: sum(count["left_out"][reason] for count in counts) for reason in REASONS},
+        filtered_share=1 - kept / max(1, rows),
+        precision_fvu=_precision_fvu([said["lost"] for said in stats if "lost" in said]),
+    )
+    return {"folder": folder_name(hookpoint), **site.to_json()}
+
+
+def stats_of(file: Path) -> dict[str, Any]:
+    """The statistics in the header of a file of activations; ValueError if it has none."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            stats = json.loads((opened.metadata() or {})["stats"])
+    except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise ValueError(f"{file} has no statistics ({type(error).__name__}: {error}): collect it again.") from error
+    check_histograms(stats.get("norms") if isinstance(stats, dict) else None, f"norms in {file}")
+    return stats
+
+
+def _columns(folder: Path, hookpoint: str, number: int) -> dict[str, Any]:
+    with safe_open(folder / token_file(number), framework="pt") as opened:
+        labels = {name: opened.get_tensor(name) for name in ("tokens", "positions")}
+    with safe_open(folder / acts_file(hookpoint, number), framework="pt") as opened:
+        return {**labels, "norms": opened.get_tensor("norms")}
+
+
+def _precision_fvu(lost: list[list[float]]) -> float | None:
+    """None where nothing says so."""
+    total = sum(variance for _, variance in lost)
+    return sum(error for error, _ in lost) / total if total else None
