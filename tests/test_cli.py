@@ -393,7 +393,7 @@ def test_too_little_disk(
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10**6, used=10**6, free=1000))
     options = ["--hookpoint", "model.layers.1", "--text", str(text), "--context-tokens", "32"]
     assert main(["collect", str(tiny_model_dir), *options, "--out", str(tmp_path / "acts")]) == 2
-    assert "needs 4.1 MB but its disk has 1.0 kB" in capsys.readouterr().err
+    assert "needs 4.2 MB but its disk has 1.0 kB" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -56,36 +56,14 @@ class TrainBase:
     requeue: bool = False
     """Begin the run in --out, go on with it, or leave it as it is if it is finished: for scripts that are run again."""
     seed: int = 0
-    """Seed of initial weights and data order."""
+    """Seed of initial weights, and of the order of the data."""
+    data_seed: int | None = None
+    """Another seed for the order of the data, so that SAEs that begin differently see the same; default: --seed."""
 
     def run(self) -> int | None:
-        from apportion.architectures import SAES, create
-        from apportion.objectives import OBJECTIVES
-        from apportion.rows.opening import settings_of
-        from apportion.training import TrainConfig, Trainer
-
-        self._check_out()
-        known = SAES[self.sae].settings(getattr(self, "allocation", None))
-        settings = {n: getattr(self, n) for n in known if n not in options.NOT_ASKED} | {"seed": self.seed}
-        if "k" in known:
-            settings["k"] = int(self.k) if float(self.k).is_integer() else self.k
-        follows = SAES[self.sae].architecture.d_sae_for(1) is not None
-        settings |= {} if follows else {"d_sae": self.d_sae}
-        train = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(self, f.name)}
-        device = best_device(self.loading.device)
-        # Mistakes in the settings show before anything is loaded.
-        objective = self._objective_config()
-        if not follows:
-            create(self.sae, d_in=1, **settings).allocation.check_batch(TrainConfig(**train).batch_tokens)
-        source = self._source()
-        settings |= settings_of(source)
-        seeds = range(self.seed, self.seed + getattr(self, "num_saes", 1))
-        saes = [create(self.sae, **settings | {"seed": seed}).to(device) for seed in seeds]
-        config = TrainConfig(**train | {"total_tokens": self.tokens or source.num_rows, "seed": self.seed})
-        if source.num_rows and config.total_tokens and config.total_tokens > source.num_rows:
-            epochs = config.total_tokens / source.num_rows
-            logging.getLogger("apportion").warning("--tokens asks for %.1f epochs of the training rows", epochs)
-        trainer = Trainer(saes, config, OBJECTIVES[self.training_objective].objective.of(objective, source))
+        self.check()
+        source = self.make_source()
+        trainer = self.trainer(source)
         sae = trainer.sae
         try:
             trainer.fit(source, self.out, resume=self.resume or self.requeue)
@@ -100,8 +78,55 @@ class TrainBase:
             say(f"  but {'the result is of no use: ' * trainer.verdict.diverged}{trainer.verdict.text}")
         if trainer.verdict is not None and trainer.verdict.diverged:
             return DIVERGED
-        say(f"  next: apportion eval {self.out if len(saes) == 1 else self.out / 'sae-0'}")
+        say(f"  next: apportion eval {self.out if len(trainer.saes) == 1 else self.out / 'sae-0'}")
         return None
+
+    def check(self) -> None:
+        """ValueError for mistakes in the settings, before anything is loaded."""
+        from apportion.architectures import create
+        from apportion.training import TrainConfig
+
+        self._check_out()
+        best_device(self.loading.device)
+        self._objective_config()
+        if "d_sae" in (settings := self._settings()):
+            create(self.sae, d_in=1, **settings).allocation.check_batch(TrainConfig(**self._train()).batch_tokens)
+
+    def _settings(self) -> dict[str, Any]:
+        """Of the SAE, as far as they do not follow from the rows."""
+        from apportion.architectures import SAES
+
+        known = SAES[self.sae].settings(getattr(self, "allocation", None))
+        settings = {n: getattr(self, n) for n in known if n not in options.NOT_ASKED} | {"seed": self.seed}
+        if "k" in known:
+            settings["k"] = int(self.k) if float(self.k).is_integer() else self.k
+        follows = SAES[self.sae].architecture.d_sae_for(1) is not None
+        return settings | ({} if follows else {"d_sae": self.d_sae})
+
+    def _train(self) -> dict[str, Any]:
+        from apportion.training import TrainConfig
+
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(self, f.name)}
+
+    def trainer(self, source: Any) -> Any:
+        """What trains the SAE, or the SAEs, on this source."""
+        from apportion.architectures import create
+        from apportion.objectives import OBJECTIVES
+        from apportion.rows.opening import settings_of
+        from apportion.training import TrainConfig, Trainer
+
+        settings, device = self._settings() | settings_of(source), best_device(self.loading.device)
+        seeds = range(self.seed, self.seed + getattr(self, "num_saes", 1))
+        saes = [create(self.sae, **settings | {"seed": seed}).to(device) for seed in seeds]
+        config = TrainConfig(**self._train() | {"total_tokens": self.tokens or source.num_rows, "seed": self.seed})
+        if source.num_rows and config.total_tokens and config.total_tokens > source.num_rows:
+            epochs = config.total_tokens / source.num_rows
+            logging.getLogger("apportion").warning("--tokens asks for %.1f epochs of the training rows", epochs)
+        return Trainer(saes, config, OBJECTIVES[self.training_objective].objective.of(self._objective_config(), source))
+
+    @property
+    def order_seed(self) -> int:
+        return self.seed if self.data_seed is None else self.data_seed
 
     def _check_out(self) -> None:
         from apportion.training.run import RUN, is_finished
@@ -147,7 +172,8 @@ class TrainBase:
         names = [f.name for f in dataclasses.fields(entry.config)]
         return dataclasses.replace(entry.config, **{name: getattr(self, name) for name in names})
 
-    def _source(self) -> Any:
+    def make_source(self) -> Any:
+        """The rows to train on, held ready."""
         from apportion.architectures import SAES
         from apportion.language import ContextSource, LiveSource, read_contexts
         from apportion.language.hookpoints import expand
@@ -169,7 +195,7 @@ class TrainBase:
                 raise ValueError(f"{self.source} holds rows of no hookpoint: leave --hookpoint out.")
             target = getattr(self, "target_hookpoint", None)
             store = open_rows(self.source, kind, self.hookpoint, target, self.sae)
-            return CacheSource(store, self.held_out_share, self.seed)
+            return CacheSource(store, self.held_out_share, self.order_seed)
         if Path(self.source).is_dir() and not (Path(self.source) / "config.json").exists():
             raise ValueError(f"{self.source} is neither a cache (no manifest.json) nor a model (no config.json).")
         if kind != "one":
@@ -189,7 +215,7 @@ class TrainBase:
             contexts,
             token_filter=self.filter.token_filter(),
             held_out_share=self.held_out_share,
-            seed=self.seed,
+            seed=self.order_seed,
             text=text.describe(),
         )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from itertools import islice
@@ -209,24 +209,32 @@ class Trainer:
         SAE's info; the last checkpoints then stay.
         """
         source = source_of(source, self.config.seed, len(self.sae.row_shape), self.sae.needs_target)
+        with Interrupts() as interrupts:
+            for _ in self.steps_of_fit(source, out, interrupts, resume=resume, progress=progress):
+                pass
+        return self.sae
+
+    def steps_of_fit(
+        self, source: Source, out: str | Path | None, interrupts: Interrupts, *, resume: bool, progress: bool
+    ) -> Generator[None]:
+        """`fit`, which stops behind each step until the next one is asked for (together.py)."""
         total_steps = self._check_run(source)
         if self.steps >= total_steps:
             raise ValueError(f"This trainer has already done its {total_steps} steps. Make a new one to train further.")
-        with Interrupts() as interrupts, ExitStack() as until_then:
+        with ExitStack() as until_then:
             run = None
             if out is not None:
                 refuse_several_processes()
                 run = until_then.enter_context(RunFolder(Path(out), self.describe(source), resume, self.defaults()))
             try:
-                self._run(source, run, total_steps, progress, interrupts)
+                yield from self._run(source, run, total_steps, progress, interrupts)
             except KeyboardInterrupt as stopped:
                 self._torn = isinstance(stopped, GivenUp)
                 raise Interrupted(f"stopped at step {self.steps}" if run is None else run.left(self)) from None
-        return self.sae
 
     def _run(
         self, source: Source, run: RunFolder | None, total_steps: int, progress: bool, interrupts: Interrupts
-    ) -> None:
+    ) -> Generator[None]:
         """All that is left of a run."""
         for sae in self.saes:
             sae.source = source.describe()
@@ -242,7 +250,7 @@ class Trainer:
             elif not self._input_ready:
                 self._fit_input(source.sample(FIT_INPUT_ROWS))
         if self.trains:
-            self._train(source, run, total_steps, progress, interrupts)
+            yield from self._train(source, run, total_steps, progress, interrupts)
         with interrupts.let_through():
             self._calibrate(source)
         with interrupts.held():
@@ -284,14 +292,13 @@ class Trainer:
 
     def _train(
         self, source: Source, run: RunFolder | None, total_steps: int, progress: bool, interrupts: Interrupts
-    ) -> None:
+    ) -> Generator[None]:
         """All remaining steps, with log lines and checkpoints."""
         with progress_bar("training", total_steps * self.config.batch_tokens, self.tokens, show=progress) as show:
-            started = time.perf_counter() - self.seconds
-            saved_tokens, saved_seconds = self.tokens, self.seconds
+            saved_tokens, saved_seconds, started = self.tokens, self.seconds, time.perf_counter()
             for batch in islice(source.batches(self.config.batch_tokens), total_steps - self.steps):
                 metrics = self.step(batch)
-                self.seconds = time.perf_counter() - started
+                self.seconds, started = self.seconds + time.perf_counter() - started, time.perf_counter()
                 last, stop = self.steps == total_steps, interrupts.arrived
                 log = self.config.logs_step(self.steps)
                 save = last or stop or self.config.saves_after(self.tokens - saved_tokens, self.seconds - saved_seconds)
@@ -308,6 +315,8 @@ class Trainer:
                     saved_tokens, saved_seconds = self.tokens, self.seconds
                 if stop or (save and interrupts.arrived):
                     interrupts.end()
+                yield
+                started = time.perf_counter()
 
     def _check_run(self, source: Source) -> int:
         total = self.config.total_steps
