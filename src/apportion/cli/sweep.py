@@ -69,15 +69,20 @@ class Sweep:
     out: Path
 
     def run(self) -> int | None:
+        from apportion.training.given import check_enough
+
         for train in self.runs.values():
             train.check()
         passes = self._passes()
+        sources = {stream: self.runs[names[0]].make_source() for stream, names in passes}
+        for stream, names in passes:
+            for name in names:
+                check_enough(sources[stream], self.runs[name].batch_tokens)  # type: ignore[attr-defined]
+            self._say_pass(stream, names, len(passes))
         done: dict[str, dict[str, Any]] = {}
-        for streams, names in passes:
-            self._say_pass(streams, names, len(passes))
         self._write(done)
-        for source, names in ((self.runs[names[0]].make_source(), names) for _, names in passes):
-            done |= self._train(source, names)
+        for stream, names in passes:
+            done |= self._train(sources[stream], names)
             self._write(done)
         self._table(done)
         return 1 if any("error" in each for each in done.values()) else None

@@ -33,6 +33,15 @@ def source_of(given: Any, seed: int, row_dims: int = 1, pairs: bool = False) -> 
     )
 
 
+def check_enough(source: Source, batch_tokens: int) -> None:
+    """ValueError for a source whose rows fill no batch."""
+    if source.num_rows is not None and source.num_rows < batch_tokens:
+        raise ValueError(
+            f"The source has {source.num_rows} training rows, fewer than batch_tokens = {batch_tokens}. Collect more "
+            "tokens or lower batch_tokens."
+        )
+
+
 class HeldOut:
     """The rows that a source keeps back, as often as they are asked for."""
 

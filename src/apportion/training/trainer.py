@@ -36,7 +36,7 @@ from apportion.settings import in_records, plain_number
 from apportion.torch_state import usual
 from apportion.training.checkpoint import Checkpoint
 from apportion.training.config import TrainConfig
-from apportion.training.given import HeldOut, source_of
+from apportion.training.given import HeldOut, check_enough, source_of
 from apportion.training.learner import Learner, under
 from apportion.training.objective import Losses, Objective, TrainingContext, as_objective, local_reconstruction
 from apportion.training.run import RunFolder, restore
@@ -324,11 +324,7 @@ class Trainer:
             raise ValueError("fit needs total_tokens in its TrainConfig; for an endless run call step in a loop.")
         if source.d_in != self.sae.d_in:
             raise ValueError(f"The SAE has d_in = {self.sae.d_in}, the activations have width {source.d_in}.")
-        if source.num_rows is not None and source.num_rows < self.config.batch_tokens:
-            raise ValueError(
-                f"The source has {source.num_rows} training rows, fewer than batch_tokens = "
-                f"{self.config.batch_tokens}. Collect more tokens or lower batch_tokens."
-            )
+        check_enough(source, self.config.batch_tokens)
         about = source.describe()
         if not isinstance(about, About):
             raise ValueError(
