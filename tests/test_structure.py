@@ -40,6 +40,7 @@ ORDER = [
     {"rows"},
     {"language", "synthetic"},
     {"activations"},
+    {"tracking"},
     {"training"},
     {"objectives", "parallel"},
     {"viewing"},
@@ -216,7 +217,8 @@ def loaded_by(code: str) -> set[str]:
 
 HEAVY = {
     "transformers", "tokenizers", "datasets", "pandas", "pyarrow", "matplotlib", "jinja2", "scipy", "sklearn",
-    "tyro", "huggingface_hub", "requests", "transformer_lens", "anndata", "wandb", "triton", "pytest", "rich",
+    "tyro", "huggingface_hub", "requests", "transformer_lens", "anndata", "triton", "pytest", "rich",
+    "wandb", "trackio", "tensorboard", "mlflow",
 }  # fmt: skip
 
 

@@ -11,14 +11,26 @@ from importlib.util import find_spec
 from shlex import quote
 from urllib.parse import unquote, urlsplit
 
-EXTRAS = {"transformers": "lm", "datasets": "lm", "matplotlib": "plots", "jinja2": "plots", "huggingface_hub": "hub"}
+EXTRAS = {
+    **dict.fromkeys(("transformers", "datasets"), "lm"),
+    **dict.fromkeys(("matplotlib", "jinja2"), "plots"),
+    "huggingface_hub": "hub",
+    **{name: name for name in ("wandb", "trackio", "tensorboard", "mlflow")},
+    **dict.fromkeys(("sqlalchemy", "alembic"), "mlflow"),
+}
 """Which extra in pyproject.toml brings a package."""
 
 
 def need(what: str, *packages: str) -> None:
     """ValueError if some of the packages are not installed: all of these, and how to get them. Imports none."""
-    if missing := [package for package in packages if find_spec(package) is None]:
+    if missing := [package for package in packages if not _installed(package)]:
         raise ValueError(f"{what} needs {' and '.join(missing)}, not installed here. {install(*missing)}")
+
+
+def _installed(package: str) -> bool:
+    """A folder of that name here (wandb makes one) is no package, though Python could import it."""
+    found = find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def install(*packages: str) -> str:

@@ -119,7 +119,7 @@ class Sweep:
             except ValueError as error:
                 found[name] = {"error": str(error)}
         first = self.runs[names[0]]
-        failed = fit_together(trainers, source, self.out, resume=first.requeue)
+        failed = fit_together(trainers, source, self.out, resume=first.requeue, track=first.track or ())
         for name, trainer in trainers.items():
             found[name] = {"error": str(failed[name])} if name in failed else _figures(trainer, source)
         return {name: {"sae": self.runs[name].sae, **found[name]} for name in names}

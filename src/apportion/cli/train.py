@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, cast
 from tyro.conf import Fixed, Positional, Suppress, arg
 
 from apportion import choices
+from apportion import tracking as trackers
 from apportion.answers import DIVERGED
 from apportion.cli import options
 from apportion.cli.arguments import Count, Filter, Model, Text, best_device, say
@@ -55,6 +56,8 @@ class TrainBase:
     """Go on with the run in --out after an interruption."""
     requeue: bool = False
     """Begin the run in --out, go on with it, or leave it as it is if it is finished: for scripts that are run again."""
+    track: str | None = None
+    """Show the curves also with wandb, trackio, tensorboard or mlflow; several with commas."""
     seed: int = 0
     """Seed of initial weights, and of the order of the data."""
     data_seed: int | None = None
@@ -66,7 +69,7 @@ class TrainBase:
         trainer = self.trainer(source)
         sae = trainer.sae
         try:
-            trainer.fit(source, self.out, resume=self.resume or self.requeue)
+            trainer.fit(source, self.out, resume=self.resume or self.requeue, track=self.track or ())
         except KeyboardInterrupt as stopped:
             said = str(stopped)
             say(f"\n{said[:1].upper()}{said[1:]}.")
@@ -86,6 +89,7 @@ class TrainBase:
         from apportion.architectures import create
         from apportion.training import TrainConfig
 
+        trackers.given(self.track or ())
         self._check_out()
         best_device(self.loading.device)
         self._objective_config()

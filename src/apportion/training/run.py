@@ -5,6 +5,7 @@ metrics.jsonl       one line every few steps
 checkpoint-<step>/  everything to go on from there; the last two are kept
 config.json, model.safetensors    the finished SAE: ap.load(folder); of several, each in its folder sae-<i>
 finished.json       comes last: the run is over
+tracked.json        by what name trackers know the run, if it has any
 .apportion.lock     while a process writes here
 
 At every moment there is a whole checkpoint that survives a power cut, once there has been one: an older one goes when
@@ -18,6 +19,7 @@ import json
 import logging
 import os
 import sys
+import uuid
 from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +32,8 @@ from apportion.disk import naming, occupied, plain, read_json, read_record, writ
 from apportion.durable import remove, sweep, sync_folder
 from apportion.locks import LOCK, Lock
 from apportion.rows.batch import Source
+from apportion.tracking.feed import Feeds
+from apportion.tracking.tracker import TrackedRun
 from apportion.training.checkpoint import Checkpoint, read_checkpoint, subfolders, write_checkpoint
 from apportion.training.same import check_same
 from apportion.training.verdict import Verdict
@@ -44,7 +48,7 @@ KEPT = 2
 """Checkpoints that a run keeps: if the disk damages one, there is another."""
 NOT_THEIRS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 """Errors of reading a checkpoint that have nothing to do with it; an older one would meet them too."""
-RUN, LOG, FINISHED = "run.json", "metrics.jsonl", "finished.json"
+RUN, LOG, FINISHED, TRACKED = "run.json", "metrics.jsonl", "finished.json", "tracked.json"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -57,10 +61,16 @@ class RunFolder:
     """A run that this process writes, while entered; ValueError if another does, or if it is not the run described."""
 
     def __init__(
-        self, folder: Path, description: dict[str, Any], resume: bool, defaults: dict[str, dict[str, Any]]
+        self,
+        folder: Path,
+        description: dict[str, Any],
+        resume: bool,
+        defaults: dict[str, dict[str, Any]],
+        feeds: Feeds | None = None,
     ) -> None:
         folder = expanded(folder).absolute()  # whatever becomes of the current directory meanwhile
         self.folder, self.description, self.resume, self.defaults = folder, description, resume, defaults
+        self._feeds = feeds or Feeds()
         self._lock = Lock(self.folder / LOCK, f"the run in {folder}")
         self._kept: list[Path] = []
         self._saved_tokens: int | None = None
@@ -97,6 +107,24 @@ class RunFolder:
         lines = self.folder / LOG
         with naming(lines), lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain(values)) + "\n")
+        self._feeds.log(values)
+
+    def track(self, steps: int) -> None:
+        """Have the trackers begin, or go on with their records; they get the lines of the log that these lack."""
+        if self._feeds:
+            run = TrackedRun(self._tracked_as(), self.folder, read_run(self.folder), steps)
+            self._feeds.begin(run, read_log(self.folder))
+
+    def _tracked_as(self) -> str:
+        """The id of the run for its trackers, made when it is first tracked."""
+        file = self.folder / TRACKED
+        if file.exists():
+            try:
+                return read_record(file, id=str)["id"]
+            except ValueError as error:
+                logger.warning("%s Trackers begin a new record.", error)
+        write_json(file, {"id": (new := uuid.uuid4().hex[:12])})
+        return new
 
     def save_checkpoint(self, trainer: Trainer, source: Source) -> None:
         """Write a new checkpoint, then remove all but the last two."""
@@ -185,6 +213,7 @@ class RunFolder:
         if trainer.verdict is not None:
             done |= {"verdict": trainer.verdict.text, "diverged": trainer.verdict.diverged}
         write_json(self.folder / FINISHED, done)
+        self._feeds.figures = done | calibrated(trainer)
         self._tidy(trainer)
 
     def _tidy(self, trainer: Trainer) -> None:
@@ -203,6 +232,18 @@ class RunFolder:
         at = "" if int(step) == trainer.steps else f" (it was at step {trainer.steps})"
         saved = f"step {step}, {self._saved_tokens:,} tokens, is on the disk"
         return f"stopped: {saved}{at}; everything is in {self.folder}. Go on with --resume"
+
+
+def calibrated(trainer: Trainer) -> dict[str, Any]:
+    """What was measured at the end, of several SAEs with the name of each."""
+    return {
+        "diverged": trainer.verdict is not None and trainer.verdict.diverged,
+        **{
+            f"{name}/calibration_{figure}".removeprefix("./"): value
+            for sae, name in zip(trainer.saes, subfolders(trainer), strict=True)
+            for figure, value in sae.info["calibration"].items()
+        },
+    }
 
 
 def _remove_if_empty(folder: Path) -> None:

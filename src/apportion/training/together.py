@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Mapping
 from pathlib import Path
+from typing import Any
 
 from apportion.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.progress import progress_bar
 from apportion.rows.batch import Source
 from apportion.rows.shared import Shared
 from apportion.torch_state import usual
+from apportion.tracking.feed import Feeds
 from apportion.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -23,11 +25,17 @@ logger = logging.getLogger(__name__)
 
 @usual(learning=True)
 def fit_together(
-    trainers: Mapping[str, Trainer], source: Source, out: str | Path, *, resume: bool = False, progress: bool = True
+    trainers: Mapping[str, Trainer],
+    source: Source,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    track: Any = (),
 ) -> dict[str, Exception]:
     """Train each on the batches of `source`, in the folder of its name below `out`; the errors of those that failed.
 
-    `resume` and Ctrl-C are as of `Trainer.fit`: each run saves a checkpoint, and `Interrupted` is raised. ValueError if
+    `resume`, `track` and Ctrl-C are as of `Trainer.fit`: each run saves a checkpoint, and `Interrupted` is raised. ValueError if
     two trainers are one, or the batches that they want differ.
     """
     if len({id(trainer) for trainer in trainers.values()}) < len(trainers):
@@ -38,7 +46,9 @@ def fit_together(
     total = sum(t.config.total_steps or 0 for t in trainers.values()) * max(sizes, default=0)
     with Interrupts() as interrupts, progress_bar(f"training {len(trainers)}", total, show=progress) as show:
         running = {
-            name: trainer.steps_of_fit(shared.view(), Path(out) / name, interrupts, resume=resume, progress=False)
+            name: trainer.steps_of_fit(
+                shared.view(), Path(out) / name, interrupts, Feeds(track), resume=resume, progress=False
+            )
             for name, trainer in trainers.items()
         }
         try:

@@ -34,6 +34,8 @@ from apportion.rows.batch import Batch, Source
 from apportion.rows.sane import SaneRows
 from apportion.settings import in_records, plain_number
 from apportion.torch_state import usual
+from apportion.tracking import Tracker
+from apportion.tracking.feed import Feeds
 from apportion.training.checkpoint import Checkpoint
 from apportion.training.config import TrainConfig
 from apportion.training.given import HeldOut, check_enough, source_of
@@ -195,6 +197,7 @@ class Trainer:
         *,
         resume: bool = False,
         progress: bool = True,
+        track: str | Tracker | Iterable[Any] = (),
     ) -> SAE:
         """Train on `total_tokens` rows of `source`, calibrate on held-out rows; returns the (first) SAE in eval mode.
 
@@ -205,17 +208,29 @@ class Trainer:
         the disk; so does being told to end (see interrupt.py). With `resume` a run goes on from its last checkpoint,
         with the same result as an uninterrupted one; one that has not begun begins, and of one that is finished the
         SAE is returned as it is. Rows that would spoil it (NaN, absurdly large ones) are a ValueError before it begins.
+        `track` names services that also show the curves of the run folder ("wandb,tensorboard"), or gives objects that
+        do (see tracking/tracker.py); whatever happens to them, the run goes on.
         If the result is poor (held-out FVU above 1, L0 far from k) that is logged and noted in `verdict` and in the
         SAE's info; the last checkpoints then stay.
         """
+        feeds = Feeds(track)
+        if feeds and out is None:
+            raise ValueError(f"track = {track!r} shows the log of a run folder: give `out`, the folder, too.")
         source = source_of(source, self.config.seed, len(self.sae.row_shape), self.sae.needs_target)
         with Interrupts() as interrupts:
-            for _ in self.steps_of_fit(source, out, interrupts, resume=resume, progress=progress):
+            for _ in self.steps_of_fit(source, out, interrupts, feeds, resume=resume, progress=progress):
                 pass
         return self.sae
 
     def steps_of_fit(
-        self, source: Source, out: str | Path | None, interrupts: Interrupts, *, resume: bool, progress: bool
+        self,
+        source: Source,
+        out: str | Path | None,
+        interrupts: Interrupts,
+        feeds: Feeds,
+        *,
+        resume: bool = False,
+        progress: bool = True,
     ) -> Generator[None]:
         """`fit`, which stops behind each step until the next one is asked for (together.py)."""
         total_steps = self._check_run(source)
@@ -225,9 +240,13 @@ class Trainer:
             run = None
             if out is not None:
                 refuse_several_processes()
-                run = until_then.enter_context(RunFolder(Path(out), self.describe(source), resume, self.defaults()))
+                description = self.describe(source)
+                run = until_then.enter_context(RunFolder(Path(out), description, resume, self.defaults(), feeds))
             try:
-                yield from self._run(source, run, total_steps, progress, interrupts)
+                with feeds:
+                    yield from self._run(source, run, total_steps, progress, interrupts)
+                    with interrupts.let_through():
+                        feeds.end()
             except KeyboardInterrupt as stopped:
                 self._torn = isinstance(stopped, GivenUp)
                 raise Interrupted(f"stopped at step {self.steps}" if run is None else run.left(self)) from None
@@ -249,6 +268,8 @@ class Trainer:
                 self._fit_input(self._sane_sample(source))
             elif not self._input_ready:
                 self._fit_input(source.sample(FIT_INPUT_ROWS))
+            if run is not None:
+                run.track(self.steps)
         if self.trains:
             yield from self._train(source, run, total_steps, progress, interrupts)
         with interrupts.let_through():
@@ -256,8 +277,6 @@ class Trainer:
         with interrupts.held():
             if run is not None:
                 run.finish(self)
-        if interrupts.arrived:
-            interrupts.end()
 
     def _calibrate(self, source: Source) -> None:
         """Set thresholds on held-out rows, and note what the SAEs were trained on, and how."""
