@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from threading import Event
@@ -135,8 +136,9 @@ def test_settings_are_flat():
 def test_what_is_no_finite_number_is_left_out_and_the_rate_is_between_lines(tmp_path):
     with Feeds(mine := Mine()) as feeds:
         run = TrackedRun("id", tmp_path, {}, 2)
-        feeds.begin(run, [{"step": 2, "tokens": 20, "seconds": 1.0}])
-        feeds.log({"step": 3, "tokens": 40, "seconds": 5.0, "loss": float("nan"), "l0": torch.tensor(2.0)})
+        damaged = [{"step": 1}, {"step": 1, "tokens": "x", "seconds": float("nan")}]
+        feeds.begin(run, [*damaged, {"step": 2, "tokens": 20, "seconds": 1.0, "note": "x"}])
+        feeds.log({"step": 3, "tokens": 40, "seconds": 5.0, "loss": float("nan"), "l0": 2.0})
         feeds.log({"step": 4, "tokens": 50, "seconds": 5.0, "loss": 1.0})
     third = (3, {"tokens": 40, "seconds": 5.0, "l0": 2.0, "tokens_per_s": 5.0})
     assert mine.lines == [third, (4, {"tokens": 50, "seconds": 5.0, "loss": 1.0})]
@@ -164,6 +166,8 @@ def test_one_that_hangs_is_not_waited_for(call, tmp_path, untracked, caplog, mon
     released = Event()
     try:
         sae = fit(tmp_path / "run", [bad := Bad((call,), released.wait), mine := Mine()])
+        (thread,) = [one for one in threading.enumerate() if one.name == "tracker Bad"]
+        assert thread.daemon, "nor does it keep the process from ending"
     finally:
         released.set()
     assert_same(sae, untracked)

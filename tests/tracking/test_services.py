@@ -8,7 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 from tracked_runs import STEPS, Crash, Source, log, trainer
-from tracking_services import REAL, STAND_INS, MLflowStandIn, Service, TrackioStandIn, WandBStandIn
+from tracking_services import (
+    REAL,
+    STAND_INS,
+    MLflowStandIn,
+    Service,
+    TensorBoardStandIn,
+    TrackioStandIn,
+    WandBStandIn,
+)
+
+from apportion.tracking.mlflow import MLflow
+from apportion.tracking.tensorboard import TensorBoard
+from apportion.tracking.tracker import TrackedRun
 
 pytestmark = pytest.mark.filterwarnings("default")  # of packages that are not ours
 TIMES = {"seconds", "tokens_per_s"}
@@ -101,6 +113,22 @@ def test_what_trackio_says_is_no_result(tmp_path, monkeypatch, capsys):
     assert said.out == "" and "what it says" in said.err
 
 
+def test_a_kill_loses_no_line_of_tensorboard(tmp_path, monkeypatch):
+    service = TensorBoardStandIn(tmp_path, monkeypatch)
+    (tmp_path / "run").mkdir()
+    (tracker := TensorBoard()).begin(TrackedRun("id", tmp_path / "run", {"train": {"lr": 1}}, 0))
+    tracker.log(1, {"loss": 2.0})
+    ((curves, _, _),) = service.records().values()
+    assert curves == {"loss": [(1, 2.0)]}
+
+
+def test_mlflow_takes_any_number_of_settings_of_any_length(tmp_path, monkeypatch):
+    service = MLflowStandIn(tmp_path, monkeypatch)
+    MLflow().begin(TrackedRun("id", tmp_path / "run", {"sae": {str(n): "x" * 3 * n for n in range(205)}}, 0))
+    ((_, settings, _),) = service.records().values()
+    assert len(settings) == 205 and settings["sae.3"] == "x" * 9
+
+
 # Weights & Biases: with an account, and without
 
 
@@ -130,10 +158,18 @@ def test_wandb_is_offline_without_account_or_network(logged_in, environment, mod
 def test_wandb_takes_the_project_that_is_given_and_leaves_another_run_alone(tmp_path, monkeypatch):
     service = WandBStandIn(tmp_path, monkeypatch)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setattr("wandb.run", SimpleNamespace(settings=SimpleNamespace(mode="theirs")))
     fit(service)
     (asked,) = service.asked
     assert (asked["project"], asked["mode"], asked["reinit"]) == (None, "theirs", "create_new")
+    assert asked["dir"] == str(tmp_path)
+
+
+def test_wandb_lies_in_the_run_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    fit(service := WandBStandIn(tmp_path, monkeypatch))
+    assert service.asked[0]["dir"] == tmp_path / "run"
 
 
 # MLflow: where

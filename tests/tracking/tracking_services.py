@@ -193,7 +193,7 @@ class WandBStandIn(StandIn):
 
     def init(self, *, id, resume, config, dir, settings, **asked):
         assert resume == "allow" and Path(dir).is_dir() and settings.console == "off" and settings.finish_timeout
-        self.asked.append(asked)
+        self.asked.append(asked | {"dir": dir})
         record = self.runs.setdefault(id, Record({"train.lr": config["train"]["lr"]}))
         last = record.last
 
@@ -246,13 +246,19 @@ class TensorBoardStandIn(StandIn):
             if name == "settings":
                 record.config["train.lr"] = json.loads(text)["train"]["lr"]
 
+        def flush():
+            while pending:
+                record.add(*pending.pop(0))
+
         def close():
+            flush()
             record.ended = "final/calibration_l0" in record.curves
 
+        pending: list[tuple[dict[str, float], int]] = []
         return SimpleNamespace(
             add_text=add_text,
-            add_scalar=lambda name, value, step: record.add({name: value}, step),
-            flush=lambda: None,
+            add_scalar=lambda name, value, step: pending.append(({name: value}, step)),
+            flush=flush,
             close=close,
         )
 

@@ -13,6 +13,7 @@ has not begun or does not finish.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from queue import SimpleQueue
@@ -20,7 +21,6 @@ from threading import Event, Thread
 from time import monotonic
 from typing import Any
 
-from apportion.disk import plain
 from apportion.interrupt import GivenUp
 from apportion.tracking import Tracker, given
 from apportion.tracking.tracker import TrackedRun
@@ -59,24 +59,24 @@ class Feeds:
 
     def begin(self, run: TrackedRun, logged: Iterable[Mapping[str, Any]]) -> None:
         """Start with a run, of which these lines are logged already."""
-        lines = [self._line(values) for values in logged]
+        lines = [self._line(values) for values in logged if _number(values.get("tokens"), values.get("seconds"))]
         self._feeds = [Feed(name, tracker, run, lines) for name, tracker in self._trackers]
         for feed in _late([(feed, feed.begun) for feed in self._feeds], WAIT_S):
             logger.warning("%s has not begun after %g s; training does not wait for it", feed.name, WAIT_S)
 
     def log(self, values: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl: step, tokens, seconds, and more."""
-        line = self._line(plain(values))
+        line = self._line(values)
         for feed in self._feeds:
             feed.put(line)
 
     def _line(self, values: Mapping[str, Any]) -> Line:
         """Its step, its finite numbers, and the rate of tokens since the line before it."""
+        found = {name: value for name, value in values.items() if _number(value) and name != "step"}
         tokens, seconds = self._before
-        self._before = values["tokens"], values["seconds"]
-        passed = values["seconds"] - seconds
-        rate = {"tokens_per_s": (values["tokens"] - tokens) / passed} if passed > 0 else {}
-        found = {name: value for name, value in values.items() if name != "step" and value is not None}
+        self._before = found["tokens"], found["seconds"]
+        passed = found["seconds"] - seconds
+        rate = {"tokens_per_s": (found["tokens"] - tokens) / passed} if passed > 0 else {}
         return values["step"], found | rate
 
     def end(self, patient: bool = True) -> None:
@@ -135,6 +135,11 @@ class Feed:
             self.leave_out(f"{type(error).__name__}: {error}")
         finally:
             self.begun.set()
+
+
+def _number(*values: Any) -> bool:
+    """Whether all are, and finite; a file may hold anything."""
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def _late(events: list[tuple[Feed, Event]], wait_s: float) -> list[Feed]:
