@@ -35,8 +35,8 @@ def fit_together(
 ) -> dict[str, Exception]:
     """Train each on the batches of `source`, in the folder of its name below `out`; the errors of those that failed.
 
-    `resume`, `track` and Ctrl-C are as of `Trainer.fit`: each run saves a checkpoint, and `Interrupted` is raised. ValueError if
-    two trainers are one, or the batches that they want differ.
+    `resume`, `track` and Ctrl-C are as of `Trainer.fit`: each run saves a checkpoint, and `Interrupted` is raised.
+    ValueError if two trainers are one, or the batches that they want differ.
     """
     if len({id(trainer) for trainer in trainers.values()}) < len(trainers):
         raise ValueError("One trainer was given twice: each run needs its own.")
