@@ -145,6 +145,9 @@ def test_places_that_no_module_puts_out() -> None:
     assert module_of("transformer.h.1.attn.c_proj:in", "gpt2") is None
     assert module_of("encoder.4:in", None) is None and module_of("encoder.4", None) == "encoder.4"
     assert module_of("model.layers.2.mlp:in", "gpt2") is None, "of another family"
+    assert module_of("model.layers.2.mlp:out[1]", "llama") is None, "beside the first"
+    with pytest.raises(ValueError, match="no name for"):
+        from_hookpoint("model.layers.2.mlp:out[1]", "llama")
 
 
 def test_what_goes_into_an_mlp_has_one_name(family: str, model: Any) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import make
 
 from apportion.about import About
 from apportion.language import collect as collect_module
 from apportion.language.collect import collect
 from apportion.language.fingerprint import PROBE_TOKENS
 from apportion.language.hookpoints import capture, hooked
-from apportion.language.model import load_model
+from apportion.language.model import load_model, run_contexts
 from apportion.language.tokens import read_contexts
 from apportion.rows import writer as writer_module
 from apportion.rows.filter import TokenFilter, row_norms
@@ -62,6 +63,49 @@ def test_rows_are_the_models_activations_in_the_chosen_dtype(
         assert about.mean_norm == pytest.approx(float(row_norms(expected)[store.mask].mean()))
         assert About.from_json(json.loads(json.dumps(about.to_json()))) == about
         assert about.lm.model.num_layers == 3
+
+
+def test_what_a_router_returns_beside_its_logits_is_collected(tmp_path: Path) -> None:
+    """With transformers 4 the block of experts returns the logits of its router, with 5 the router its choice."""
+    model = make("olmoe")
+    returned: list[Any] = []
+    mlp = model.model.layers[1].mlp
+    tupled = mlp if not hasattr(mlp.gate, "top_k") else mlp.gate
+    name = next(n for n, m in model.named_modules() if m is tupled)
+    handle = tupled.register_forward_hook(lambda module, args, result: returned.append(result[1]))
+    ids = torch.arange(3, 43).view(5, 8)
+    model(ids)
+    handle.remove()
+    place = f"{name}:out[1]"
+    collect(model, None, f"{name.replace('1', '*', 1)}:out[1]", ids, tokens=40, context_tokens=8, batch_contexts=5,
+            out=tmp_path / "acts", dtype="float32")  # fmt: skip
+    store = ActivationStore(tmp_path / "acts", place)
+    assert (store.d_in, store.rows) == (returned[0].shape[1], 40)
+    assert torch.allclose(store.gather(torch.arange(40)), returned[0], atol=1e-6)
+    assert (tmp_path / "acts" / f"{name}--out[1]").is_dir()
+    for wrong, said in [("model.layers.1.mlp.gate:out[9]", "does not exist"), ("model.layers.1:in[1]", "no tensor")]:
+        with pytest.raises(ValueError, match=said):
+            collect(model, None, wrong, ids, tokens=40, context_tokens=8, out=tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_whole_numbers_are_no_activations() -> None:
+    class Ranks(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return torch.zeros(*input_ids.shape, 4), torch.zeros(*input_ids.shape, 2, dtype=torch.int64)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ranks, self.linear = Ranks(), torch.nn.Linear(1, 1)
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return self.ranks(input_ids)
+
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    assert run_contexts(Model(), ["ranks"], ids)["ranks"].shape == (2, 4)
+    with pytest.raises(ValueError, match=r"'ranks:out\[1\]' carries whole numbers"):
+        run_contexts(Model(), ["ranks:out[1]"], ids)
 
 
 def test_the_head_and_upper_layers_are_hardly_ever_computed(lm: tuple[Any, Any], tmp_path: Path) -> None:

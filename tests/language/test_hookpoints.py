@@ -84,6 +84,61 @@ def test_tuples_are_read_and_written_in_their_first_element() -> None:
     assert extra == "extra"
 
 
+class Router(nn.Module):
+    """What it chose, and how; given both by position and by name."""
+
+    def forward(self, x: Tensor, weights: Tensor | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor, list[str]]:
+        assert weights is not None
+        return x * weights * scale, weights + 1, ["extra"]
+
+
+class Routed(nn.Module):
+    def __init__(self, named: bool = False) -> None:
+        super().__init__()
+        self.router, self.named = Router(), named
+
+    def forward(self, x: Tensor) -> Any:
+        return self.router(x, weights=x + 10, scale=2.0) if self.named else self.router(x, x + 10, 2.0)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_elements_of_tuples_and_arguments_are_read_and_written(named: bool) -> None:
+    model, x = Routed(named), torch.ones(2, 3)
+    places = ["router", "router:out[1]", "router:in", "router:in[1]"]
+    seen = capture(model, ["router:out[0]", "router:out[01]", "router:in[0]", "router:in[1]"], x)
+    assert list(seen) == places
+    for place, value in zip(places, (22.0, 12.0, 1.0, 11.0), strict=True):
+        assert torch.equal(seen[place], torch.full((2, 3), value)), place
+    with hooked(model, {"router:out[1]": lambda t: t * 0, "router:in[1]": lambda t: t - 10}):
+        first, second, extra = model(x)
+    assert torch.equal(first, torch.full((2, 3), 2.0)) and not second.any() and extra == ["extra"]
+
+
+@pytest.mark.parametrize(
+    ("hookpoint", "said"),
+    [
+        ("router:out[3]", r"returns 3 things, so router:out\[2\] is the last"),
+        ("router:out[2]", "carries no tensor but list"),
+        ("router:in[2]", "carries no tensor but float: the module was given 1 by position, weights=, scale="),
+        ("router:in[7]", "no tensor but NoneType"),
+    ],
+)
+def test_elements_that_are_not_there(hookpoint: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        capture(Routed(named=True), [hookpoint], torch.ones(2, 3))
+
+
+def test_a_tensor_has_no_elements() -> None:
+    with pytest.raises(ValueError, match="returns no tuple but a tensor; write '0'"):
+        capture(nn.Sequential(nn.Identity()), ["0:out[1]"], torch.ones(2, 3))
+
+
+def test_globs_of_paths_with_elements(model: Any) -> None:
+    """Brackets are a glob in the path, a number behind it."""
+    assert expand(model, "model.layers.[12].mlp:out[1]") == ["model.layers.1.mlp:out[1]", "model.layers.2.mlp:out[1]"]
+    assert expand(model, ["model.layers.*.mlp:out[0]"]) == [f"model.layers.{i}.mlp" for i in range(3)]
+
+
 def test_captured_values_survive_work_in_place() -> None:
     chain = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True))
     x = torch.tensor([-1.0, 2.0])
@@ -109,7 +164,9 @@ def test_unknown_names_suggest_the_nearest(model: Any, wrong: str) -> None:
         expand(model, wrong)
 
 
-@pytest.mark.parametrize("wrong", ["model.layers.1:output", ":in", ""])
+@pytest.mark.parametrize(
+    "wrong", ["model.layers.1:output", ":in", "", "a:out[x]", "a:out[-1]", "a:out[]", "a[1]:out[1", "a:b:in", "a:[1]"]
+)
 def test_malformed_hookpoints_are_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match="not a hookpoint"):
         Hookpoint.parse(wrong)

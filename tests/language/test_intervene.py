@@ -435,6 +435,8 @@ def test_a_place_that_nothing_reads_is_refused() -> None:
         if isinstance(returned[0], tuple):  # logits first, and the model goes by the weights behind them
             with pytest.raises(ValueError, match="nothing in the model reads what stands at"), intervene():
                 pass
+            with splice(model, {f"{gate}:out[1]": torch.zeros_like}):
+                assert not capture(model, ["model.layers.1.mlp"], input_ids=IDS)["model.layers.1.mlp"].any()
         else:
             with intervene():
                 pass

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apportion.language import load_model
 from apportion.language.hookpoints import capture, hooked
-from apportion.language.upper import UpperLayers
+from apportion.language.upper import UpperLayers, stack_below
 
 IDS = torch.tensor([[1, 5, 9, 7, 3, 2, 2, 8], [1, 4, 4, 8, 6, 0, 3, 3]])
 
@@ -112,3 +112,9 @@ def test_an_error_leaves_no_traces(model):
 def test_hookpoints_that_cannot_be(model, hookpoint, later, message):
     with pytest.raises(ValueError, match=message):
         UpperLayers(model, hookpoint, later)
+
+
+def test_what_a_layer_returns_beside_the_stream_is_no_stream() -> None:
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))})
+    assert len(stack_below(model, "layers.1")) == 2 and len(stack_below(model, "layers.1:in")) == 1
+    assert stack_below(model, "layers.1:out[1]") == stack_below(model, "layers.1:in[1]") == []

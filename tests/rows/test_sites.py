@@ -176,6 +176,9 @@ def test_hookpoints_of_a_cache_by_name_and_glob(folder: Path) -> None:
     ]  # fmt: skip
     assert choose_from(["a.0", "a.0:in", "b"], "*.0:in") == ["a.0:in"]
     assert choose_from(["a.0", "b"], "b:out") == ["b"]
+    elements = ["a.0:out[1]", "a.0", "a.1:out[1]", "a.1:in[1]"]
+    assert choose_from(elements, "a.*:out[1]") == ["a.0:out[1]", "a.1:out[1]"]
+    assert choose_from(elements, "a.[01]:out[0],a.1:in[1]") == ["a.0", "a.1:in[1]"]
     for wrong in ("model.layers.7", "model.*.mlp:in", f"{LAYERS[0]},x"):
         with pytest.raises(ValueError, match=r"choose among model.layers.0"):
             open_stores(folder, wrong)

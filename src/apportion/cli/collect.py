@@ -19,7 +19,8 @@ class Collect:
     model: Positional[str]
     """A transformers model: a local folder or a Hub id; embedded is the story model that comes with the package."""
     hookpoint: tuple[str, ...]
-    """Where to read: module paths such as model.layers.8, model.layers.8.mlp:in; globs such as model.layers.* work."""
+    """Where to read: module paths such as model.layers.8, model.layers.8.mlp:in, model.layers.8.mlp:out[1]; globs such
+    as model.layers.* work."""
     out: Path
     """The cache folder to create; one whose collection was interrupted or killed is gone on with."""
     append: bool = False

@@ -186,8 +186,10 @@ def from_hookpoint(hookpoint: str, model_type: str) -> str:
 def module_of(hookpoint: str, model_type: str | None) -> str | None:
     """The module whose output is what a hookpoint means; None if there is none, or if it is not known."""
     path, _, side = hookpoint.partition(":")
-    if side != "in":
+    if side in ("", "out"):
         return path
+    if side != "in":  # one of several things
+        return None
     if model_type not in LAYERS:
         return None
     found = re.fullmatch(re.escape(LAYERS[model_type]) + r"\.(\d+)(?:\.(\w+))?", path)

@@ -4,11 +4,13 @@ A hookpoint is the dotted path of a module, with the side of the module one mean
 
     model.layers.8            what the module returns (the same as ``model.layers.8:out``)
     model.layers.8.mlp:in     what the module is given: its first positional argument, or ``hidden_states=``
+    model.layers.8.mlp:out[1] an element of the tuple it returns, counted from 0; of ``:in`` an argument of its forward
     model.layers.*            a glob; each ``*`` stands for one dotted part and matches in the order of the model
 
-Modules may return a tensor or a tuple whose first element is the tensor; both are read and written alike. Everything
-here is plain PyTorch hooks, removed again whatever happens. `capture` leaves the forward pass as soon as the last
-wanted activation has been seen, so the layers above it and the language-model head are never computed.
+Modules may return a tensor or a tuple; without a number the tensor is meant, or the first element. Both are read and
+written alike. Everything here is plain PyTorch hooks, removed again whatever happens. `capture` leaves the forward pass
+as soon as the last wanted activation has been seen, so the layers above it and the language-model head are never
+computed.
 
 Compiled code (torch.compile, of a model, of parts of it, of a function around it) keeps no hooks; where hooks are in
 place it runs uncompiled, and nothing is compiled (with the hooks in it). A module that runs several times in a forward
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from apportion.language.passes import askable, modules_of, text_config
+from apportion.language.passes import askable, modules_of, parameters_of, text_config
 from apportion.rows.hookpoint import Hookpoint, matches, nearest_names
 
 
@@ -50,7 +52,7 @@ def expand(model: nn.Module, hookpoints: str | Iterable[str]) -> list[str]:
         if not hits:
             what = "no module that matches" if any(c in point.path for c in "*?[") else "no module"
             raise ValueError(f"the model has {what} {point.path!r}{nearest_names(point.path, names)}")
-        found |= dict.fromkeys(str(Hookpoint(name, point.side)) for name in hits)
+        found |= dict.fromkeys(str(point.at(name)) for name in hits)
     if not found:
         raise ValueError("no hookpoint was given: name at least one, for example 'model.layers.8'")
     return list(found)
@@ -70,33 +72,58 @@ def middle_layer(model: nn.Module) -> str:
     return f"{name}.{(length - 1) // 2}"
 
 
-def _first(value: Any, hookpoint: Hookpoint) -> Tensor:
+def _returned(value: Any, hookpoint: Hookpoint) -> Tensor:
     """The tensor in what a module returned."""
-    tensor = value[0] if isinstance(value, (tuple, list)) and value else value
+    tensor = value
+    if isinstance(value, (tuple, list)) and value:
+        if hookpoint.element >= len(value):
+            raise ValueError(
+                f"hookpoint {str(hookpoint)!r} does not exist: the module returns {len(value)} things, so "
+                f"{hookpoint.path}:out[{len(value) - 1}] is the last"
+            )
+        tensor = value[hookpoint.element]
+    elif hookpoint.element:
+        raise ValueError(
+            f"hookpoint {str(hookpoint)!r} does not exist: the module returns no tuple but {_kind(value)}; write "
+            f"{hookpoint.path!r}"
+        )
     if not isinstance(tensor, Tensor):
         raise ValueError(
-            f"hookpoint {str(hookpoint)!r} carries no tensor but {type(tensor).__name__}: "
-            "choose a module that returns a tensor, or a tuple that begins with one"
+            f"hookpoint {str(hookpoint)!r} carries no tensor but {_kind(tensor)}: choose a module that returns a "
+            f"tensor, or an element of a tuple that is one, as in '{hookpoint.path}:out[1]'"
         )
     return tensor
 
 
-def _with_first(value: Any, tensor: Tensor) -> Any:
+def _kind(value: Any) -> str:
+    return "a tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _with_returned(value: Any, tensor: Tensor, hookpoint: Hookpoint) -> Any:
     """What a module returned, with its tensor replaced."""
-    if isinstance(value, tuple):
-        return (tensor, *value[1:])
-    return [tensor, *value[1:]] if isinstance(value, list) else tensor
+    if not isinstance(value, (tuple, list)):
+        return tensor
+    elements = [*value[: hookpoint.element], tensor, *value[hookpoint.element + 1 :]]
+    return tuple(elements) if isinstance(value, tuple) else elements
 
 
-def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any], hookpoint: Hookpoint) -> Tensor:
-    """The tensor a module was given."""
-    tensor = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(tensor, Tensor):
+def _argument(module: nn.Module, hookpoint: Hookpoint, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
+    """Where among the arguments a module was given its tensor: a position, or a name. ValueError if there is none."""
+    names = dict(enumerate(parameters_of(module))) | {0: "hidden_states"}
+    place = hookpoint.element if hookpoint.element < len(args) else names.get(hookpoint.element, "")
+    given = args[place] if isinstance(place, int) else kwargs.get(place)
+    if isinstance(given, Tensor):
+        return place
+    if hookpoint.element:
+        got = f"{len(args)} by position" + "".join(f", {name}=" for name in kwargs)
         raise ValueError(
-            f"hookpoint {str(hookpoint)!r} has no input tensor (no positional argument and no "
-            "hidden_states=): choose another module"
+            f"hookpoint {str(hookpoint)!r} carries no tensor but {_kind(given)}: the module was given {got}; choose "
+            "one of these that is a tensor"
         )
-    return tensor
+    raise ValueError(
+        f"hookpoint {str(hookpoint)!r} has no input tensor (no positional argument and no "
+        "hidden_states=): choose another module"
+    )
 
 
 Change = Callable[[Tensor], Tensor | None]
@@ -106,14 +133,17 @@ def _attach(model: nn.Module, hookpoint: Hookpoint, change: Change) -> Removable
     """Call `change` with the tensor at the hookpoint in each forward pass; a tensor it returns replaces it."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        new = change(_input(args, kwargs, hookpoint))
+        place = _argument(module, hookpoint, args, kwargs)
+        new = change(args[place] if isinstance(place, int) else kwargs[place])
         if new is None:
             return None
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+        if isinstance(place, int):
+            return (*args[:place], new, *args[place + 1 :]), kwargs
+        return args, {**kwargs, place: new}
 
     def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
-        new = change(_first(result, hookpoint))
-        return None if new is None else _with_first(result, new)
+        new = change(_returned(result, hookpoint))
+        return None if new is None else _with_returned(result, new, hookpoint)
 
     module = module_at(model, hookpoint)
     if hookpoint.side == "in":

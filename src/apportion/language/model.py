@@ -275,6 +275,11 @@ def run_contexts(
                 f"hookpoint {name!r} has shape {tuple(x.shape)} for {tuple(ids.shape)} tokens: choose a "
                 "module with one vector per token"
             )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"hookpoint {name!r} carries whole numbers ({x.dtype}), such as ids of tokens or experts, and no "
+                "activations: choose another module, or another element of what it returns"
+            )
     return {name: by_context(x, ids.shape).flatten(0, 1) for name, x in seen.items()}
 
 

@@ -106,7 +106,9 @@ def _place(model: nn.Module, hookpoint: str) -> tuple[str, list[nn.Module], int]
     point = Hookpoint.parse(hookpoint)
     name, _, index = point.path.rpartition(".")
     stack = dict(model.named_modules()).get(name)
-    return (name, list(stack), int(index) + (point.side == "out")) if isinstance(stack, nn.ModuleList) else ("", [], 0)
+    if not isinstance(stack, nn.ModuleList) or point.element:  # what else a layer is given or returns is no stream
+        return "", [], 0
+    return name, list(stack), int(index) + (point.side == "out")
 
 
 @contextmanager

@@ -2,39 +2,49 @@
 
 model.layers.8            what the module returns (the same as ``model.layers.8:out``)
 model.layers.8.mlp:in     what the module is given
-model.layers.*            a glob; each ``*`` stands for one dotted part
+model.layers.8.mlp:out[1] the second thing it returns, counted from 0; ``:out[0]`` is ``:out``
+model.layers.*            a glob of paths; each ``*`` stands for one dotted part
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-SIDES = ("in", "out")
+FORM = re.compile(r"([^:]+)(?::(in|out)(?:\[([0-9]{1,4})\])?)?")
+"""A path, which may hold the brackets of a glob; a side; which of the things that are given or returned there."""
 
 
 @dataclass(frozen=True)
 class Hookpoint:
-    """A module path and a side of that module."""
+    """A module path, a side of that module, and which of its arguments or of the elements of a tuple it returns."""
 
     path: str
     side: str = "out"
+    element: int = 0
 
     @staticmethod
     def parse(text: str) -> Hookpoint:
-        """Read "path" or "path:side"; ValueError for anything else."""
-        path, colon, side = text.partition(":")
-        side = side if colon else "out"
-        if not path or side not in SIDES:
+        """Read "path", "path:side" or "path:side[element]"; ValueError for anything else."""
+        found = FORM.fullmatch(text)
+        if found is None:
             raise ValueError(
-                f"{text!r} is not a hookpoint: write a module path such as 'model.layers.8' "
-                "(its output) or 'model.layers.8.mlp:in' (its input)"
+                f"{text!r} is not a hookpoint: write a module path such as 'model.layers.8' (its output), "
+                "'model.layers.8.mlp:in' (its input) or 'model.layers.8.mlp:out[1]' (the second thing it returns)"
             )
-        return Hookpoint(without_compiling(path), side)
+        path, side, element = found.groups()
+        return Hookpoint(without_compiling(path), side or "out", int(element or 0))
+
+    def at(self, path: str) -> Hookpoint:
+        """The same place of another module."""
+        return replace(self, path=path)
 
     def __str__(self) -> str:
+        if self.element:
+            return f"{self.path}:{self.side}[{self.element}]"
         return self.path if self.side == "out" else f"{self.path}:{self.side}"
 
 
@@ -64,7 +74,9 @@ def choose_from(names: Iterable[str], wanted: str) -> list[str]:
     for text in wanted.split(","):
         point = Hookpoint.parse(text.strip())
         points = {name: Hookpoint.parse(name) for name in known}
-        hits = [n for n, p in points.items() if p.side == point.side and (p == point or matches(p.path, point.path))]
+        hits = [
+            n for n, p in points.items() if p == point or (p.at(point.path) == point and matches(p.path, point.path))
+        ]
         if not hits:
             raise ValueError(f"there is no hookpoint {str(point)!r}: choose among {', '.join(known)}")
         found |= dict.fromkeys(hits)
