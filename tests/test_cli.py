@@ -250,7 +250,7 @@ def test_one_sae_for_all_layers(layers: Path, text: Path, tmp_path: Path, capsys
     assert 0 < statistics["mass"]["activity"]["rel_latent"] <= 1 and statistics["num_layers"] == 3
     one = evaluated(run, tmp_path, "--hookpoint", LAYERS[1])
     assert one["fvu"] == pytest.approx(rows["layers"][LAYERS[1]]["fvu"], rel=1e-3) and one["hookpoint"] == LAYERS[1]
-    inside = evaluated(run, tmp_path, "--hookpoint", LAYERS[1], "--text", str(text), "--tokens", "1k")
+    inside = evaluated(run, tmp_path, "--hookpoint", "blocks.1.hook_resid_post", "--text", str(text), "--tokens", "1k")
     assert "delta_ce" in inside
     capsys.readouterr()
     assert main(["eval", str(run), "--text", str(text)]) == 2

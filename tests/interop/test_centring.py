@@ -15,8 +15,9 @@ from safetensors.torch import save
 from test_sae_lens import METADATA, forward, settings_of, tensors_of, write
 
 import apportion as ap
-from apportion.interop.hook_names import LAYER_NORM, LAYERS, STREAM, WITHIN, is_centred, to_hookpoint
+from apportion.interop.hook_names import LAYER_NORM, is_centred
 from apportion.interop.releases import CENTRED, RELEASES
+from apportion.language.hook_names import LAYERS, STREAM, WITHIN, to_hookpoint
 from apportion.language.hookpoints import hooked
 
 CENTRE = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}

@@ -317,9 +317,9 @@ class TestFolding:
 
 NAMES = {
     "an MLP": ("model.layers.3.mlp:in", "model.layers.3.mlp", "blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out"),
-    "no name": ("model.layers.3.mlp.gate_proj", "model.layers.3.mlp",
-                "model.layers.3.mlp.gate_proj", "model.layers.3.mlp"),
-    "one name": ("model.layers.3", "model.layers.3.mlp.gate_proj", "model.layers.3", "model.layers.3.mlp.gate_proj"),
+    "no name": ("model.layers.3.mlp.act_fn", "model.layers.3.mlp",
+                "model.layers.3.mlp.act_fn", "model.layers.3.mlp"),
+    "one name": ("model.layers.3", "model.layers.3.mlp.act_fn", "model.layers.3", "model.layers.3.mlp.act_fn"),
 }  # fmt: skip
 
 
@@ -372,7 +372,7 @@ class TestModelClass:
             ValueError, match=r"AutoModelForCausalLM has no hook for model\.layers\.5\.self_attn\.o_proj"
         ):
             ap.export(heads, tmp_path / "a", "sae_lens", model_class_name="AutoModelForCausalLM")
-        other = trained("mutual_choice", hookpoint="model.layers.5.mlp.gate_proj")
+        other = trained("mutual_choice", hookpoint="model.layers.5.mlp.act_fn")
         other.info = dict(sae.info)
         with pytest.raises(ValueError, match="HookedTransformer has no hook for"):
             ap.export(other, tmp_path / "a", "sae_lens", model_class_name="HookedTransformer")

@@ -20,7 +20,7 @@ class Collect:
     """A transformers model: a local folder or a Hub id; embedded is the story model that comes with the package."""
     hookpoint: tuple[str, ...]
     """Where to read: module paths such as model.layers.8, model.layers.8.mlp:in, model.layers.8.mlp:out[1]; globs such
-    as model.layers.* work."""
+    as model.layers.* work, and names of TransformerLens such as blocks.8.attn.hook_z."""
     out: Path
     """The cache folder to create; one whose collection was interrupted or killed is gone on with."""
     append: bool = False

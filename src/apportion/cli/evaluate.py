@@ -79,6 +79,10 @@ class Eval:
                 store = None if folder is None else self._store(folder, sae)
                 evaluators(self._evals, Subject(sae, store, model=True if takes_model else None))
         loaded = self._load(saes) if takes_model else (None, None, "")
+        if loaded[0] is not None and self.hookpoint is not None:
+            from apportion.language.hookpoints import place_in
+
+            self.hookpoint = str(place_in(loaded[0], self.hookpoint))
         results, table, measurements = {}, {}, {}
         for name, sae in saes.items():
             measurement, figures, others = self._in_model(sae, *loaded) if in_model else self._on_rows(sae, loaded[0])

@@ -31,7 +31,7 @@ from apportion.evals.figures import FIGURES
 from apportion.evals.measure import Measurement
 from apportion.evals.rows import Anew
 from apportion.language.effect import check_read
-from apportion.language.hookpoints import capture, hooked
+from apportion.language.hookpoints import capture, hooked, place_in
 from apportion.language.model import predicts_next, run_contexts
 from apportion.language.passes import by_context, parameters_of
 from apportion.metrics import recovered
@@ -97,8 +97,8 @@ def evaluate_model(
     `attention_mask` is False for padding; None: there is none. The model is run in eval mode. ValueError for a
     hookpoint that nothing in the model reads.
     """
-    filters = {hookpoint: token_filter} | ({} if target is None else dict([target]))
-    *_, replaced = filters
+    filters = _filters(model, (hookpoint, token_filter), target)
+    hookpoint, replaced = next(iter(filters)), next(reversed(filters))
     check_read(model, replaced)
     predicts = predicts_next(model)
     if not predicts:
@@ -207,7 +207,8 @@ def recalibrate_in_model(
 
     Arguments as in `evaluate_model`.
     """
-    filters = {hookpoint: token_filter} | ({} if target is None else dict([target]))
+    filters = _filters(model, (hookpoint, token_filter), target)
+    hookpoint = next(iter(filters))
 
     def rows() -> Iterator[Tensor]:
         for ids in contexts.split(batch_contexts):
@@ -218,6 +219,11 @@ def recalibrate_in_model(
             yield x[torch.stack(kept).all(0)]
 
     return sae.calibrate(Anew(rows))
+
+
+def _filters(model: Any, *places: tuple[str, TokenFilter] | None) -> dict[str, TokenFilter]:
+    """The token filter of each hookpoint, by canonical name."""
+    return {str(place_in(model, place[0])): place[1] for place in places if place is not None}
 
 
 def _mean_row(sums: list[Float[Tensor, " d"]], masks: list[Bool[Tensor, "n context_tokens"]]) -> Float[Tensor, " d"]:

@@ -27,11 +27,12 @@ import torch
 
 from apportion.disk import replacing, write_json
 from apportion.interop.folding import fold_b_dec
-from apportion.interop.hook_names import LAYERS, about_model, family_of, hub_name
+from apportion.interop.hook_names import about_model, family_of, hub_name
 from apportion.interop.parts import Parts
 from apportion.interop.peek import first_file, names_in, settings_in
 from apportion.interop.reading import Tensors, read_pt, tensor_dict
 from apportion.interop.writing import SAVE, carried, check_fits, dict_of, layer_of, model_of, over, stored
+from apportion.language.hook_names import LAYERS
 
 FILES = ["ae.pt", "ae_*.pt"]
 CLASSES = {

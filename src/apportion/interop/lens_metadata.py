@@ -14,9 +14,10 @@ from importlib.metadata import version
 from typing import Any
 
 from apportion.interop.contexts import metadata_of_contexts
-from apportion.interop.hook_names import from_hookpoint, module_of, origin
+from apportion.interop.hook_names import origin
 from apportion.interop.parts import Parts
 from apportion.interop.writing import carried, dict_of, model_of
+from apportion.language.hook_names import from_hookpoint, module_of
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,12 @@ from typing import Any
 
 from apportion.disk import read_json, write_json, write_tensors
 from apportion.interop.folding import fold_b_dec
-from apportion.interop.hook_names import LAYERS, about_model, family_of
+from apportion.interop.hook_names import about_model, family_of
 from apportion.interop.parts import Parts
 from apportion.interop.peek import beside, first_file, settings_in
 from apportion.interop.reading import Tensors, file_in, read_safetensors
 from apportion.interop.writing import SAVE, carried, check_fits, over, stored
+from apportion.language.hook_names import LAYERS
 
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from apportion.disk import occupied
-from apportion.interop.hook_names import LAYERS, family_of_model
+from apportion.interop.hook_names import family_of_model
 from apportion.interop.parts import Kind, Parts
+from apportion.language.hook_names import LAYERS
 from apportion.trust import resolved
 
 SAVE = "save it in ours with sae.save"

@@ -17,9 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from apportion.language.hookpoints import Change, hooked, module_at
+from apportion.language.hookpoints import Change, hooked, module_at, place_in
 from apportion.language.passes import inputs_for, parameters_of
-from apportion.rows.hookpoint import Hookpoint
 from apportion.torch_state import in_eval_mode
 
 logger = logging.getLogger(__name__)
@@ -36,11 +35,11 @@ def check_read(model: nn.Module, hookpoint: str) -> None:
 
     A model that cannot be run on token ids alone is not tried.
     """
-    name = str(Hookpoint.parse(hookpoint))
+    name = str(point := place_in(model, hookpoint))
     known, seen = _read.setdefault(model, set()), list[Tensor]()
     if name in known or not _takes_tokens(model):
         return
-    if _never_runs(module_at(model, Hookpoint.parse(name))):
+    if _never_runs(module_at(model, point)):
         raise ValueError(f"{name!r} holds modules and is none that runs: choose one of them, such as {name + '.0'!r}")
 
     def noisy(x: Tensor) -> Tensor | None:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from apportion.language.hook_names import EMBEDDINGS, SCALED, is_foreign, to_hookpoint
 from apportion.language.passes import askable, modules_of, parameters_of, text_config
 from apportion.rows.hookpoint import Hookpoint, matches, nearest_names
 
@@ -42,12 +43,43 @@ def module_at(model: nn.Module, hookpoint: Hookpoint) -> nn.Module:
     return modules[hookpoint.path]
 
 
+def place_in(model: nn.Module, name: str) -> Hookpoint:
+    """The hookpoint that `name` stands for in the model: one as it is, or a name of TransformerLens or interp-engine.
+
+    A module of that name goes first. ValueError for a name that has no module in this model.
+    """
+    point = Hookpoint.parse(name)
+    if not is_foreign(name) or name in (modules := modules_of(model)):
+        return point
+    family = model_family(model)
+    if name in EMBEDDINGS:
+        if name == "hook_embed" and family in SCALED:
+            raise ValueError(f"{family} models scale what {name!r} names: use 'blocks.0.hook_resid_pre'")
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        found = [path for path, module in modules.items() if module is embedding]
+        if not found:
+            raise ValueError(f"{type(model).__name__} does not say what embeds its tokens: give the path of a module")
+        return Hookpoint(found[0])
+    return Hookpoint.parse(to_hookpoint(name, family, layer_stack(model)[0]))
+
+
+def model_family(model: nn.Module) -> str:
+    """The type of the model, or of its part that reads text, by which places have names (hook_names.py)."""
+    config = text_config(model)
+    kind = str(getattr(config, "model_type", type(model).__name__))
+    behind = not getattr(config, "do_layer_norm_before", True)  # the smallest OPT norms behind its sums
+    return f"{kind} (norms behind the sums)" if behind else kind
+
+
 def expand(model: nn.Module, hookpoints: str | Iterable[str]) -> list[str]:
-    """The canonical names of `hookpoints` with globs expanded in the order of the model, each name once."""
+    """The canonical names of `hookpoints` with globs expanded in the order of the model, each name once.
+
+    They may be names that other libraries use, see `place_in`.
+    """
     names = [name for name in modules_of(model) if name]
     found: dict[str, None] = {}
     for text in [hookpoints] if isinstance(hookpoints, str) else hookpoints:
-        point = Hookpoint.parse(text)
+        point = place_in(model, text)
         hits = [name for name in names if name == point.path or matches(name, point.path)]
         if not hits:
             what = "no module that matches" if any(c in point.path for c in "*?[") else "no module"
@@ -59,17 +91,23 @@ def expand(model: nn.Module, hookpoints: str | Iterable[str]) -> list[str]:
 
 
 def middle_layer(model: nn.Module) -> str:
-    """The hookpoint at the output of the middle layer: of the list of modules that is as long as the model has layers,
-    else of the longest; in the text tower if there are several towers, in the encoder if there is a decoder too."""
+    """The hookpoint at the output of the middle layer."""
+    name, length = layer_stack(model)
+    return f"{name}.{(length - 1) // 2}"
+
+
+def layer_stack(model: nn.Module) -> tuple[str, int]:
+    """The path of the list of layers, and how many there are: of the list of modules that is as long as the model has
+    layers, else the longest; in the text tower if there are several towers, in the encoder if there is a decoder."""
     stacks = [(len(m), name) for name, m in modules_of(model).items() if isinstance(m, nn.ModuleList) and len(m)]
     if (text := text_config(model)) is not getattr(model, "config", None):
         towers = [n for n, m in modules_of(model).items() if n and getattr(m, "config", None) is text]
         stacks = [s for s in stacks if any(s[1].startswith(f"{tower}.") for tower in towers)] or stacks
     if not stacks:
-        raise ValueError(f"{type(model).__name__} has no list of layers to find the middle of: give a hookpoint")
+        raise ValueError(f"{type(model).__name__} has no list of layers: give a hookpoint, as the path of a module")
     layers = getattr(text, "num_hidden_layers", None)
     length, name = next((stack for stack in stacks if stack[0] == layers), max(stacks, key=lambda stack: stack[0]))
-    return f"{name}.{(length - 1) // 2}"
+    return name, length
 
 
 def _returned(value: Any, hookpoint: Hookpoint) -> Tensor:
@@ -158,7 +196,7 @@ def hooked(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
     A function that returns None only looks. The hooks are removed at the end of the block, also after an exception.
     ValueError in a forward pass that runs a hookpoint's module more than once.
     """
-    points = {text: Hookpoint.parse(text) for text in changes}
+    points = {text: place_in(model, text) for text in changes}
     with ExitStack() as stack:
         once = stack.enter_context(_once_each(model, [point.path for point in points.values()]))
         for text, change in changes.items():
@@ -217,7 +255,7 @@ def capture(
 
     With `stop` the pass ends as soon as all of them have been seen, in whatever order they were given.
     """
-    names = [str(Hookpoint.parse(text)) for text in hookpoints]
+    names = [str(place_in(model, text)) for text in hookpoints]
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, tensor: Tensor) -> None:

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from apportion.about import About
 from apportion.language.effect import check_read
-from apportion.language.hookpoints import hooked
-from apportion.language.passes import Watch, watched
+from apportion.language.hook_names import reaches_all
+from apportion.language.hookpoints import hooked, model_family, place_in
+from apportion.language.passes import Watch, modules_of, watched
 from apportion.rows.filter import TokenFilter, trained_filter
-from apportion.rows.hookpoint import Hookpoint
 
 Mask = Bool[Tensor, "*lead"] | Callable[[Tensor], Tensor]
 """Which rows to change: a tensor in the leading shape of x, or a function of x that makes one."""
@@ -95,7 +95,8 @@ def splice(
     with ExitStack() as stack:
         changes: dict[str, Callable[[Tensor], Tensor]] = {}
         sources: list[_Source] = []
-        for name, sae in saes.items():
+        for given, sae in saes.items():
+            name = place_to_change(model, given)
             _check_place(name, sae)
             places = [name, str(cast(Any, sae).hookpoint)] if getattr(sae, "needs_target", False) else [name]
             check_read(model, name)
@@ -145,6 +146,20 @@ class _Source:
         return x
 
 
+def place_to_change(model: nn.Module, name: str) -> str:
+    """The canonical name of a hookpoint, for a change that is to reach all that reads what stands there.
+
+    ValueError for another library's name of a sum that is kept past the module of its hookpoint.
+    """
+    place = place_in(model, name)
+    if name in modules_of(model) or reaches_all(name, model_family(model)):
+        return str(place)
+    raise ValueError(
+        f"what {name!r} means can be read at {str(place)!r} but not changed: only the MLP gets it from there. Choose "
+        f"the output of the block, or give {str(place)!r} itself to change what the MLP reads"
+    )
+
+
 def _check_place(name: str, sae: Any) -> None:
     """Refuse a place where this SAE cannot be put."""
     if len(getattr(sae, "row_shape", (1,))) > 1:
@@ -155,7 +170,7 @@ def _check_place(name: str, sae: Any) -> None:
         return
     if sae.hookpoint is None:
         raise ValueError(f"the {sae.name} does not say what it reads: create it with hookpoint='model.layers.8.mlp:in'")
-    target, name = sae.target_hookpoint, str(Hookpoint.parse(name))
+    target = sae.target_hookpoint
     if name != target and (target is not None or name == sae.hookpoint):
         raise ValueError(
             f"the {sae.name} reads {sae.hookpoint!r} and predicts {target or 'another place'!r}, not {name!r}: "
@@ -171,7 +186,7 @@ def rows_at(
 
     `mask` as in `splice`; "filter" is the token filter that `sae` was trained with (at that hookpoint, if at several).
     """
-    place = str(Hookpoint.parse(hookpoint))
+    place = str(place_in(model, hookpoint))
     token_filter = trained_filter(_about(sae), place) if isinstance(mask, str) else None
     with watched(model, place) as watch:
         if token_filter is not None:
@@ -295,6 +310,7 @@ def steer(
         change = code * (scale - 1) if scale is not None else cast(float, clamp) - code
         return x + (change[..., None] * direction / sae.scale).to(x.dtype)
 
+    place = place_to_change(model, place)
     check_read(model, place)
     with rows_at(model, place, mask=mask) as rows_of, hooked(model, {place: lambda x: on_rows(x, rows_of(x), push)}):
         yield

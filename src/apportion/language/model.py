@@ -23,7 +23,7 @@ from apportion import embedded
 from apportion.answers import out_of_memory
 from apportion.disk import check_may_open
 from apportion.extras import need
-from apportion.language.hookpoints import capture
+from apportion.language.hookpoints import capture, place_in
 from apportion.language.passes import by_context, inputs_for, modules_of, parameters_of, text_config
 from apportion.rows.filter import row_norms
 from apportion.rows.hookpoint import Hookpoint
@@ -261,11 +261,13 @@ def _check_encoder(model: Any, hookpoints: list[str]) -> None:
 def run_contexts(
     model: nn.Module, hookpoints: list[str], ids: Int[Tensor, "n context_tokens"], whole: bool = False
 ) -> dict[str, Float[Tensor, "rows d_in"]]:
-    """The activations of a few contexts at each hookpoint, one row per token, in the model's dtype and eval mode.
+    """The activations of a few contexts at each hookpoint, one row per token, in the model's dtype and eval mode; by
+    canonical name.
 
     The pass ends at the last hookpoint, unless it is to be `whole`: then ValueError for a hookpoint that the model runs
     several times. So the first pass of a long work is a whole one, over a few tokens.
     """
+    hookpoints = [str(place_in(model, name)) for name in hookpoints]
     _check_encoder(model, hookpoints)
     with torch.inference_mode(), in_eval_mode(model):
         seen = capture(model, hookpoints, stop=not whole, **inputs_for(model, ids))
@@ -285,7 +287,8 @@ def run_contexts(
 
 def width_at(model: nn.Module, hookpoint: str) -> int:
     """The width of the activations at a hookpoint, found by a pass over two tokens."""
-    return run_contexts(model, [hookpoint], torch.zeros(1, 2, dtype=torch.int64), whole=True)[hookpoint].shape[1]
+    name = str(place_in(model, hookpoint))
+    return run_contexts(model, [name], torch.zeros(1, 2, dtype=torch.int64), whole=True)[name].shape[1]
 
 
 def check_context_tokens(model: Any, context_tokens: int) -> None:
