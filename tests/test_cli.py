@@ -251,7 +251,7 @@ def test_one_sae_for_all_layers(layers: Path, text: Path, tmp_path: Path, capsys
     one = evaluated(run, tmp_path, "--hookpoint", LAYERS[1])
     assert one["fvu"] == pytest.approx(rows["layers"][LAYERS[1]]["fvu"], rel=1e-3) and one["hookpoint"] == LAYERS[1]
     inside = evaluated(run, tmp_path, "--hookpoint", "blocks.1.hook_resid_post", "--text", str(text), "--tokens", "1k")
-    assert "delta_ce" in inside
+    assert "delta_ce" in inside and inside["hookpoint"] == LAYERS[1]
     capsys.readouterr()
     assert main(["eval", str(run), "--text", str(text)]) == 2
     assert "--hookpoint" in capsys.readouterr().err
