@@ -257,6 +257,25 @@ def test_one_sae_for_all_layers(layers: Path, text: Path, tmp_path: Path, capsys
     assert "--hookpoint" in capsys.readouterr().err
 
 
+def test_work_that_goes_on_keeps_the_precision_that_was_chosen(
+    tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apportion.language import precision
+
+    times = {"bfloat16": 1.0, "float32": 2.0}
+    monkeypatch.setattr(precision, "seconds", lambda model, *_, **settings: times[precision.dtype_of(model)])
+    options = [str(tiny_model_dir), "--hookpoint", "resid_post.1", "--text", str(text), "--model-dtype", "auto"]
+    collected = ["collect", *options, "--context-tokens", "32", "--out", str(tmp_path / "acts"), "--append"]
+    train = ["train", *options, "--k", "4", "--d-sae", "64", "--batch-tokens", "256", "--tokens", "1k",
+             "--context-tokens", "32", "--out", str(tmp_path / "run")]  # fmt: skip
+    assert main([*collected, "--tokens", "640"]) == main(train) == 0
+    times["bfloat16"] = 3.0
+    assert main([*collected, "--tokens", "1280"]) == main([*train, "--requeue"]) == 0
+    assert json.loads((tmp_path / "acts" / "manifest.json").read_text())["model_dtype"] == "bfloat16"
+    source = json.loads((tmp_path / "run" / "run.json").read_text())["source"]
+    assert source["model_dtype"] == source["dtype"] == "bfloat16"
+
+
 def test_train_on_a_model_without_a_cache(tiny_model_dir: Path, text: Path, tmp_path: Path) -> None:
     options = ["--hookpoint", "model.layers.0.mlp:in", "--text", str(text), "--tokens", "2k", "--context-tokens", "32"]
     assert train(tiny_model_dir, tmp_path / "live", *options) == 0

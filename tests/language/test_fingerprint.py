@@ -171,3 +171,24 @@ def test_records_are_compared_wherever_they_lie(model: Any, known: ModelRecord) 
     check_same_model({"model": known}, {"model": model_fingerprint(model)}, "it")
     with pytest.raises(ValueError, match="it belongs to another model"):
         check_same_model({"model": known}, replace(known, hidden_size=5), "it")
+
+
+class Packed(torch.Tensor):
+    """As torchao has them: what they hold is seen by `dequantize`, and they cannot be laid out anew."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.flatten:
+            raise NotImplementedError("aten.view")
+        if function is torch.Tensor.dequantize:
+            return args[0].as_subclass(torch.Tensor) / 2
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_quantised_weights_are_told_by_what_they_stand_for(model: Any) -> None:
+    plain, packed = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        plain.lm_head.weight.div_(2)
+    packed.lm_head.weight = torch.nn.Parameter(packed.lm_head.weight.detach().as_subclass(Packed), requires_grad=False)
+    digests = [model_fingerprint(one).weights_sha256 for one in (plain, packed, model)]
+    assert digests[0] == digests[1] != digests[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation, Overflow
 from pathlib import Path
 from shlex import quote
@@ -136,8 +136,9 @@ class Filter:
 class Model:
     """How a language model is loaded."""
 
-    model_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision in which the language model runs; default: float32, or what an SAE was trained with."""
+    model_dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
+    """Precision in which the language model runs; auto: bfloat16 where that is not slower than float32; default:
+    float32, or what an SAE was trained with."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU if there is one."""
     device_map: str | None = None
@@ -156,7 +157,11 @@ class Model:
 
         options = ("device_map", "attn_implementation", "auto_class", "trust_remote_code")
         given: dict[str, Any] = {option: getattr(self, option) for option in options}
-        return load_model(name, self.model_dtype or dtype or "float32", device=best_device(self.device), **given)
+        return load_model(name, self.model_dtype or dtype, device=best_device(self.device), **given)
+
+    def load_again(self, name: str, before: str | None) -> tuple[Any, Any]:
+        """For work that may go on: auto is what was chosen `before`, if there was a choice."""
+        return (replace(self, model_dtype=before) if self.model_dtype == "auto" and before else self).load(name)
 
 
 def best_device(name: str) -> str:

@@ -62,8 +62,8 @@ class Collect:
         from apportion.rows.writer import cache_at
 
         source = self.corpus.source(self.model)
-        cache_at(self.out, self.append)
-        model, tokenizer = self.loading.load(self.model)
+        found = cache_at(self.out, self.append) or {}
+        model, tokenizer = self.loading.load_again(self.model, found.get("model_dtype"))
         options = ("tokens", "out", "context_tokens", "batch_contexts", "dtype", "bos", "append")
         given = {name: getattr(self, name) for name in options}
         return collect(model, tokenizer, self.hookpoint, source, **given, token_filter=self.filter.token_filter())

@@ -208,7 +208,7 @@ class TrainBase:
             raise ValueError("To train on a model give --hookpoint and --tokens (and --text or --dataset).")
         need("Training on a model", "transformers", *self.corpus.packages)
         text = self.corpus.source(self.source)
-        model, tokenizer = self.loading.load(self.source)
+        model, tokenizer = self.loading.load_again(self.source, self._model_dtype_before())
         expand(model, self.hookpoint)
         wanted = int(self.tokens / max(1 - self.held_out_share, 1e-9) * 1.05) + self.context_tokens
         contexts = read_contexts(tokenizer, text, tokens=wanted, context_tokens=self.context_tokens)
@@ -222,6 +222,12 @@ class TrainBase:
             seed=self.order_seed,
             text=text.describe(),
         )
+
+    def _model_dtype_before(self) -> str | None:
+        """In which precision the model ran in the run that goes on."""
+        from apportion.training.run import RUN, read_run
+
+        return read_run(self.out)["source"].get("dtype") if (self.out / RUN).exists() else None
 
 
 def train_command(name: str, allocation: str | None = None, objective: str = TrainBase.training_objective) -> type:

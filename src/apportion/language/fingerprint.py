@@ -55,9 +55,17 @@ def _weights_digest(model: Any) -> str:
         if weights.is_meta:
             continue
         at = torch.linspace(0, weights.numel() - 1, SAMPLES, dtype=torch.float64).long()
-        sample = weights.detach().flatten()[at.to(weights.device)].float().bfloat16().float().cpu()
+        sample = _flat(weights.detach())[at.to(weights.device)].float().bfloat16().float().cpu()
         parts.append(f"{list(weights.shape)} {sample.tolist()}")
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+
+def _flat(weights: Tensor) -> Tensor:
+    """One number after the other; those of quantised weights that are tensors of a kind of their own are made first."""
+    try:
+        return weights.flatten()
+    except NotImplementedError:
+        return weights.dequantize().flatten()
 
 
 @torch.no_grad()

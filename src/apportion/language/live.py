@@ -23,6 +23,7 @@ from apportion.about import About, Language, TextRecord
 from apportion.language.fingerprint import model_fingerprint, tokenizer_fingerprint
 from apportion.language.hookpoints import expand
 from apportion.language.model import check_context_tokens, check_finite, run_contexts
+from apportion.language.precision import dtype_of
 from apportion.language.tokens import begin_with_bos, check_ids, special_ids, vocabulary_size
 from apportion.rows.batch import Batch, joined, regrouped
 from apportion.rows.filter import FIT_ROWS, REASONS, TokenFilter, row_norms
@@ -192,7 +193,7 @@ class LiveSource:
             kind=self.kind,
             hookpoint=self.hookpoint,
             d_in=self.d_in,
-            dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            dtype=dtype_of(self.model),
             filter=self.filter.to_dict(),
             median_norm=self.filter.median_norm,
             filtered=dict(self._filtered),
@@ -204,6 +205,7 @@ class LiveSource:
             seed=self.seed,
             language=Language(
                 model=model_fingerprint(self.model),
+                model_dtype=dtype_of(self.model),
                 tokenizer=tokenizer_fingerprint(self.tokenizer),
                 text=replace(self._text, contexts=len(self.contexts)),
                 bos_prepended=begin_with_bos(self.tokenizer, self.contexts),

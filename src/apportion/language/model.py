@@ -25,6 +25,7 @@ from apportion.disk import check_may_open
 from apportion.extras import need
 from apportion.language.hookpoints import capture, place_in
 from apportion.language.passes import by_context, inputs_for, modules_of, parameters_of, text_config
+from apportion.language.precision import is_quantised, not_slower
 from apportion.rows.filter import row_norms
 from apportion.rows.hookpoint import Hookpoint
 from apportion.rows.layout import torch_dtype
@@ -37,6 +38,8 @@ TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "voc
 """Files that a folder with a tokenizer has, one of them at least."""
 PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 """Where one is set, it knows names that this machine does not."""
+AUTO = "auto"
+"""Of dtypes: bfloat16 where it is not slower."""
 ASKED = "trust_remote_code"
 """What transformers tells to pass where a checkpoint has code of its own, in every version."""
 
@@ -44,7 +47,7 @@ ASKED = "trust_remote_code"
 @usual()
 def load_model(
     name_or_folder: str | Path,
-    dtype: str = "float32",
+    dtype: str | None = None,
     *,
     device: str | None = None,
     device_map: str | None = None,
@@ -56,6 +59,9 @@ def load_model(
 
     "embedded" is the small model inside this package. It keeps that name, so a manifest means the same everywhere.
 
+    `dtype` is float32 unless another one is given; of a quantised checkpoint it is the one that was saved. "auto" takes
+    bfloat16 where that is not slower than float32 on this machine, which is tried (precision.py).
+
     The auto class is the one of the checkpoint's own architecture (AutoModelForCausalLM, AutoModelForSeq2SeqLM,
     AutoModel for an encoder, ...) unless `auto_class` names another. The tokenizer is None where there is none: token
     ids can be given in place of text. ValueError for what cannot be loaded, and for weights that the checkpoint does
@@ -64,20 +70,54 @@ def load_model(
     A checkpoint may bring code of its own. It is run only with `trust_remote_code`, and nobody is asked on the way; and
     weights in pickles are read as numbers only (transformers does so by itself).
     """
-    asked = {"dtype": torch_dtype(dtype), "device_map": device_map, "attn_implementation": attn_implementation}
+    if dtype not in (None, AUTO):
+        torch_dtype(dtype)
     need("A language model", "transformers", *([] if device_map is None else ["accelerate"]))
     name, where = _place(name_or_folder)
     import transformers  # heavy
 
-    of = {"local_files_only": True} if _only_cached(where) else {}
-    options = {"output_loading_info": True} | {name: value for name, value in asked.items() if value is not None}
+    of: dict[str, Any] = {"local_files_only": True} if _only_cached(where) else {}
+    of["trust_remote_code"] = trust_remote_code
+    with _said_of(name, where, trust_remote_code):
+        config = transformers.AutoConfig.from_pretrained(where, **of)
+        if attn_implementation is None and not trust_remote_code and _fetches_kernels(config):
+            raise _brings_code(name)
+        kind = _auto_class(transformers, config, auto_class)
+    quantised = is_quantised(config)
+    if quantised and device not in (None, "cpu") and device_map is None:
+        need("A quantised model", "accelerate")
+        device_map = device  # many of them cannot be moved once they are loaded
+    asked = {"device_map": device_map, "attn_implementation": attn_implementation}
+    of |= {option: value for option, value in asked.items() if value is not None}
+
+    def loaded(dtype: str) -> Any:
+        saved_or = AUTO if dtype == AUTO else torch_dtype(dtype)  # "auto" of transformers: as it was saved
+        with _said_of(name, where, trust_remote_code):
+            model, loading = kind.from_pretrained(where, **of, dtype=saved_or, output_loading_info=True)
+        _check_complete(model, sorted(loading["missing_keys"]), name)
+        if device is not None and device_map is None:
+            model.to(device)
+        return model.eval().requires_grad_(False)
+
+    if dtype == AUTO and not quantised:
+        model = not_slower(loaded, on_gpu=device_map is not None or str(device).startswith("cuda"))
+    else:
+        model = loaded(dtype or (AUTO if quantised else "float32"))
+    tokenizer = _tokenizer(transformers, name, where, trust_remote_code)
+    if tokenizer is None:
+        logger.warning("%s has no tokenizer: give token ids in place of text", name)
+    else:
+        tokenizer.name_or_path = name
+    model.config.name_or_path = model.name_or_path = name
+    return model, tokenizer
+
+
+@contextmanager
+def _said_of(name: str, where: str, trust_remote_code: bool) -> Iterator[None]:
+    """Transformers without its chatter, and what it raises as one sentence."""
     try:
         with _quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(where, **of, trust_remote_code=trust_remote_code)
-            if attn_implementation is None and not trust_remote_code and _fetches_kernels(config):
-                raise _brings_code(name)
-            kind = _auto_class(transformers, config, auto_class)
-            model, loading = kind.from_pretrained(where, **of, trust_remote_code=trust_remote_code, **options)
+            yield
     except BringsCode:
         raise
     except Exception as error:  # a damaged folder lets transformers raise anything
@@ -90,16 +130,6 @@ def load_model(
             f"no language model could be loaded from {name!r}: give a folder with config.json, weights and "
             f'tokenizer, a Hub id that is reachable from here, or "embedded" ({_reason(error)})'
         ) from error
-    _check_complete(model, sorted(loading["missing_keys"]), name)
-    tokenizer = _tokenizer(transformers, name, where, trust_remote_code)
-    if tokenizer is None:
-        logger.warning("%s has no tokenizer: give token ids in place of text", name)
-    else:
-        tokenizer.name_or_path = name
-    model.config.name_or_path = model.name_or_path = name
-    if device is not None and device_map is None:
-        model.to(device)
-    return model.eval().requires_grad_(False), tokenizer
 
 
 def load_tokenizer(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> Any:
