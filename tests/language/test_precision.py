@@ -63,14 +63,17 @@ def test_what_was_chosen_is_recorded(tiny_model_dir: Path, monkeypatch: pytest.M
     assert about.lm.model_dtype == about.dtype == "bfloat16"
 
 
-def test_passes_are_really_timed(tiny_model_dir: Path) -> None:
+def test_passes_are_really_timed(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = load_model(tiny_model_dir)
     passes: list[tuple[int, ...]] = []
     model.register_forward_pre_hook(lambda m, args, kw: passes.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
     assert precision.seconds(model, 130, passes=2) > 0
     assert passes == [(2, 64)] * 3, "contexts as long as the model has positions, at most 64"
+    monkeypatch.setattr(precision, "ALL_S", 0.0)
+    assert precision.seconds(model, 16) > 0 and passes[3:] == [(1, 16)], "one that takes long is not tried again"
+    monkeypatch.setattr(precision, "ALL_S", 60.0)
     tokens = precision.tokens_to_time(model)
-    assert precision.FEWEST_TOKENS <= tokens <= precision.MOST_TOKENS and passes[3:] == [(1, 16)] * 2
+    assert precision.FEWEST_TOKENS <= tokens <= precision.MOST_TOKENS and passes[4:] == [(1, 16)] * 2
     assert precision.dtype_of(load_model(tiny_model_dir, "auto")[0]) in ("bfloat16", "float32")
 
 
