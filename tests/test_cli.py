@@ -297,9 +297,9 @@ MISTAKES = {
         ["collect", "{model}", "--hookpoint", "model.layers.1", "--text", "{text}", "--out", "{cache}"],
         "acts",
     ),
-    "two texts": (
-        ["collect", "{model}", "--hookpoint", "model.layers.1", "--dataset", "x", "--text", "{text}"],
-        "--text",
+    "weights of one text": (
+        ["collect", "{model}", "--hookpoint", "model.layers.1", "--text", "{text}", "--weights", "1"],
+        "--weights 1 are not the weights of",
     ),
     "k above d_sae": (["train", "{cache}", "--k", "65", "--d-sae", "64"], "65"),
     "fractional k for topk": (["train", "{cache}", "--sae", "topk", "--k", "4.5", "--d-sae", "64"], "4.5"),
@@ -710,4 +710,4 @@ def test_the_embedded_model_brings_its_text(tmp_path: Path, capsys: pytest.Captu
     manifest = json.loads((acts / "manifest.json").read_text())
     assert manifest["text"]["documents"] > 100 and manifest["rows"] == 2048
     assert main(["collect", str(tmp_path), "--hookpoint", "model.layers.2", "--out", str(tmp_path / "b")]) == 2
-    assert "Give either --text" in capsys.readouterr().err
+    assert "Give a text: --text" in capsys.readouterr().err

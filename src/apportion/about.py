@@ -105,8 +105,14 @@ class TextRecord(Record):
     """How many, of documents in memory."""
     contexts: int | None = None
     """How many, where they were given as token ids."""
+    parts: tuple[TextRecord, ...] | None = None
+    """Of a mixture, the texts it is made of,"""
+    share: float | None = None
+    """and of each its share of the tokens."""
 
     def in_words(self) -> str:
+        if self.parts:
+            return ", ".join(f"{part.in_words()} ({part.share or 0:.0%})" for part in self.parts)
         if self.where is not None or self == TextRecord():
             return self.where or "none"
         return "in memory" if self.documents is None else f"{self.documents:,} documents in memory"

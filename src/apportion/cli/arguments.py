@@ -11,6 +11,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, Literal
 
+from tyro.conf import UseAppendAction
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from apportion.about import Site
@@ -74,11 +75,13 @@ def _paths(option: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
 class Text:
     """Where text comes from."""
 
-    text: str | None = None
+    text: UseAppendAction[tuple[str, ...]] = ()
     """A file with text (.txt, .md, .jsonl, .json, .csv, .tsv, .parquet, also .gz, .bz2, .xz, .zst), a folder of them,
-    or a folder made with save_to_disk."""
-    dataset: str | None = None
-    """A datasets id on the Hugging Face Hub, streamed, instead of --text."""
+    or a folder made with save_to_disk. Several are mixed: --text one.txt --text other.txt."""
+    dataset: UseAppendAction[tuple[str, ...]] = ()
+    """A datasets id on the Hugging Face Hub, streamed; instead of --text, or mixed with it."""
+    weights: tuple[float, ...] = ()
+    """Of a mixture, the share of tokens that each --text, then each --dataset has, as in 0.7 0.3; default: equal."""
     field: str = "text"
     """Field of a row, or column of a dataset, that holds the text or its token ids."""
     split: str = "train"
@@ -89,25 +92,40 @@ class Text:
     @property
     def packages(self) -> tuple[str, ...]:
         """What has to be installed to read it."""
-        return () if self.dataset is None else ("datasets",)
+        return ("datasets",) if self.dataset else ()
 
     def source(self, model: str | None = None) -> Any:
         """The text; without one, the stories that come with the package if it is for the model that does."""
-        from apportion.language import TextSource
+        from apportion.language import Mixture, TextSource
 
         if model == "embedded" and self == Text():
             from apportion.embedded import stories
 
             return TextSource(tuple(stories()))
-        if (self.text is None) == (self.dataset is None):
-            raise ValueError("Give either --text FILE_OR_FOLDER or --dataset ID.")
-        if self.text is not None and self.dataset_config is not None:
+        places = [*self.text, *self.dataset]
+        if not places:
+            raise ValueError("Give a text: --text FILE_OR_FOLDER or --dataset ID; several are mixed.")
+        if self.text and not self.dataset and self.dataset_config is not None:
             raise ValueError("--dataset-config belongs to --dataset: a text on this disk has no configurations.")
-        where = self.text or self.dataset or ""
-        source = TextSource(where, field=self.field, split=self.split, config=self.dataset_config)
-        if self.text is not None and not (source.path and source.path.exists()):
-            raise ValueError(f"There is no text at {self.text!r}. Give a file or folder, or use --dataset ID.")
+        if self.weights and (len(self.weights) != len(places) or len(places) == 1):
+            given = " ".join(f"{weight:g}" for weight in self.weights)
+            raise ValueError(
+                f"--weights {given} are not the weights of {', '.join(places)}: give one number for each of several "
+                "texts, first of each --text, then of each --dataset."
+            )
+        sources = [self._one(place, number < len(self.text)) for number, place in enumerate(places)]
+        weights = self.weights or (1.0,) * len(sources)
+        source = Mixture(zip(sources, weights, strict=True)) if len(sources) > 1 else sources[0]
         source.check()
+        return source
+
+    def _one(self, place: str, on_disk: bool) -> Any:
+        """One of the texts."""
+        from apportion.language import TextSource
+
+        source = TextSource(place, field=self.field, split=self.split, config=None if on_disk else self.dataset_config)
+        if on_disk and not (source.path and source.path.exists()):
+            raise ValueError(f"There is no text at {place!r}. Give a file or folder, or use --dataset ID.")
         return source
 
 

@@ -233,5 +233,6 @@ class Eval:
         )
         measurement = found[sae.name]
         seen = ", which the SAE was trained on" if same_text(trained_on.lm.text, text.describe()) else ""
-        figures = measurement.result() | entropies.of(sae.name) | {"rows": f"text {text.where}{seen}", "model": name}
+        where = {"rows": f"text {text.describe().in_words()}{seen}", "model": name}
+        figures = measurement.result() | entropies.of(sae.name) | where
         return measurement, self._with_others(figures, sae, None, None, model), {}

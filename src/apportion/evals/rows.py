@@ -59,7 +59,10 @@ def unseen_rows(store: RowStore, sae: SAE, where: str) -> tuple[Int[Tensor, " n"
 
 
 def same_text(ours: TextRecord, theirs: TextRecord) -> bool:
-    """Do two descriptions of texts mean the same one? Files are known by name and size, in whatever folder."""
+    """Do two descriptions of texts mean the same one, or mixtures with one in common? Files are known by name and size,
+    in whatever folder."""
+    if ours.parts or theirs.parts:
+        return any(same_text(one, other) for one in ours.parts or [ours] for other in theirs.parts or [theirs])
     if ours.bytes and theirs.bytes:
         same_size = (ours.files, ours.bytes) == (theirs.files, theirs.bytes)
         return same_size and Path(ours.where or "").name == Path(theirs.where or "").name

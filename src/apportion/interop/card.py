@@ -92,7 +92,7 @@ def _how_to_load(sae: SAE, repo: str, subfolder: str) -> str:
 
 def _data(source: About) -> dict[str, Any]:
     return {
-        "text": source.lm.text.where,
+        "text": source.lm.text.in_words() if source.lm.text.parts else source.lm.text.where,
         "tokens in the cache": _count(source.rows),
         "rows to train on": _count(source.rows_train),
         "rows to calibrate": _count(source.rows_calibrate),

@@ -124,6 +124,8 @@ class Reading:
     """For each reason the first place."""
     stopped: str | None = None
     """Why a stream ended before its end."""
+    made: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Of each text of a mixture, the characters that were tokenised so far, and what they made."""
     unusable: int = 0
     """Rows left out because they are of the wrong kind, not because there is nothing in them."""
     _problem: str = ""
@@ -150,6 +152,10 @@ class Reading:
         if (mended := without_surrogates(text)) != text:
             self._count(self.repaired, "not valid Unicode", place)
         return mended
+
+    def count_tokens(self, part: int, chars: int, tokens: int) -> None:
+        before = self.made.get(part, (0, 0))
+        self.made[part] = (before[0] + chars, before[1] + tokens)
 
     def check(self, at_least: int = 1) -> None:
         """ValueError naming the first problem if so many rows are unusable and there was no document."""

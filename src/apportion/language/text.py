@@ -41,6 +41,8 @@ class Piece(NamedTuple):
     first: bool
     ids: Integer[np.ndarray, " n"] | None = None
     place: str = ""
+    part: int = 0
+    """Which text of a mixture (mixture.py)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -207,7 +207,10 @@ class PackedContexts:
                 f"{texts[0].place or 'the text'} is text, and there is no tokenizer: give token ids, such as an array "
                 "[n, context_tokens] or a list of lists, or a tokenizer"
             )
-        encoded = iter(encode(texts, self.reading) if texts else [])
+        made = encode(texts, self.reading) if texts else []
+        for piece, ids in zip(texts, made, strict=True):
+            self.reading.count_tokens(piece.part, len(piece.text), 0 if ids is None else len(ids))
+        encoded = iter(made)
         return [next(encoded) if piece.ids is None else piece.ids for piece in block]
 
     def _are_tokens(self, ids: Integer[np.ndarray, " n"], place: str) -> bool:
