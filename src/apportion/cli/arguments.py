@@ -83,7 +83,7 @@ class Text:
     weights: tuple[float, ...] = ()
     """Of a mixture, the share of tokens that each --text, then each --dataset has, as in 0.7 0.3; default: equal."""
     field: str = "text"
-    """Field of a row, or column of a dataset, that holds the text or its token ids."""
+    """Field of a row, or column of a dataset, that holds the text, its token ids or the messages of a conversation."""
     split: str = "train"
     """Split of the dataset."""
     dataset_config: str | None = None

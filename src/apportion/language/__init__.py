@@ -6,8 +6,8 @@ documents   contexts      forward passes up to the hookpoints (hookpoints.py, pa
                           contexts.py: ContextSource, whole contexts, and upper.py: the layers above them
                           intervene.py: splice, steer, ablate
 
-text.py (of several, mixture.py) stands on documents.py (what a row holds), text_files.py (kinds of files) and
-text_streams.py (what fails for a moment).
+text.py (of several, mixture.py) stands on documents.py (what a row holds), text_files.py (kinds of files),
+chats.py (conversations) and text_streams.py (what fails for a moment).
 """
 
 from apportion.language.contexts import ContextSource as ContextSource

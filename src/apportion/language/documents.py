@@ -4,6 +4,7 @@
     {"text": "some text", ...}      the document in the field `field`
     [17, 4, 2048], a tensor, ...    a document that is tokenised already
     {"input_ids": [17, 4], ...}     the same in a field, also in one of `ID_FIELDS` where there is no text
+    {"messages": [{"role": "user", "content": "..."}, ...]}         a conversation (chats.py); there, too
 
 Large texts hold rows that are null, empty, cut off or of another kind. Such a row is left out and counted; half an
 emoji and bytes that are no UTF-8 become U+FFFD. Only if nothing can be used from the beginning on is that a mistake of
@@ -23,6 +24,7 @@ from jaxtyping import Integer
 
 TEXT_FIELD = "text"
 ID_FIELDS = ("input_ids", "tokens")
+MESSAGES = "messages"
 FIRST_ROWS = 100
 """A file, or a stream, of which none of so many rows at the beginning can be used is given up."""
 
@@ -41,14 +43,20 @@ NOTHING = ("null", "empty")
 """Reasons for which no request is wrong: the next row may hold a document."""
 
 
-def document_in(row: Any, field: str) -> str | Integer[np.ndarray, " n"]:
-    """The text of a row or its token ids; raises `Broken`."""
+Document = str | Integer[np.ndarray, " n"] | list[dict[str, Any]]
+"""Text, token ids, or the messages of a conversation."""
+
+
+def document_in(row: Any, field: str) -> Document:
+    """The document of a row; raises `Broken`."""
     if isinstance(row, Broken):
         raise row
     name = chosen_field(row, field) if isinstance(row, Mapping) else None
     value = row if name is None else row[name]
     if is_null(value):
         raise Broken("null")
+    if is_conversation(value):
+        return [dict(message) for message in value]
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
     if not isinstance(value, str):
@@ -66,10 +74,19 @@ def chosen_field(names: Collection[Any], field: str) -> str:
     """The field to read: `field`, or one that holds token ids where the usual field of text is not there."""
     if field in names:
         return field
-    for name in ID_FIELDS if field == TEXT_FIELD else ():
+    for name in (*ID_FIELDS, MESSAGES) if field == TEXT_FIELD else ():
         if name in names:
             return name
     raise Broken(f"no field {field!r}", f"has no text in field {field!r}{_has(names)}: say which field holds the text")
+
+
+def is_conversation(value: Any) -> bool:
+    """Messages, each with who said it and what."""
+    return isinstance(value, list | tuple) and bool(value) and all(map(_is_message, value))
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and value.get("content") is not None
 
 
 def _has(names: Collection[Any]) -> str:
@@ -130,7 +147,7 @@ class Reading:
     """Rows left out because they are of the wrong kind, not because there is nothing in them."""
     _problem: str = ""
 
-    def take(self, row: Any, field: str, place: str) -> str | Integer[np.ndarray, " n"] | None:
+    def take(self, row: Any, field: str, place: str) -> Document | None:
         """The document of a row; None, and counted, if it holds none."""
         try:
             document = document_in(row, field)

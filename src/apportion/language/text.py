@@ -15,7 +15,7 @@ every tokenizer splits at line ends anyway.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from jaxtyping import Integer
 
 from apportion.about import TextRecord
 from apportion.extras import need
+from apportion.language.chats import contents
 from apportion.language.documents import FIRST_ROWS, TEXT_FIELD, Broken, Reading, chosen_field, is_id
 from apportion.language.text_files import PIECE_CHARS, Row, files_at, is_packed, kind_of_file, rows_of_file
 from apportion.language.text_streams import steady_rows
@@ -43,6 +44,8 @@ class Piece(NamedTuple):
     place: str = ""
     part: int = 0
     """Which text of a mixture (mixture.py)."""
+    messages: Sequence[Mapping[str, Any]] | None = None
+    """Of a conversation, which is one piece; `text` is what was said in it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +138,8 @@ class TextSource:
             if isinstance(document, str):
                 for piece in split_pieces(document, place):
                     yield piece._replace(text=reading.mend(piece.text, place))
+            elif isinstance(document, list):
+                yield Piece(contents(document), True, place=place, messages=document)
             elif document is not None:
                 yield Piece("", True, document, place)
 

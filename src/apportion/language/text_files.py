@@ -29,7 +29,7 @@ from typing import Any
 
 from apportion.disk import check_may_open
 from apportion.extras import need
-from apportion.language.documents import Broken, chosen_field, is_id
+from apportion.language.documents import Broken, chosen_field, is_conversation, is_id
 
 PIECE_CHARS = 1 << 16
 PARQUET_ROWS = 1024
@@ -190,7 +190,7 @@ def _column_or_row(value: Any, field: str, place: str) -> Iterator[Row]:
     column = value.get(field) if isinstance(value, dict) else None
     if isinstance(column, dict):
         column = list(column.values())
-    if isinstance(column, list) and column and not is_id(column[0]):
+    if isinstance(column, list) and column and not is_id(column[0]) and not is_conversation(column):
         yield from ((place, row) for row in column)
     else:
         yield place, value

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
+from apportion.language.chats import check_template, written
 from apportion.language.documents import FIRST_ROWS, Broken, Reading, as_array
 from apportion.language.text import Piece, Text, TextSource, given_width
 
@@ -196,7 +197,9 @@ class PackedContexts:
                 if piece.first and begun and eos is not None:
                     parts.append(np.asarray([eos]))
                 parts.append(ids)
-                begun = eos is None or piece.ids is None or ids[-1] != eos  # ids may bring their EOS
+                ends = ids[-1:] if piece.messages is None else ids[-2:]  # a template may put a newline behind it
+                plain = piece.ids is None and piece.messages is None
+                begun = eos is None or plain or eos not in ends  # others may bring their EOS
             yield np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int32)
 
     def _ids_of(self, block: list[Piece], encode: Encoder) -> list[Integer[np.ndarray, " n"] | None]:
@@ -207,11 +210,26 @@ class PackedContexts:
                 f"{texts[0].place or 'the text'} is text, and there is no tokenizer: give token ids, such as an array "
                 "[n, context_tokens] or a list of lists, or a tokenizer"
             )
-        made = encode(texts, self.reading) if texts else []
+        ready = [self._written(piece) for piece in texts]
+        encoded = iter(encode([piece for piece in ready if piece is not None], self.reading) if texts else [])
+        made = [None if piece is None else next(encoded) for piece in ready]
         for piece, ids in zip(texts, made, strict=True):
             self.reading.count_tokens(piece.part, len(piece.text), 0 if ids is None else len(ids))
-        encoded = iter(made)
-        return [next(encoded) if piece.ids is None else piece.ids for piece in block]
+        rest = iter(made)
+        return [next(rest) if piece.ids is None else piece.ids for piece in block]
+
+    def _written(self, piece: Piece) -> Piece | None:
+        """With the text of a conversation as the chat template has it; None, and counted, if it does not take it."""
+        if piece.messages is None:
+            return piece
+        check_template(self.tokenizer)
+        try:
+            return piece._replace(text=self.reading.mend(written(self.tokenizer, piece.messages), piece.place))
+        except Broken as broken:
+            self.reading.documents -= 1
+            self.reading.skip(broken, piece.place)
+            self.reading.check(FIRST_ROWS)
+            return None
 
     def _are_tokens(self, ids: Integer[np.ndarray, " n"], place: str) -> bool:
         """Whether the model knows all of them: before the first context a ValueError, later such a document is left
