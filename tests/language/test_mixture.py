@@ -124,6 +124,12 @@ def test_an_empty_part_is_said_before_the_work(tmp_path: Path) -> None:
         Mixture([(tmp_path / "a.txt", 1), (SHORT, 1)]).check()
 
 
+def test_settings_are_for_texts_without_their_own() -> None:
+    rows = [{"a": "one", "b": "two"}] * 3
+    mixture = Mixture([(rows, 1), (TextSource(rows, field="b"), 1)], field="a")
+    assert [piece.text for piece in mixture.pieces()][:2] == ["one", "two"]
+
+
 def test_sizes_are_sums(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc")
     mixture = Mixture([(tmp_path / "a.txt", 1), (["de"], 1)])

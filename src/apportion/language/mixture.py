@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from apportion.about import TextRecord
 from apportion.language.documents import Reading
@@ -27,16 +27,21 @@ CHARS_PER_TOKEN = 4.0
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
 class Mixture(TextSource):
-    """`parts` are texts with their weights, which need not sum to 1."""
+    """`where` are texts with their weights, which need not sum to 1; `field`, `split` and `config` are those of texts
+    that are no `TextSource` with their own."""
 
-    def __init__(self, parts: Iterable[tuple[Text, float]]) -> None:
-        given = [(TextSource.of(text), float(weight)) for text, weight in parts]
-        object.__setattr__(self, "parts", tuple(text for text, _ in given))
-        object.__setattr__(self, "weights", tuple(weight for _, weight in given))
-        super().__init__(self.parts)
-        if len(self.parts) < 2:
-            raise ValueError(f"a mixture is made of two texts or more, got {len(self.parts)}: give the text itself")
+    parts: tuple[TextSource, ...] = field(init=False)
+    weights: tuple[float, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        given = [(self._part(text), float(weight)) for text, weight in self.where]
+        for name, value in {"parts": [text for text, _ in given], "weights": [weight for _, weight in given]}.items():
+            object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, "where", tuple(given))
+        if len(given) < 2:
+            raise ValueError(f"a mixture is made of two texts or more, got {len(given)}: give the text itself")
         for text, weight in given:
             if not (math.isfinite(weight) and weight > 0):
                 raise ValueError(
@@ -46,11 +51,8 @@ class Mixture(TextSource):
             if isinstance(text, Mixture):
                 raise ValueError("a mixture holds a mixture: give its texts, with their weights, in its place")
 
-    parts: tuple[TextSource, ...]
-    weights: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        """The parts are checked by themselves."""
+    def _part(self, text: Text) -> TextSource:
+        return text if isinstance(text, TextSource) else TextSource(text, self.field, self.split, self.config)
 
     @property
     def path(self) -> None:
