@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apportion.about import About
-from apportion.rows.order import EpochOrder, held_out_groups, permutation
+from apportion.rows.order import EpochOrder, Rows, held_out_groups
 
 
 @dataclass
@@ -176,7 +176,7 @@ class IndexedSource(ABC):
     """A source whose rows lie still: it visits them in an order, and knows which are held out."""
 
     _order: EpochOrder
-    _held_out: Int[Tensor, " n"]
+    _held_out: Rows
 
     @property
     def num_rows(self) -> int:
@@ -190,7 +190,7 @@ class IndexedSource(ABC):
         return self._read(self._order.sample(n))
 
     def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
-        chosen = self._held_out[permutation(len(self._held_out), self._order.seed, "held out")[:max_rows]]
+        chosen = self._order.first_of(self._held_out, max_rows, "held out")
         for indices in chosen.split(chunk) if len(chosen) else ():
             yield self._read(indices)
 

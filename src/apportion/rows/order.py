@@ -2,18 +2,32 @@
 
 The permutation of an epoch follows from (seed, epoch) alone, so the position is two numbers and resuming is exact and
 free. Shuffling all rows at once, rather than within a buffer, is affordable because a cache on disk can be read at
-random: one row index takes four bytes.
+random. Up to `DRAWN` rows it is drawn, at four bytes a row; of more it is computed as it is needed (permuting.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from apportion.rows.permuting import Keyed
+
+DRAWN = 1 << 24
+"""More rows than this have an order that is computed."""
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Numbers of rows: a tensor of them, or a `RowSet`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, which: Tensor, /) -> Tensor: ...
 
 
 def seeded(*key: int | str) -> torch.Generator:
@@ -26,6 +40,11 @@ def permutation(n: int, *key: int | str) -> Int[Tensor, " n"]:
     """A random permutation of range(n) that follows from `key`."""
     dtype = torch.int32 if n < 2**31 else torch.int64
     return torch.randperm(n, generator=seeded(*key), dtype=dtype)
+
+
+def shuffled(n: int, drawn: bool, *key: int | str) -> Rows:
+    """A random permutation of range(n) that follows from `key`: drawn, or computed as it is asked for."""
+    return permutation(n, *key) if drawn else Keyed(n, *key)
 
 
 def held_out_groups(num_groups: int, share: float) -> Bool[Tensor, " num_groups"]:
@@ -55,9 +74,9 @@ class Position(NamedTuple):
 class EpochOrder:
     """The training rows, in the order in which they are visited, and the current position."""
 
-    def __init__(self, rows: Int[Tensor, " n"], seed: int) -> None:
-        self.rows = rows.int() if len(rows) and int(rows.max()) < 2**31 else rows
-        self.num_rows, self.seed, self.position = len(rows), seed, Position()
+    def __init__(self, rows: Rows, seed: int) -> None:
+        self.rows, self.num_rows, self.seed, self.position = rows, len(rows), seed, Position()
+        self.drawn = self.num_rows <= DRAWN
 
     def upcoming(self, batch_tokens: int) -> Iterator[tuple[Int[Tensor, " batch_tokens"], Position]]:
         """From the current position on: the rows of the next batch, and the position once it is handed out.
@@ -71,22 +90,28 @@ class EpochOrder:
             )
         epoch, row = self.position
         while True:
-            order = permutation(self.num_rows, self.seed, epoch)
+            order = shuffled(self.num_rows, self.drawn, self.seed, epoch)
             while row + batch_tokens <= self.num_rows:
-                chosen = self.rows[order[row : row + batch_tokens]]
+                chosen = self.rows[order[torch.arange(row, row + batch_tokens)]]
                 row += batch_tokens
                 yield chosen.long(), Position(epoch, row)
             epoch, row = epoch + 1, 0
 
     def sample(self, n: int) -> Int[Tensor, " m"]:
         """At most `n` random rows; the same at each call."""
-        return self.rows[permutation(self.num_rows, self.seed, "sample")[:n]].long()
+        return self.first_of(self.rows, n, "sample")
+
+    def first_of(self, rows: Rows, n: int, key: str) -> Int[Tensor, " m"]:
+        """The first `n` of these rows in an order that follows from the seed and `key`."""
+        return rows[shuffled(len(rows), self.drawn, self.seed, key)[torch.arange(min(n, len(rows)))]].long()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.position._asdict(), "seed": self.seed, "num_rows": self.num_rows}
+        computed = {} if self.drawn else {"order": "computed"}
+        return {**self.position._asdict(), "seed": self.seed, "num_rows": self.num_rows, **computed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_same_source(state, {"seed": self.seed, "num_rows": self.num_rows})
+        self.drawn = state.get("order") != "computed"  # a run that was begun with either goes on with it
         self.position = Position(state["epoch"], state["row"])
 
 

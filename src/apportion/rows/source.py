@@ -22,6 +22,7 @@ from torch import Tensor
 from apportion.about import About
 from apportion.rows.batch import Batch, IndexedSource, RowStore
 from apportion.rows.order import EpochOrder, Position, held_out_groups, split_held_out
+from apportion.rows.permuting import RowSet
 
 PREFETCH = 2
 
@@ -34,10 +35,10 @@ class CacheSource(IndexedSource):
         self.d_in, self.hookpoint = store.d_in, store.hookpoint
         if not store.rows:
             raise ValueError(f"{store.folder} has no rows to train on.")
-        groups = store.groups
-        held_out = held_out_groups(int(groups.max()) + 1, held_out_share)
-        self._held_out = (store.mask & split_held_out(held_out)[0][groups]).nonzero().squeeze(1)
-        self._order = EpochOrder((store.mask & ~held_out[groups]).nonzero().squeeze(1), seed)
+        held_out = held_out_groups(1 + max(int(groups.max()) for _, groups in parts_of(store)), held_out_share)
+        first = split_held_out(held_out)[0]
+        self._held_out = RowSet(mask & first[groups] for mask, groups in parts_of(store))
+        self._order = EpochOrder(RowSet(mask & ~held_out[groups] for mask, groups in parts_of(store)), seed)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The store, which is sent as a path, and the position."""
@@ -58,6 +59,11 @@ class CacheSource(IndexedSource):
         split = {"held_out_share": self.held_out_share, "seed": self.seed}
         counts = {"rows_train": self.num_rows, "rows_calibrate": len(self._held_out)}
         return replace(self.store.describe(), **split, **counts)
+
+
+def parts_of(store: RowStore) -> Iterator[tuple[Tensor, Tensor]]:
+    """Which rows take part and their groups, part by part where the store can say so (`parts`): never of all rows."""
+    yield from store.parts() if hasattr(store, "parts") else [(store.mask, store.groups)]  # type: ignore[attr-defined]
 
 
 def _read_ahead(read: Any, upcoming: Iterator[tuple[Tensor, Position]]) -> Iterator[tuple[Batch, Position]]:

@@ -28,6 +28,7 @@ manifest.py and journal.py have the fields of the manifest, shards.py what is lo
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +51,7 @@ from apportion.rows.precision import columns_of, restored
 from apportion.rows.shards import Column, Shard, ShardedRows, open_shards, sha256_of
 from apportion.trust import expanded
 
+LABELS = ("tokens", "positions", "contexts")
 LARGEST_ID = 1 << 24
 """No vocabulary has more tokens."""
 
@@ -70,7 +72,7 @@ class ActivationStore:
         """What this hookpoint has of its own."""
         assert self._about.rows and self.site.d_in and self.site.filter, "every manifest says so"
         self.rows, self.d_in, self.filter = self._about.rows, self.site.d_in, TokenFilter.from_dict(self.site.filter)
-        labels = {name: Column((), torch.int32) for name in ("tokens", "positions", "contexts")}
+        labels = {name: Column((), torch.int32) for name in LABELS}
         own = {"mask": Column((), torch.bool)} if self.manifest["format_version"] == 1 else {}
         self._numbers = columns_of(self.manifest["dtype"], self.d_in)
         acts = self._numbers | (own or {"norms": Column((), torch.float32)})
@@ -109,10 +111,17 @@ class ActivationStore:
     @cached_property
     def mask(self) -> Bool[Tensor, " rows"]:
         """True for the rows that take part."""
-        if "mask" in self._rows:
-            return self._rows["mask"].all()
-        columns = (self._rows["norms"], self._labels["tokens"], self._labels["positions"])
-        return torch.cat([self.filter.mask_of(*of) for of in zip(*(column.parts for column in columns), strict=True)])
+        return torch.cat([mask for mask, _ in self.parts()])
+
+    def parts(self) -> Iterator[tuple[Bool[Tensor, " n"], Int[Tensor, " n"]]]:
+        """`mask` and `groups` of one shard after the other."""
+        for number in range(self.num_shards):
+            tokens, positions, contexts = (self._labels[name].parts[number] for name in LABELS)
+            self._check_numbers("contexts", contexts, self._about.lm.contexts or self.rows)
+            if "mask" in self._rows:
+                yield self._rows["mask"].parts[number], contexts
+            else:
+                yield self.filter.mask_of(self._rows["norms"].parts[number], tokens, positions), contexts
 
     @cached_property
     def tokens(self) -> Int[Tensor, " rows"]:
@@ -138,14 +147,16 @@ class ActivationStore:
 
     def _below(self, name: str, limit: int) -> Int[Tensor, " rows"]:
         """A column of numbers from 0 to below `limit`; others lead to tables of any size, so ValueError for them."""
-        column = self._labels[name].all()
+        self._check_numbers(name, column := self._labels[name].all(), limit)
+        return column
+
+    def _check_numbers(self, name: str, column: Int[Tensor, " n"], limit: int) -> None:
         low, high = (int(end) for end in column.aminmax())
         if low < 0 or high >= limit:
             raise ValueError(
                 f"the cache {str(self.folder)!r} is damaged ({name} between {low} and {high}, where they lie between "
                 f"0 and {limit - 1}): collect it again"
             )
-        return column
 
     def gather(self, indices: Int[Tensor, " n"]) -> Float[Tensor, "n d_in"]:
         """The activations at `indices`, in that order, as float32."""
