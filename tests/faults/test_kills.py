@@ -172,6 +172,29 @@ def test_a_collection_killed_at_any_moment(
     assert not orphans(tmp_path)
 
 
+@pytest.mark.few(2)
+@pytest.mark.fault("SIGKILL at random moments")
+@pytest.mark.parametrize("seed", trials(range(50), short=4))
+def test_four_collections_at_once_killed_at_any_moment(
+    seed: int, tmp_path: Path, whole_cache: tuple[Any, dict[str, Any], float]
+) -> None:
+    """Of four processes that make one cache three are killed, one after the other, and others come."""
+    lm, wanted, seconds = whole_cache
+    chance = random.Random(seed)
+    running = [start(lambda: collect_small(tmp_path, lm)) for _ in range(4)]
+    for _ in range(3):
+        time.sleep(chance.uniform(0, seconds))
+        pid = running.pop(chance.randrange(len(running)))
+        os.kill(pid, signal.SIGKILL)
+        end_of(pid)
+        running.append(start(lambda: collect_small(tmp_path, lm)))
+    for pid in running:
+        end_of(pid)
+    assert end_of(start(lambda: collect_small(tmp_path, lm))) == 0
+    assert cache(tmp_path) == wanted
+    assert not orphans(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], float]:
     folder = tmp_path_factory.mktemp("whole") / "run"
