@@ -14,6 +14,7 @@ from tiny_models import make
 from apportion.language import load_model
 from apportion.language.hookpoints import middle_layer
 from apportion.language.model import check_context_tokens, predicts_next, run_contexts, width_at
+from apportion.language.passes import inputs_for
 from apportion.torch_state import in_eval_mode
 
 TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
@@ -131,3 +132,75 @@ def test_saved_again_and_loaded_it_is_the_same_model(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / name)
         again = load_model(tmp_path / name, "bfloat16")[0]
         assert model_difference(model_fingerprint(model), model_fingerprint(again)) is None, name
+
+
+LLAMA_LIKE = TOKENS | {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 48, "max_position_embeddings": 64,
+}  # fmt: skip
+SEEING = {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 24,
+          "image_size": 16, "patch_size": 8}  # fmt: skip
+QWENS_EYES = {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "out_hidden_size": 32}
+ROPE = {"rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "mrope"}}
+MARKS = {"image_token_id": 63, "video_token_id": 62, "vision_start_token_id": 61}
+BART = TOKENS | {"d_model": 32, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4,
+                 "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+                 "max_position_embeddings": 64, "decoder_start_token_id": 0}  # fmt: skip
+READERS = {
+    "bert": ("AutoModelForMaskedLM", BERT, "bert.encoder.layer.1"),
+    "roberta": ("AutoModel", BERT, "encoder.layer.1"),
+    "distilbert": (
+        "AutoModelForMaskedLM",
+        {"vocab_size": 64, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48},
+        "distilbert.transformer.layer.1",
+    ),
+    "modernbert": ("AutoModelForMaskedLM", BERT | {"cls_token_id": 2, "sep_token_id": 1}, "model.layers.1"),
+    "t5": ("AutoModelForSeq2SeqLM", T5 | {"num_layers": 3}, "encoder.block.1"),
+    "bart": ("AutoModelForSeq2SeqLM", BART, "model.encoder.layers.1"),
+    "gemma3": (
+        "AutoModelForImageTextToText",
+        {"text_config": LLAMA_LIKE | {"sliding_window": 8}, "image_token_index": 63, "mm_tokens_per_image": 4,
+         "vision_config": SEEING | {"model_type": "siglip_vision_model"}},
+        "model.language_model.layers.1",
+    ),
+    "qwen2_5_vl": (
+        "AutoModelForImageTextToText",
+        {"text_config": LLAMA_LIKE | ROPE, "vision_config": QWENS_EYES} | MARKS,
+        "model.language_model.layers.1",
+    ),
+    "smolvlm": (
+        "AutoModelForImageTextToText",
+        {"text_config": LLAMA_LIKE | {"model_type": "llama"}, "vision_config": SEEING, "image_token_id": 63},
+        "model.text_model.layers.1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # transformers 4 uses it for ModernBERT
+@pytest.mark.parametrize("family", READERS)
+@torch.no_grad()
+def test_encoders_and_towers_that_read_text(family: str) -> None:
+    """Rows are the model's own hidden states, of the encoder where there is a decoder too."""
+    import transformers
+
+    kind, settings, layer = READERS[family]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind).from_config(transformers.AutoConfig.for_model(family, **settings)).eval()
+    assert middle_layer(model) == layer
+    x = run_contexts(model, [layer], IDS, whole=True)[layer]
+    result = model(**inputs_for(model, IDS), output_hidden_states=True)
+    states = getattr(result, "encoder_hidden_states", None) or result.hidden_states
+    assert torch.allclose(x, states[2][0], atol=1e-6)
+
+
+def test_a_model_that_wants_images_is_said_to() -> None:
+    from transformers import CLIPConfig, CLIPModel, CLIPTextModel
+
+    text = BERT | {"max_position_embeddings": 64}
+    config = CLIPConfig(text_config=text, vision_config=SEEING)
+    with pytest.raises(ValueError, match=r"CLIPModel does not run on tokens alone .*: load the part of it"):
+        width_at(CLIPModel(config).eval(), "text_model.encoder.layers.1")
+    tower = CLIPTextModel(config.text_config).eval()
+    assert width_at(tower, middle_layer(tower)) == 32
+    with pytest.raises(ValueError, match="has no module"):
+        width_at(CLIPModel(config).eval(), "text_model.layers.1")

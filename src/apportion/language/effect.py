@@ -55,7 +55,7 @@ def check_read(model: nn.Module, hookpoint: str) -> None:
     except Exception as error:  # a model may want anything; the first real pass says so better
         logger.debug("%s could not be tried on token ids: %s", type(model).__name__, error)
         return
-    if not any(x.shape[:-1].numel() for x in seen) and (_takes_more(model) or ".experts." in name):
+    if not any(x.shape[:-1].numel() for x in seen) and (takes_more(model) or ".experts." in name):
         return
     if not all(x.is_floating_point() for x in seen):  # token ids, say, which noise leaves as they are
         return
@@ -71,7 +71,7 @@ def _takes_tokens(model: nn.Module) -> bool:
     return "input_ids" in parameters_of(model) and next(model.parameters(), None) is not None
 
 
-def _takes_more(model: nn.Module) -> bool:
+def takes_more(model: nn.Module) -> bool:
     return any(name.startswith(OTHER_INPUTS) for name in parameters_of(model))
 
 

@@ -23,6 +23,7 @@ from apportion import embedded
 from apportion.answers import out_of_memory
 from apportion.disk import check_may_open
 from apportion.extras import need
+from apportion.language.effect import OTHER_INPUTS, takes_more
 from apportion.language.hookpoints import capture, place_in
 from apportion.language.passes import by_context, inputs_for, modules_of, parameters_of, text_config
 from apportion.language.precision import is_quantised, not_slower
@@ -300,7 +301,15 @@ def run_contexts(
     hookpoints = [str(place_in(model, name)) for name in hookpoints]
     _check_encoder(model, hookpoints)
     with torch.inference_mode(), in_eval_mode(model):
-        seen = capture(model, hookpoints, stop=not whole, **inputs_for(model, ids))
+        try:
+            seen = capture(model, hookpoints, stop=not whole, **inputs_for(model, ids))
+        except (AttributeError, TypeError, ValueError) as error:
+            if not takes_more(model) or not (whole and _wants_more(error)):
+                raise
+            raise ValueError(
+                f"{type(model).__name__} does not run on tokens alone ({_reason(error)}): load the part of it that "
+                "reads text, such as transformers.CLIPTextModel of CLIP, and give that"
+            ) from error
     for name, x in seen.items():
         if x.ndim not in (2, 3) or x.shape[:-1].numel() != ids.numel():
             raise ValueError(
@@ -313,6 +322,11 @@ def run_contexts(
                 "activations: choose another module, or another element of what it returns"
             )
     return {name: by_context(x, ids.shape).flatten(0, 1) for name, x in seen.items()}
+
+
+def _wants_more(error: Exception) -> bool:
+    """Was it raised because a model was given no images or sound? Some say so, others stumble over what is missing."""
+    return not isinstance(error, ValueError) or any(name in str(error) for name in OTHER_INPUTS)
 
 
 def width_at(model: nn.Module, hookpoint: str) -> int:
