@@ -53,6 +53,9 @@ def test_an_end_is_put_between_where_the_template_has_none(tokenizer: Any) -> No
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
     found, _ = ids_of(tokenizer, [CHAT, CHAT, "the cat"])
     assert found.count(tokenizer.eos_token_id) == 2
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %} </s> the"  # as others a newline
+    found, _ = ids_of(tokenizer, [CHAT, CHAT, "the cat"])
+    assert found.count(tokenizer.eos_token_id) == 2
 
 
 @pytest.mark.parametrize("kind", ["lines", "array", "columns", "parquet", "saved", "rows", "tuples", "field"])

@@ -114,6 +114,22 @@ def test_elements_of_tuples_and_arguments_are_read_and_written(named: bool) -> N
     assert torch.equal(first, torch.full((2, 3), 2.0)) and not second.any() and extra == ["extra"]
 
 
+def test_the_input_is_what_is_called_hidden_states() -> None:
+    class Attention(nn.Module):
+        def forward(self, mask: Tensor | None = None, hidden_states: Tensor | None = None) -> Any:
+            return hidden_states
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Attention()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.attention(mask=torch.zeros(2), hidden_states=x)
+
+    assert torch.equal(capture(Layer(), ["attention:in"], torch.ones(2, 3))["attention:in"], torch.ones(2, 3))
+
+
 @pytest.mark.parametrize(
     ("hookpoint", "said"),
     [

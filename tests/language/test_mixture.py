@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,16 @@ def test_it_ends_with_the_text_whose_turn_it_is(caplog: pytest.LogCaptureFixture
         texts = [piece.text[0] for piece in mixture.pieces(reading)]
     assert texts == ["a", "b"] * 3 and reading.documents == 6
     assert "ends with the text '3 documents in memory', which has no more" in caplog.text
+
+
+def test_a_stream_that_fails_ends_it_and_is_said() -> None:
+    def failing() -> Iterator[str]:
+        yield from ["one", "two"]
+        raise OSError("connection reset")
+
+    reading = Reading()
+    list(Mixture([(failing(), 1), (SHORT, 1)]).pieces(reading))
+    assert reading.stopped is not None and "connection reset" in reading.stopped
 
 
 def test_what_is_left_out_is_counted_together(tmp_path: Path) -> None:
