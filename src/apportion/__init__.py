@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from apportion.rows.batch import Batch as Batch
     from apportion.training import TrainConfig as TrainConfig
     from apportion.training import Trainer as Trainer
+    from apportion.training.together import fit_together as fit_together
     from apportion.viewing.examples import examples_of as examples_of
 
 LATER = {
@@ -37,6 +38,7 @@ LATER = {
     "Latents": "apportion.latents",
     "Batch": "apportion.rows.batch",
     **dict.fromkeys(("TrainConfig", "Trainer"), "apportion.training"),
+    "fit_together": "apportion.training.together",
     "evaluate": "apportion.evals.evaluate",
     "examples_of": "apportion.viewing.examples",
     "testing": "apportion.testing",

@@ -38,6 +38,7 @@ from apportion.language.fingerprint import model_fingerprint, tokenizer_fingerpr
 from apportion.language.hookpoints import expand
 from apportion.language.model import check_context_tokens, check_finite, run_contexts
 from apportion.language.model import load_model as load_model
+from apportion.language.precision import dtype_of
 from apportion.language.text import Text, TextSource
 from apportion.language.tokens import PackedContexts, num_contexts_for, special_ids, vocabulary_size
 from apportion.locks import Lock
@@ -105,7 +106,7 @@ def collect(
     started, asked, ids = perf_counter(), token_filter or TokenFilter(), special_ids(tokenizer)
     language = Language(
         model=model_fingerprint(model),
-        model_dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        model_dtype=dtype_of(model),
         tokenizer=tokenizer_fingerprint(tokenizer),
         text=text.describe(),
         bos=bos,
