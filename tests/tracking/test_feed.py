@@ -205,6 +205,7 @@ def test_ctrl_c_ends_the_waiting_for_one_that_hangs_at_the_end(tmp_path):
     released = Event()
 
     def hang():
+        time.sleep(0.3)  # by now it is waited for
         os.kill(os.getpid(), signal.SIGINT)
         released.wait()
 
@@ -219,6 +220,7 @@ def test_ctrl_c_ends_the_waiting_for_one_that_hangs_at_the_beginning(tmp_path):
     released = Event()
 
     def hang():
+        time.sleep(0.3)  # by now it is waited for
         os.kill(os.getpid(), signal.SIGINT)
         released.wait()
 

@@ -20,7 +20,7 @@ from tracking_services import (
 
 from apportion.tracking.mlflow import MLflow
 from apportion.tracking.tensorboard import TensorBoard
-from apportion.tracking.tracker import TrackedRun
+from apportion.tracking.tracker import PROJECT, TrackedRun
 
 pytestmark = pytest.mark.filterwarnings("default")  # of packages that are not ours
 TIMES = {"seconds", "tokens_per_s"}
@@ -180,6 +180,12 @@ def test_wandb_lies_in_the_run_folder(tmp_path, monkeypatch):
 # MLflow: where
 
 
+def test_mlflow_takes_the_experiment_that_is_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    fit(service := MLflowStandIn(tmp_path, monkeypatch))
+    assert service.experiments == ["mine"]
+
+
 @pytest.mark.parametrize("given", [None, "http://server"])
 def test_mlflow_is_beside_the_run_unless_told_otherwise(given, tmp_path, monkeypatch):
     service = MLflowStandIn(tmp_path, monkeypatch)
@@ -187,4 +193,5 @@ def test_mlflow_is_beside_the_run_unless_told_otherwise(given, tmp_path, monkeyp
         monkeypatch.setattr("mlflow.is_tracking_uri_set", lambda: True)
         monkeypatch.setattr("mlflow.get_tracking_uri", lambda: given, raising=False)
     fit(service)
+    assert service.experiments == [PROJECT]
     assert service.uris == [given or f"sqlite:///{tmp_path / 'mlflow.db'}"]

@@ -7,6 +7,7 @@ curves {"loss": [(step, value)]}.
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 import time
@@ -268,7 +269,9 @@ class MLflowStandIn(StandIn):
 
     def modules(self):
         self.uris: list[str] = []
+        self.experiments: list[str] = []
         self.tags: dict[str, str] = {}
+        self.running: set[str] = set()
         entities = {"Metric": lambda *parts: parts, "Param": lambda *parts: parts}
         own = {"MlflowClient": self.client, "is_tracking_uri_set": lambda: False}
         return {"mlflow": own, "mlflow.entities": entities, "sqlalchemy": {}, "alembic": {}}
@@ -281,20 +284,23 @@ class MLflowStandIn(StandIn):
         return SimpleNamespace(experiment_id=name) if self.runs else None
 
     def create_experiment(self, name):
+        self.experiments.append(name)
         return name
 
     def search_runs(self, experiments, wanted):
-        assert experiments == ["apportion"]
+        assert experiments == [os.environ.get("MLFLOW_EXPERIMENT_NAME", "apportion")]
         tag = wanted.removeprefix("tags.`apportion.id` = '").removesuffix("'")
         return [SimpleNamespace(info=SimpleNamespace(run_id=run)) for run, own in self.tags.items() if own == tag]
 
     def create_run(self, experiment, run_name, tags):
         self.runs[run := f"{run_name} {len(self.runs)}"] = Record({})
         self.tags[run] = tags["apportion.id"]
+        self.running.add(run)
         return SimpleNamespace(info=SimpleNamespace(run_id=run))
 
     def update_run(self, run, status):
         assert status == "RUNNING" and run in self.runs
+        self.running.add(run)
 
     def get_metric_history(self, run, name):
         return [SimpleNamespace(step=step) for step, _ in self.runs[run].curves.get(name, ())]
@@ -303,7 +309,7 @@ class MLflowStandIn(StandIn):
         assert len(params) <= 100 and all(isinstance(v, str) and len(v) <= 500 for _, v in params)
         self.runs[run].config |= dict(params)
         for name, value, when, step in metrics:
-            assert isinstance(when, int)
+            assert isinstance(when, int) and run in self.running
             self.runs[run].add({name: value}, step)
 
     def set_tag(self, run, name, value):
@@ -311,6 +317,7 @@ class MLflowStandIn(StandIn):
 
     def set_terminated(self, run, status):
         assert status in ("FINISHED", "KILLED")
+        self.running.remove(run)
         self.runs[run].ended = status == "FINISHED"
 
 
