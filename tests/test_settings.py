@@ -102,7 +102,7 @@ def test_dir_shows_the_public_names_and_no_others() -> None:
     shown = [name for name in dir(ap) if not name.startswith("__")]
     assert shown == [
         "Batch", "Latents", "SAE", "SAES", "TrainConfig", "Trainer", "ablate", "create", "evaluate", "examples_of",
-        "export", "load", "push_to_hub", "splice", "steer", "testing", "to_jumprelu", "to_sae_bench", "to_sae_lens",
-        "write_delphi_cache",
+        "export", "fit_together", "load", "push_to_hub", "splice", "steer", "testing", "to_jumprelu", "to_sae_bench",
+        "to_sae_lens", "write_delphi_cache",
     ]  # fmt: skip
     assert all(getattr(ap, name) is not None for name in shown)

@@ -24,7 +24,7 @@ from apportion.rows.filter import TokenFilter, row_norms
 from apportion.rows.journal import JOURNAL, add_line, lines
 from apportion.rows.manifest import read_manifest
 from apportion.rows.norms import counted, counted_exactly, fitted, histograms
-from apportion.rows.precision import lost, restored, stored
+from apportion.rows.numbers import lost, restored, stored
 from apportion.rows.store import ActivationStore
 
 TEXT = ["the cat sat on the mat and looked at the dog by the sea " * 40, "she read a book about ships " * 40]

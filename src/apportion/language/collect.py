@@ -46,7 +46,7 @@ from apportion.progress import progress_bar
 from apportion.rows.filter import TokenFilter
 from apportion.rows.layout import DTYPES, FLOATS, GOES_ON, MANIFEST
 from apportion.rows.manifest import about_manifest, read_manifest
-from apportion.rows.precision import row_bytes
+from apportion.rows.numbers import row_bytes
 from apportion.rows.writer import CacheWriter, cache_at, check_free_disk, check_plan, contexts_of_a_shard
 from apportion.torch_state import usual
 from apportion.trust import resolved
@@ -89,7 +89,7 @@ def collect(
     and raises `Interrupted`, whose message says where. If `out` has a cache that is being collected, was interrupted,
     or whose process was killed, it goes on with that; `append` does so with a complete one, for more tokens of the same
     text. ValueError if it was made with other settings, of another model or text. `dtype` is float32, bfloat16, float16
-    or int8 (rows/precision.py).
+    or int8 (rows/numbers.py).
     """
     found, text = cache_at(out, append), TextSource.of(text)
     if dtype not in DTYPES:

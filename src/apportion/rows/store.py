@@ -47,7 +47,7 @@ from apportion.rows.filter import TokenFilter
 from apportion.rows.hookpoint import Hookpoint
 from apportion.rows.layout import acts_file, token_file
 from apportion.rows.manifest import about_manifest, read_manifest
-from apportion.rows.precision import columns_of, restored
+from apportion.rows.numbers import columns_of, restored
 from apportion.rows.shards import Column, Shard, ShardedRows, open_shards, sha256_of
 from apportion.trust import expanded
 

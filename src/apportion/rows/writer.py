@@ -45,7 +45,7 @@ from apportion.rows.layout import (
 )
 from apportion.rows.manifest import from_the_first, known_shards, read_manifest
 from apportion.rows.norms import histograms
-from apportion.rows.precision import lost, restored, row_bytes, stored
+from apportion.rows.numbers import lost, restored, row_bytes, stored
 from apportion.rows.refit import of_hookpoint
 from apportion.rows.shards import sample_sha256_of, sha256_of
 from apportion.trust import resolved, within
