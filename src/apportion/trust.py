@@ -32,8 +32,9 @@ UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 LAYOUT = "\n\t"
 
 
-def read_text(file: Path, limit: int = MOST_TEXT) -> str:
-    """A text file in UTF-8. ValueError for what is no regular file (a pipe, a device), or has more than `limit` bytes.
+def read_text(file: Path, limit: int = MOST_TEXT, start: int = 0) -> str:
+    """A text file in UTF-8, from the byte `start` on. ValueError for what is no regular file (a pipe, a device), or has
+    more than `limit` bytes.
 
     Opened without waiting, so that a pipe does not stop it, and looked at only then, so that nothing changes between.
     """
@@ -42,6 +43,7 @@ def read_text(file: Path, limit: int = MOST_TEXT) -> str:
         os.close(number)
         raise _not_regular(file)
     with os.fdopen(number, "rb") as opened:
+        opened.seek(start)
         content = opened.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"{file} has more than {limit:,} bytes, which is too long for what it should be.")

@@ -21,7 +21,7 @@ from apportion.language.collect import collect
 from apportion.language.model import load_model
 from apportion.rows import writer as writer_module
 from apportion.rows.filter import TokenFilter, row_norms
-from apportion.rows.journal import JOURNAL, add_line, lines
+from apportion.rows.journal import JOURNAL, Follower, add_line, lines
 from apportion.rows.manifest import read_manifest
 from apportion.rows.norms import counted, counted_exactly, fitted, histograms
 from apportion.rows.numbers import lost, restored, stored
@@ -80,6 +80,30 @@ def test_several_processes_make_the_bytes_of_one(num: int, lm: tuple[Any, Any], 
     ActivationStore(tmp_path / "acts").verify()
     # who came when all was there is told so
     assert {process.exitcode for process in processes} <= {0, 1} and processes[0].exitcode is not None
+
+
+def test_a_journal_is_followed(tmp_path: Path) -> None:
+    """What comes is read once, also behind a line that somebody is writing, and in another file of that name."""
+    follower, file = Follower(tmp_path), tmp_path / JOURNAL
+    assert list(follower.lines()) == [] and not follower.is_new()
+    for shard in range(3):
+        add_line(tmp_path, {"shard": shard})
+        assert [line["shard"] for line in follower.lines()] == [shard]
+    add_line(tmp_path, {"shard": 3})
+    whole = file.read_bytes()
+    with file.open("r+b") as stream:
+        stream.truncate(len(whole) - 9)
+    assert list(follower.lines()) == []
+    with file.open("ab") as stream:
+        stream.write(whole[-9:])
+    assert [line["shard"] for line in follower.lines()] == [3] and list(follower.lines()) == []
+    file.rename(tmp_path / "old")
+    assert follower.is_new()
+    for shard in range(6):
+        add_line(tmp_path, {"shard": shard})
+    assert follower.is_new()
+    follower.rewind()
+    assert [line["shard"] for line in follower.lines()] == [*range(6)]
 
 
 @pytest.mark.parametrize("seed", range(2))

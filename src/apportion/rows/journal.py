@@ -46,17 +46,49 @@ def add_line(folder: Path, line: Mapping[str, Any]) -> None:
 
 
 def lines(folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines that are whole, each once it has been read; none where there is no journal."""
+    """The lines that are whole; none where there is no journal."""
     file = folder / JOURNAL
-    if not file.is_file():
-        return
-    for text in read_text(file, MOST_BYTES).splitlines():
+    yield from parsed(read_text(file, MOST_BYTES)) if file.is_file() else ()
+
+
+def parsed(content: str) -> Iterator[dict[str, Any]]:
+    for text in content.splitlines():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and line.pop(DIGEST, None) == _digest(line):
             yield line
+
+
+class Follower:
+    """Reads a journal that grows: each time only what has come since."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / JOURNAL
+        self._read = 0, 0
+        """Which file it was, and how many bytes of whole lines were read."""
+
+    def is_new(self) -> bool:
+        """Whether it is another file than before, or shorter."""
+        inode, start = self._read
+        if not self.file.is_file():
+            return start > 0
+        found = self.file.stat()
+        return start > 0 and (found.st_ino != inode or found.st_size < start)
+
+    def rewind(self) -> None:
+        self._read = 0, 0
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """The whole lines that have come."""
+        if not self.file.is_file():
+            return
+        inode, start = self.file.stat().st_ino, self._read[1]
+        content = read_text(self.file, MOST_BYTES, start)
+        whole = content[: content.rfind("\n") + 1]  # somebody may be writing the rest
+        self._read = inode, start + len(whole.encode())
+        yield from parsed(whole)
 
 
 def _digest(line: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ manifest gets both together, the shards from the first to before the first gap.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,15 @@ def _with_journal(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
 def known_shards(manifest: Mapping[str, Any], folder: Path) -> dict[int, dict[str, Any]]:
     """The shards that are on the disk, by their numbers, ascending: of the manifest as it is written, and the journal.
     ValueError for a line that is no shard of this cache."""
-    known = {shard["shard"]: shard for shard in manifest["shards"]}
-    for line in lines(folder):
+    return with_lines({shard["shard"]: shard for shard in manifest["shards"]}, lines(folder), manifest, folder)
+
+
+def with_lines(
+    known: Mapping[int, dict[str, Any]], more: Iterable[dict[str, Any]], manifest: Mapping[str, Any], folder: Path
+) -> dict[int, dict[str, Any]]:
+    """The shards that are known, and what lines of the journal say besides."""
+    known = dict(known)
+    for line in more:
         try:
             check_shard(line, manifest, f"journal.{line.get('shard')}")
         except ValueError as error:

@@ -31,7 +31,7 @@ from apportion.disk import existing, naming, occupied, write_json, write_tensors
 from apportion.durable import place_in, sweep, sync_folder
 from apportion.locks import LOCK, Lock, lock_of
 from apportion.rows.filter import TokenFilter, row_norms
-from apportion.rows.journal import JOURNAL, add_line
+from apportion.rows.journal import JOURNAL, Follower, add_line
 from apportion.rows.layout import (
     FORMAT_VERSION,
     GOES_ON,
@@ -43,7 +43,7 @@ from apportion.rows.layout import (
     sealed,
     token_file,
 )
-from apportion.rows.manifest import from_the_first, known_shards, read_manifest
+from apportion.rows.manifest import from_the_first, known_shards, read_manifest, with_lines
 from apportion.rows.norms import histograms
 from apportion.rows.numbers import lost, restored, row_bytes, stored
 from apportion.rows.refit import of_hookpoint
@@ -85,6 +85,10 @@ class CacheWriter:
         self.special_ids, self.shard_contexts, self.plan, self.about = special_ids, shard_contexts, plan, about
         self.shards: dict[int, dict[str, Any]] = {}
         """Those that are on the disk, as far as this process has looked (`look`)."""
+        self._journal = Follower(self.place)
+        self._manifest: dict[str, Any] = {}
+        self._written: int | None = None
+        """When the manifest that was read was written."""
         self._made: list[Path] = []
         self._began = False
 
@@ -122,8 +126,14 @@ class CacheWriter:
 
     def look(self) -> dict[int, dict[str, Any]]:
         """The shards that are on the disk now, others' too."""
-        if (self.place / MANIFEST).is_file():
-            self.shards = known_shards(read_written(self.place), self.place)
+        if not (self.place / MANIFEST).is_file():
+            return self.shards
+        written = (self.place / MANIFEST).stat().st_mtime_ns
+        if written != self._written or self._journal.is_new():
+            self._written, self._manifest = written, read_written(self.place)
+            self._journal.rewind()
+            self.shards = {shard["shard"]: shard for shard in self._manifest["shards"]}
+        self.shards = with_lines(self.shards, self._journal.lines(), self._manifest, self.place)
         return self.shards
 
     @property
