@@ -128,6 +128,26 @@ def test_a_text_that_has_grown_is_appended(lm: tuple[Any, Any], tmp_path: Path) 
     assert found == wanted and found["manifest.json"]["rows"] > first["rows"]
 
 
+def test_a_text_that_has_become_shorter_is_another(lm: tuple[Any, Any], tmp_path: Path) -> None:
+    tiny(lm, tmp_path / "acts", tokens=10**6)
+    before = content(tmp_path / "acts")
+    with pytest.raises(ValueError, match=r"the text is not the one.*it ends after \d+ tokens"):
+        tiny(lm, tmp_path / "acts", text=TEXT[:1], tokens=10**6, append=True)
+    assert content(tmp_path / "acts") == before
+
+
+def test_the_model_always_takes_as_many_contexts(lm: tuple[Any, Any], tmp_path: Path) -> None:
+    """On their number rounding depends, which does not show in models that are small."""
+    taken: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        run = collect_module.run_contexts
+        noted = lambda m, n, ids, **s: (taken.append(len(ids)), run(m, n, ids, **s))[1]  # noqa: E731
+        patch.setattr(collect_module, "run_contexts", noted)
+        tiny(lm, tmp_path / "acts", tokens=80)
+        tiny(lm, tmp_path / "acts", append=True)
+    assert [n for n in taken if n != 2] == [3] * (4 + 6) and taken.count(2) == 2  # the first of each finds the widths
+
+
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"dtype": "float32"}, "dtype = bfloat16, and not float32"),
     "contexts": ({"context_tokens": 16}, "context_tokens = 8, and not 16"),
