@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from apportion.answers import DIVERGED, NOT_DONE
 from apportion.cli.arguments import say
 from apportion.cli.train import TrainBase, chosen_sae, train_command
 
-NOT_SPLIT = {"out", "hookpoint", "target_hookpoint", "text", "dataset", "track"}
+NOT_SPLIT = {"out", "hookpoint", "target_hookpoint", "text", "dataset", "track", "resume", "requeue"}
 """Options whose values may have commas, or that are of the sweep as a whole."""
 INDEX = "sweep.json"
 MEMORY_SHARE = 0.8
@@ -45,7 +47,9 @@ def variants(argv: list[str]) -> dict[str, list[str]]:
             value = following if taken else value
             name = flag[2:].replace("-", "_")
             if "," in value and name not in NOT_SPLIT:
-                choices[flag] = [part.strip() for part in value.split(",") if part.strip()]
+                if not (parts := [part.strip() for part in value.split(",") if part.strip()]):
+                    raise ValueError(f"{flag} {value} names no value.")
+                choices[flag] = parts
                 i += 1 + taken
                 continue
         words.append(word)
@@ -56,6 +60,7 @@ def variants(argv: list[str]) -> dict[str, list[str]]:
     for values in product(*choices.values()):
         own = [(flag[2:], value) for flag, value in zip(choices, values, strict=True)]
         name = "-".join(value if flag == "sae" else f"{flag.replace('-', '_')}{value}" for flag, value in own)
+        name = re.sub(r"[^\w.+-]", "_", name)
         found[name] = [*words, *(f"--{flag}={value}" for flag, value in own)]
     return found
 
@@ -85,7 +90,9 @@ class Sweep:
             done |= self._train(sources[stream], names)
             self._write(done)
         self._table(done)
-        return 1 if any("error" in each for each in done.values()) else None
+        if any("error" in each for each in done.values()):
+            return NOT_DONE
+        return DIVERGED if any(each.get("diverged") for each in done.values()) else None
 
     def _passes(self) -> list[tuple[str, list[str]]]:
         """Runs that take the same batches, and fit into memory together."""
@@ -125,10 +132,12 @@ class Sweep:
         return {name: {"sae": self.runs[name].sae, **found[name]} for name in names}
 
     def _write(self, done: Mapping[str, Any]) -> None:
-        from apportion.disk import write_json
+        from apportion.disk import read_record, write_json
 
         self.out.mkdir(parents=True, exist_ok=True)
-        write_json(self.out / INDEX, {"runs": {name: done.get(name, {"unfinished": True}) for name in self.runs}})
+        index = self.out / INDEX
+        before = read_record(index, runs=dict)["runs"] if index.is_file() else {}
+        write_json(index, {"runs": before | {name: done.get(name, {"unfinished": True}) for name in self.runs}})
 
     def _table(self, done: Mapping[str, Any]) -> None:
         from apportion.evals.table import print_table
@@ -138,7 +147,8 @@ class Sweep:
         for name, figures in done.items():
             if "error" in figures:
                 say(f"  {name} failed: {figures['error']}")
-        say(f"  next: apportion report {' '.join(str(self.out / name) for name in list(good)[:3])} --out report/")
+        if good:
+            say(f"  next: apportion report {' '.join(str(self.out / name) for name in list(good)[:3])} --out report/")
 
 
 def _stream_of(train: TrainBase) -> str:
@@ -171,7 +181,7 @@ def _figures(trainer: Any, source: Any) -> dict[str, Any]:
     sae, store = trainer.sae, getattr(source, "store", None)
     said = {"trained_tokens": trainer.tokens, "seconds": round(trainer.seconds, 1)}
     if trainer.verdict is not None:
-        said["verdict"] = trainer.verdict.text
+        said |= {"verdict": trainer.verdict.text, "diverged": trainer.verdict.diverged}
     if store is None or sae.row_kind == "layers":
         return {"l0": sae.info["calibration"]["l0"], **said}
     rows, what = unseen_rows(store, sae, str(store.folder))

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
 from torch import Tensor
 
 from apportion.about import About, Language
@@ -159,12 +160,13 @@ def collect(
                     contexts = PackedContexts(tokenizer, text, context_tokens, bos, vocabulary_size(model))
                     again = batched_contexts(contexts, batch_contexts, limit)
                     whole = todo.go_through(again, interrupts, show)
-            if not cache.contexts:
-                raise Interrupted(f"stopped after 0 contexts; nothing is left at {out}")
+            if not cache.look():
+                what = f"nothing is left at {out}" if cache.began else f"{out} is as it was"
+                raise Interrupted(f"stopped after 0 contexts; {what}")
             if whole and todo.contexts < min(limit, cache.contexts):
                 raise _other_text(cache.place, f"it ends after {todo.contexts * context_tokens} tokens")
             reason = f"stream: {contexts.reading.stopped}" if contexts.reading.stopped else "text"
-            ended = "complete" if cache.contexts >= limit else reason if whole else "interrupted"
+            ended = "complete" if cache.readable_contexts >= limit else reason if whole else "interrupted"
             manifest = cache.finish(ended)
     _warn(contexts.reading, about_cache := about_manifest(manifest))
     if interrupts.arrived:
@@ -307,7 +309,13 @@ class _Shard:
         self._acts: dict[str, list[Tensor]] = {name: [] for name in cache.widths}
         self._labels: list[Int[Tensor, "3 n"]] = []
         self.new_contexts = 0
-        self._tokens = cache.tokens(number) if there else None
+        try:
+            self._tokens = cache.tokens(number) if there else None
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"shard {number} of {str(cache.place)!r} is damaged ({error}): take it out with `apportion cache "
+                "repair`, and collect again"
+            ) from error
 
     def compare(self, context: int, ids: Int[Tensor, "n context_tokens"]) -> None:
         """ValueError if these contexts, of which the first has this number, are others than those on the disk."""

@@ -55,9 +55,10 @@ def parsed(content: str) -> Iterator[dict[str, Any]]:
     for text in content.splitlines():
         try:
             line = json.loads(text)
+            whole = isinstance(line, dict) and line.pop(DIGEST, None) == _digest(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and line.pop(DIGEST, None) == _digest(line):
+        if whole:
             yield line
 
 

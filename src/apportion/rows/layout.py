@@ -111,8 +111,11 @@ def _check(manifest: dict[str, Any], folder: Path) -> None:
     sizes = {name: manifest[name] for name in OF_VERSION[version]}
     sizes |= {"rows": about.rows, "context_tokens": about.lm.context_tokens}
     for name, size in (sizes | {"contexts": about.lm.contexts}).items():
-        if not (manifest.get("ended") == UNFINISHED and name in ("rows", "contexts") and size == 0):
+        if not (manifest.get("ended") in GOES_ON and name in ("rows", "contexts") and size == 0):
             _check_size(name, 1 if size is None else size)
+    if "plan" in manifest:
+        check_fields(manifest["plan"], {"filter": dict}, {}, "plan")
+        TokenFilter.from_dict(manifest["plan"]["filter"])
     if manifest["dtype"] not in DTYPES:
         raise ValueError(f"dtype is {manifest['dtype']!r}, and not one of {', '.join(DTYPES)}.")
     if not manifest["hookpoints"]:

@@ -20,12 +20,17 @@ from apportion.trust import expanded
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of the cache in `folder`, with what the journal has. ValueError, naming the field, unless it is
     whole and fits itself."""
-    manifest = read_written(folder)
-    return manifest if manifest["format_version"] == 1 else _with_journal(manifest, expanded(folder))
+    folder = expanded(folder)
+    while True:
+        manifest = read_written(folder)
+        if manifest["format_version"] == 1:
+            return manifest
+        known = known_shards(manifest, folder)
+        if read_written(folder) == manifest:  # else the journal has moved into it meanwhile
+            return _with_journal(manifest, known, folder)
 
 
-def _with_journal(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
-    known = known_shards(manifest, folder)
+def _with_journal(manifest: dict[str, Any], known: Mapping[int, dict[str, Any]], folder: Path) -> dict[str, Any]:
     if list(known.values()) == manifest["shards"]:
         return manifest
     shards = from_the_first(known, manifest["shard_contexts"])
@@ -48,7 +53,9 @@ def with_lines(
     known = dict(known)
     for line in more:
         try:
-            check_shard(line, manifest, f"journal.{line.get('shard')}")
+            check_shard(line, manifest, where := f"journal.{line.get('shard')}")
+            if line["rows"] > line["contexts"] * manifest["context_tokens"]:
+                raise ValueError(f"{where} has {line['rows']} rows of {line['contexts']} contexts.")
         except ValueError as error:
             raise ValueError(f"{folder / JOURNAL}: {error} Collect the cache again.") from None
         known[line["shard"]] = line

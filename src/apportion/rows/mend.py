@@ -32,20 +32,25 @@ def repair(path: str | Path, progress: bool = False) -> list[str]:
     folder = expanded(path)
     if read_written(folder)["format_version"] == 1:
         raise ValueError(f"{str(path)!r} has format version 1, whose shards depend on each other: collect it again.")
-    with folder_lock(folder):
+    looked_at, bad, done = known_shards(read_written(folder), folder), dict[int, list[str]](), 0
+    with progress_bar("verifying", sum(shard["rows"] for shard in looked_at.values()), show=progress) as show:
+        for number, shard in looked_at.items():
+            if files := [file for file, digest in shard["sha256"].items() if not _is(folder / file, digest)]:
+                bad[number] = files
+            done += shard["rows"]
+            show(done)
+    if not bad:
+        return []
+    files = [file for files in bad.values() for file in files]
+    with folder_lock(folder):  # not while all is read: others may be at work
         manifest = read_written(folder)
-        known, bad, done = known_shards(manifest, folder), list[str](), 0
-        with progress_bar("verifying", sum(shard["rows"] for shard in known.values()), show=progress) as show:
-            for number, shard in list(known.items()):
-                files = [file for file, digest in shard["sha256"].items() if not _is(folder / file, digest)]
-                bad += files
-                if files:
-                    del known[number]
-                done += shard["rows"]
-                show(done)
-        if bad:
-            _rewrite(folder, manifest, known)
-    return bad
+        if "plan" not in manifest:
+            raise ValueError(
+                f"{str(path)!r} is damaged ({', '.join(files)}), and was not made by collect: merge or write it again."
+            )
+        known = known_shards(manifest, folder)
+        _rewrite(folder, manifest, {n: shard for n, shard in known.items() if n not in bad or shard != looked_at[n]})
+    return files
 
 
 def _is(file: Path, digest: str) -> bool:
@@ -57,12 +62,14 @@ def _is(file: Path, digest: str) -> bool:
 def _rewrite(folder: Path, manifest: dict[str, Any], known: Mapping[int, dict[str, Any]]) -> None:
     """Manifest and journal that have these shards alone."""
     shards = from_the_first(known, manifest["shard_contexts"])
-    ended = {"ended": UNFINISHED} if "plan" in manifest else {}  # without one nobody can go on
     hookpoints = refitted(manifest, shards, folder)
     for number in {shard["shard"] for shard in manifest["shards"]} - known.keys():
         add_line(folder, {"shard": number, "contexts": 0, "rows": 0, "sha256": {}, "sample_sha256": {}})
     counts = {name: sum(shard[name] for shard in shards) for name in ("rows", "contexts")}
-    write_json(folder / MANIFEST, sealed({**manifest, **counts, **ended, "shards": shards, "hookpoints": hookpoints}))
+    write_json(
+        folder / MANIFEST,
+        sealed({**manifest, **counts, "ended": UNFINISHED, "shards": shards, "hookpoints": hookpoints}),
+    )
     (folder / JOURNAL).unlink(missing_ok=True)
     for shard in list(known.values())[len(shards) :]:
         add_line(folder, shard)

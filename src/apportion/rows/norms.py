@@ -20,7 +20,9 @@ from apportion.rows.filter import TokenFilter, kinds_of
 
 SHIFT = 19
 """Bits of a float32 that a bin leaves out: 4 of the 23 behind the point remain."""
-MOST_BINS = 1 << (31 - SHIFT)
+MOST_BINS = 0x7F800000 >> SHIFT
+"""Of finite numbers."""
+MOST_ROWS = 1 << 40
 KINDS = ("ordinary", "first_position", "special")
 
 Histogram = dict[int, tuple[int, float]]
@@ -36,7 +38,7 @@ def histograms(
 
 
 def _histogram(norms: Float[Tensor, " n"]) -> list[list[float]]:
-    bins = norms.float().contiguous().view(torch.int32) >> SHIFT
+    bins = (norms.float().contiguous().view(torch.int32) >> SHIFT).clamp(max=MOST_BINS - 1)
     found, where, counts = bins.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(found), dtype=torch.float64).index_add_(0, where, norms.double()).nan_to_num()
     return [[b, n, s] for b, n, s in zip(found.tolist(), counts.tolist(), sums.tolist(), strict=True)]
@@ -52,8 +54,8 @@ def check_histograms(found: Any, where: str) -> None:
 def _is_histogram(found: Any) -> bool:
     if not isinstance(found, list) or not all(isinstance(entry, list) and len(entry) == 3 for entry in found):
         return False
-    whole = all(type(b) is int and type(n) is int and 0 <= b < MOST_BINS and n > 0 for b, n, _ in found)
-    return whole and all(isinstance(s, int | float) and not isinstance(s, bool) for _, _, s in found)
+    whole = all(type(b) is int and type(n) is int and 0 <= b < MOST_BINS and 0 < n < MOST_ROWS for b, n, _ in found)
+    return whole and all(isinstance(s, float) for _, _, s in found)
 
 
 def fitted(asked: TokenFilter, shards: Iterable[Mapping[str, Any]], special_ids: Iterable[int]) -> TokenFilter:

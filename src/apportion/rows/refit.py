@@ -64,6 +64,9 @@ def stats_of(file: Path) -> dict[str, Any]:
     except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"{file} has no statistics ({type(error).__name__}: {error}): collect it again.") from error
     check_histograms(stats.get("norms") if isinstance(stats, dict) else None, f"norms in {file}")
+    lost = stats.get("lost", [0.0, 0.0])
+    if not (isinstance(lost, list) and len(lost) == 2 and all(isinstance(total, float) for total in lost)):
+        raise ValueError(f"lost in {file} are no sums of squares.")
     return stats
 
 

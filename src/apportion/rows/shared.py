@@ -33,14 +33,17 @@ class Shared:
     def view(self) -> View:
         return View(self)
 
-    def batch_at(self, state: dict[str, Any], batch_tokens: int) -> tuple[Batch, dict[str, Any]]:
-        """The batch at a position of the source, and the position behind it."""
+    def batch_at(self, state: dict[str, Any], batch_tokens: int) -> tuple[Batch, dict[str, Any]] | None:
+        """The batch at a position of the source, and the position behind it; None at the end of one that ends."""
         at = _key(state, batch_tokens)
         if at not in self._held:
             if self._batches is None or at != self._next:
-                self.put(state)
+                if self._batches is not None or self.source.state_dict() != state:
+                    self.put(state)
                 self._batches = self.source.batches(batch_tokens)
-            batch, behind = next(self._batches), self.source.state_dict()
+            if (batch := next(self._batches, None)) is None:
+                return None
+            behind = self.source.state_dict()
             self._next = _key(behind, batch_tokens)
             self._held = dict([*self._held.items(), (at, (batch, behind))][-KEPT:])
         return self._held[at]
@@ -76,8 +79,8 @@ class View:
         return self.shared.source.num_rows
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
-        while True:
-            batch, self._state = self.shared.batch_at(self._state, batch_tokens)
+        while (found := self.shared.batch_at(self._state, batch_tokens)) is not None:
+            batch, self._state = found
             yield batch
 
     def sample(self, n: int) -> Batch:

@@ -27,7 +27,7 @@ from jaxtyping import Int, Shaped
 from safetensors import safe_open
 from torch import Tensor
 
-from apportion.disk import existing, naming, occupied, write_json, write_tensors
+from apportion.disk import all_finite, existing, naming, occupied, write_json, write_tensors
 from apportion.durable import place_in, sweep, sync_folder
 from apportion.locks import LOCK, Lock, lock_of
 from apportion.rows.filter import TokenFilter, row_norms
@@ -90,7 +90,7 @@ class CacheWriter:
         self._written: int | None = None
         """When the manifest that was read was written."""
         self._made: list[Path] = []
-        self._began = False
+        self.began = False
 
     def __enter__(self) -> CacheWriter:
         folders = [within(self.place, folder_name(name)) for name in self.widths]
@@ -103,7 +103,7 @@ class CacheWriter:
                     check_plan(read_written(self.place), self.plan, self.place)
                     self.look()
                 else:
-                    self._began = True
+                    self.began = True
                     if self.plan is not None:
                         self.write_manifest(UNFINISHED, [])
             with naming(self.place):
@@ -115,10 +115,10 @@ class CacheWriter:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if not self._began or self.shards:
+        if not self.began or (self.shards and (self.place / MANIFEST).is_file()):
             return
         with suppress(OSError, ValueError), folder_lock(self.place):
-            if not self.look() and not self._others():
+            if (self.plan is None or not self.look()) and not self._others():
                 self._remove()
         for folder in self._made:  # from the inside out
             with suppress(OSError):
@@ -139,6 +139,11 @@ class CacheWriter:
     @property
     def contexts(self) -> int:
         return sum(shard["contexts"] for shard in self.shards.values())
+
+    @property
+    def readable_contexts(self) -> int:
+        """Those before the first gap."""
+        return sum(shard["contexts"] for shard in from_the_first(self.shards, self.shard_contexts))
 
     @contextmanager
     def claim(self, number: int) -> Iterator[Lock | None]:
@@ -188,6 +193,9 @@ class CacheWriter:
         lock: Lock | None = None,
     ) -> None:  # fmt: skip
         """Commit a shard: its rows at each hookpoint, and tokens, positions and contexts. `lock` is what claims it."""
+        for name, x in acts.items() if self.dtype == "int8" else ():
+            if not all_finite(x):
+                raise ValueError(f"rows at {name!r} are not finite (NaN or infinity), which 8 bits cannot hold.")
         columns = {name: column.int().clone() for name, column in zip(LABELS, labels, strict=True)}
         if self.plan is not None and number in self.shards:
             self._note({"shard": number, "contexts": 0, "rows": 0}, lock)
@@ -229,7 +237,8 @@ class CacheWriter:
         """The manifest of the shards up to the first gap, written; of the journal stays what lies behind the gap."""
         with folder_lock(self.place):
             self.look()
-            manifest = self.write_manifest(ended, from_the_first(self.shards, self.shard_contexts))
+            shards = from_the_first(self.shards, self.shard_contexts)
+            manifest = self.write_manifest(ended if shards else UNFINISHED, shards)
             tidy(self.place)
         return manifest
 
@@ -310,7 +319,8 @@ class StoreWriter:
         """Write what is pending and the manifest, which says this besides and is returned."""
         if any(labels.shape[1] for labels in self._labels):
             self._flush()
-        shards = list(self.cache.shards.values())
+        if not (shards := list(self.cache.shards.values())):
+            raise ValueError(f"{str(self.cache.place)!r} would have no rows: add some first.")
         self.cache.shard_contexts = max(shard["contexts"] for shard in shards)
         self.cache.about = lambda ended, contexts: about
         return self.cache.write_manifest("complete", shards)
