@@ -106,7 +106,10 @@ def assert_nothing_lost(confined: Confined, name: str, before: dict[str, str]) -
     now = confined.files
     assert {file: now.get(file) for file in before} == before
     new = [file for file in now if file not in before]
-    if name != "train":  # a run that was begun stays, with its whole checkpoints
+    if name == "collect" and "acts/journal.jsonl" in new:  # a shard that was committed stays
+        shard = ("model.layers.1/00000.safetensors", "tokens-00000.safetensors")
+        assert {*new} == {f"acts/{file}" for file in ("journal.jsonl", "manifest.json", *shard)}
+    elif name != "train":  # a run that was begun stays, with its whole checkpoints
         assert not new
     assert not [file for file in new if "partial" in file or "unfinished" in file]
 
