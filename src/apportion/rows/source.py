@@ -63,7 +63,8 @@ class CacheSource(IndexedSource):
 
 def parts_of(store: RowStore) -> Iterator[tuple[Tensor, Tensor]]:
     """Which rows take part and their groups, part by part where the store can say so (`parts`): never of all rows."""
-    yield from store.parts() if hasattr(store, "parts") else [(store.mask, store.groups)]  # type: ignore[attr-defined]
+    parts = getattr(store, "parts", None)
+    return iter([(store.mask, store.groups)]) if parts is None else parts()
 
 
 def _read_ahead(read: Any, upcoming: Iterator[tuple[Tensor, Position]]) -> Iterator[tuple[Batch, Position]]:

@@ -115,13 +115,15 @@ class ActivationStore:
 
     def parts(self) -> Iterator[tuple[Bool[Tensor, " n"], Int[Tensor, " n"]]]:
         """`mask` and `groups` of one shard after the other."""
-        for number in range(self.num_shards):
-            tokens, positions, contexts = (self._labels[name].parts[number] for name in LABELS)
+        for contexts in self._labels["contexts"].parts:
             self._check_numbers("contexts", contexts, self._about.lm.contexts or self.rows)
-            if "mask" in self._rows:
-                yield self._rows["mask"].parts[number], contexts
-            else:
-                yield self.filter.mask_of(self._rows["norms"].parts[number], tokens, positions), contexts
+        return map(self._part, range(self.num_shards))
+
+    def _part(self, number: int) -> tuple[Bool[Tensor, " n"], Int[Tensor, " n"]]:
+        tokens, positions, contexts = (self._labels[name].parts[number] for name in LABELS)
+        if "mask" in self._rows:
+            return self._rows["mask"].parts[number], contexts
+        return self.filter.mask_of(self._rows["norms"].parts[number], tokens, positions), contexts
 
     @cached_property
     def tokens(self) -> Int[Tensor, " rows"]:
