@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from apportion.cli import main
+from apportion.cli import main, parse
 from apportion.cli.sweep import Sweep, variants
 from apportion.training import Trainer
 
@@ -33,6 +33,8 @@ def test_which_runs() -> None:
         variants(["acts", "--k", "4", "--resume"])
     with pytest.raises(ValueError, match="names no value"):
         variants(["acts", "--k", ","])
+    with pytest.raises(ValueError, match="called k4"):
+        variants(["acts", "--k", "4,4"])
     assert list(variants(["--resume", "acts,1", "--lr", "../a,b"])) == ["lr.._a", "lrb"]
 
 
@@ -109,3 +111,10 @@ def test_runs_that_do_not_fit_into_memory_are_made_one_after_the_other(
     monkeypatch.setattr(Sweep, "_train", noted)
     assert sweep(rows, tmp_path / "runs") == 0
     assert len(passes) == 4 and all(len(names) == 1 for names in passes)
+
+
+def test_runs_that_read_otherwise_are_on_streams_of_their_own() -> None:
+    words = ["embedded", "--hookpoint", "model.layers.1", "--tokens", "10k", "--out", "runs"]
+    for option, values in (("--context-tokens", "64,128"), ("--norm-outlier", "5,10"), ("--seed", "0,1")):
+        assert len(parse(["sweep", *words, option, values])._passes()) == 2
+    assert len(parse(["sweep", *words, "--k", "4,8"])._passes()) == 1

@@ -61,6 +61,8 @@ def variants(argv: list[str]) -> dict[str, list[str]]:
         own = [(flag[2:], value) for flag, value in zip(choices, values, strict=True)]
         name = "-".join(value if flag == "sae" else f"{flag.replace('-', '_')}{value}" for flag, value in own)
         name = re.sub(r"[^\w.+-]", "_", name)
+        if name in found:
+            raise ValueError(f"Two runs would be called {name}: give each value once.")
         found[name] = [*words, *(f"--{flag}={value}" for flag, value in own)]
     return found
 
@@ -154,7 +156,10 @@ class Sweep:
 def _stream_of(train: TrainBase) -> str:
     """Runs for which this is equal take the same batches."""
     own = ("source", "hookpoint", "target_hookpoint", "held_out_share", "order_seed", "batch_tokens", "tokens")
+    own += ("context_tokens", "corpus", "filter", "loading", "training_objective")
+    usual = {f.name: f.default_factory() for f in dataclasses.fields(train) if callable(f.default_factory)}
     said = {name: getattr(train, name, None) for name in own}
+    said = {name: None if value == usual.get(name) else value for name, value in said.items()}
     from apportion.architectures import SAES
 
     kind = SAES[train.sae].architecture.row_kind

@@ -14,7 +14,6 @@ collection in one piece.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -49,8 +48,6 @@ from apportion.rows.numbers import lost, restored, row_bytes, stored
 from apportion.rows.refit import of_hookpoint
 from apportion.rows.shards import sample_sha256_of, sha256_of
 from apportion.trust import resolved, within
-
-log = logging.getLogger(__name__)
 
 SHARD_ROWS = 1 << 17
 SHARD_BYTES = 1 << 30
@@ -87,8 +84,8 @@ class CacheWriter:
         """Those that are on the disk, as far as this process has looked (`look`)."""
         self._journal = Follower(self.place)
         self._manifest: dict[str, Any] = {}
-        self._written: int | None = None
-        """When the manifest that was read was written."""
+        self._written: tuple[int, int] | None = None
+        """Which manifest was read, and when it was written."""
         self._made: list[Path] = []
         self.began = False
 
@@ -128,7 +125,8 @@ class CacheWriter:
         """The shards that are on the disk now, others' too."""
         if not (self.place / MANIFEST).is_file():
             return self.shards
-        written = (self.place / MANIFEST).stat().st_mtime_ns
+        found = (self.place / MANIFEST).stat()
+        written = found.st_ino, found.st_mtime_ns
         if written != self._written or self._journal.is_new():
             self._written, self._manifest = written, read_written(self.place)
             self._journal.rewind()
