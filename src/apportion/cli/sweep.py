@@ -169,10 +169,10 @@ def _stream_of(train: TrainBase) -> str:
 def _parameters(train: TrainBase) -> int:
     """About how many parameters an SAE has whose rows are not opened yet."""
     from apportion.rows.manifest import about_cache
-    from apportion.rows.opening import holds_array
+    from apportion.rows.opening import holds_array, open_array
 
-    d_in = 4096
-    if Path(train.source).is_dir() and not holds_array(train.source):
+    d_in = open_array(train.source).d_in if holds_array(train.source) else 4096
+    if Path(train.source).is_dir():
         with suppress(ValueError):
             d_in = max(site.d_in or 0 for site in about_cache(train.source).sites)
     return 2 * d_in * train.d_sae

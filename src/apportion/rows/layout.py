@@ -23,6 +23,8 @@ from apportion.trust import expanded, within
 FORMAT_VERSION = 2
 READABLE = (1, 2)
 MANIFEST = "manifest.json"
+LABELS = ("tokens", "positions", "contexts")
+"""What is known of every row."""
 DIGEST = "manifest_sha256"
 MOST_BYTES = 1 << 26
 """A manifest has some 300 bytes for each file."""

@@ -45,13 +45,12 @@ from apportion.progress import progress_bar
 from apportion.rows.batch import Batch
 from apportion.rows.filter import TokenFilter
 from apportion.rows.hookpoint import Hookpoint
-from apportion.rows.layout import acts_file, token_file
+from apportion.rows.layout import LABELS, acts_file, token_file
 from apportion.rows.manifest import about_manifest, read_manifest
 from apportion.rows.numbers import columns_of, restored
 from apportion.rows.shards import Column, Shard, ShardedRows, open_shards, sha256_of
 from apportion.trust import expanded
 
-LABELS = ("tokens", "positions", "contexts")
 LARGEST_ID = 1 << 24
 """No vocabulary has more tokens."""
 

@@ -34,6 +34,7 @@ from apportion.rows.journal import JOURNAL, Follower, add_line
 from apportion.rows.layout import (
     FORMAT_VERSION,
     GOES_ON,
+    LABELS,
     MANIFEST,
     UNFINISHED,
     acts_file,
@@ -52,7 +53,6 @@ from apportion.trust import resolved, within
 SHARD_ROWS = 1 << 17
 SHARD_BYTES = 1 << 30
 """A shard holds at most this many bytes over all hookpoints, because that is what is held in memory."""
-LABELS = ("tokens", "positions", "contexts")
 PATIENCE_S = 60
 """How long the lock of the folder, under which nothing takes long, is waited for."""
 BEGINNING_S = 2
