@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from apportion.cli import main, parse
+from apportion.cli.sources import goes_with, stream_of
 from apportion.cli.sweep import Sweep, variants
 from apportion.training import Trainer
 
@@ -104,9 +105,9 @@ def test_runs_that_do_not_fit_into_memory_are_made_one_after_the_other(
     passes: list[list[str]] = []
     train = Sweep._train
 
-    def noted(self: Sweep, source: object, names: list[str]) -> object:
-        passes.append(names)
-        return train(self, source, names)
+    def noted(self: Sweep, sources: dict[str, object]) -> object:
+        passes.append(list(sources))
+        return train(self, sources)
 
     monkeypatch.setattr(Sweep, "_train", noted)
     assert sweep(rows, tmp_path / "runs") == 0
@@ -116,5 +117,9 @@ def test_runs_that_do_not_fit_into_memory_are_made_one_after_the_other(
 def test_runs_that_read_otherwise_are_on_streams_of_their_own() -> None:
     words = ["embedded", "--hookpoint", "model.layers.1", "--tokens", "10k", "--out", "runs"]
     for option, values in (("--context-tokens", "64,128"), ("--norm-outlier", "5,10"), ("--seed", "0,1")):
-        assert len(parse(["sweep", *words, option, values])._passes()) == 2
-    assert len(parse(["sweep", *words, "--k", "4,8"])._passes()) == 1
+        runs = parse(["sweep", *words, option, values]).runs.values()
+        assert len({goes_with(train) for train in runs}) == len({stream_of(train) for train in runs}) == 2
+    runs = parse(["sweep", *words, "--k", "4,8"]).runs.values()
+    assert len({stream_of(train) for train in runs}) == 1
+    runs = parse(["sweep", *words, "--batch-tokens", "512,1k"]).runs.values()
+    assert len({stream_of(train) for train in runs}) == 2 and len({goes_with(train) for train in runs}) == 1

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import Field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from itertools import pairwise
 from textwrap import dedent
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -94,12 +95,19 @@ def meanings(config: type) -> dict[str, str]:
     """The docstring under each field of a dataclass and of those that it extends, in one line."""
     found: dict[str, str] = {}
     for kind in [kind for kind in reversed(config.__mro__) if is_dataclass(kind)]:
-        with suppress(OSError, TypeError):  # a class without a file
-            (made,) = ast.parse(dedent(inspect.getsource(kind))).body
-            for field, doc in pairwise(made.body):  # type: ignore[attr-defined]
-                match field, doc:
-                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                        found[name] = " ".join(text.split())
+        found |= _own_meanings(kind)
+    return found
+
+
+@cache
+def _own_meanings(kind: type) -> dict[str, str]:
+    found: dict[str, str] = {}
+    with suppress(OSError, TypeError):  # a class without a file
+        (made,) = ast.parse(dedent(inspect.getsource(kind))).body
+        for field, doc in pairwise(made.body):  # type: ignore[attr-defined]
+            match field, doc:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
     return found
 
 

@@ -289,13 +289,13 @@ def test_held_out_rows_come_in_random_order_from_all_over(folder: Path) -> None:
 def test_held_out_rows_of_a_live_source_come_in_random_order_from_all_over(lm: tuple[Any, Any]) -> None:
     contexts = torch.randint(3, len(lm[1]), (40, CONTEXT), generator=torch.Generator().manual_seed(0))
     source = live(lm, contexts, held_out_share=0.5, buffer_tokens=4 * CONTEXT, seed=3)
-    in_order = source._filtered_rows(source._held_out).x.float()
+    in_order = source._filtered_rows(source._held_out)[0].x.float()
     for max_rows in (10**6, 30):
         drawn = torch.cat([batch.x for batch in source.held_out(max_rows)])
         distances = torch.cdist(drawn.double(), in_order.double())
         assert bool((distances.min(1).values < 1e-4).all()) and len(drawn) == min(max_rows, len(in_order))
         assert_mixed(distances.argmin(1), len(in_order))
-    sample = torch.cdist(source.sample(30).x.double(), source._filtered_rows(source._train).x.double()).argmin(1)
+    sample = torch.cdist(source.sample(30).x.double(), source._filtered_rows(source._train)[0].x.double()).argmin(1)
     assert_mixed(sample, 20 * (CONTEXT - 1))
 
 

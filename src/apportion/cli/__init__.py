@@ -4,6 +4,7 @@
     apportion collect MODEL --hookpoint model.layers.8 --text corpus.txt --tokens 10M --out acts/
     apportion train acts/ --sae mutual_choice --k 32 --d-sae 16384 --out runs/x
     apportion sweep acts/ --sae topk,mutual_choice --k 16,32 --d-sae 16384 --out runs/
+    apportion suite MODEL --hookpoints 'model.layers.*' --sites residual,mlp --text corpus.txt --tokens 10M --out suite/
     apportion eval runs/x --text heldout.txt --json out.json
     apportion report runs/x runs/y --out report/
     apportion convert runs/x sae/ --to sae_lens
@@ -31,6 +32,7 @@ from apportion.cli.demo import Demo
 from apportion.cli.evaluate import Eval
 from apportion.cli.info import Info
 from apportion.cli.report import Report
+from apportion.cli.suite import suite_command, suite_of
 from apportion.cli.sweep import sweep_command, sweep_of
 from apportion.cli.train import chosen_sae, train_command
 from apportion.processes import refuse_several_processes
@@ -42,13 +44,15 @@ An error is one line; with --debug, anywhere among the words, it comes with its 
 
 def parse(argv: list[str]) -> Any:
     """The command that these words ask for, filled in; its `run` does the work."""
-    if argv[:1] == ["sweep"] and not {"-h", "--help"} & {*argv}:
-        return sweep_of(argv[1:], parse)
+    for name, of in (("sweep", sweep_of), ("suite", suite_of)):
+        if argv[:1] == [name] and not {"-h", "--help"} & {*argv}:
+            return of(argv[1:], parse)
     commands = {
         "demo": Demo,
         "collect": Collect,
         "train": train_command(*chosen_sae(argv)),
         "sweep": sweep_command(argv),
+        "suite": suite_command(argv),
         "eval": Eval,
         "report": Report,
         "convert": Convert,

@@ -12,30 +12,42 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 from apportion.answers import DIVERGED, NOT_DONE
 from apportion.cli.arguments import say
+from apportion.cli.sources import Sources, goes_with
 from apportion.cli.train import TrainBase, chosen_sae, train_command
 
 NOT_SPLIT = {"out", "hookpoint", "target_hookpoint", "text", "dataset", "track", "resume", "requeue"}
 """Options whose values may have commas, or that are of the sweep as a whole."""
 INDEX = "sweep.json"
+EVALUATED = 100_000
+"""Rows on which a finished run is looked at, at most."""
 MEMORY_SHARE = 0.8
 """Of the memory that is free, what the runs of one pass may need."""
 BYTES_PER_PARAMETER = 18
 """Weights, gradients, Adam's averages, and what a step makes besides."""
+HELD_SHARE = 0.3
+"""Of the memory that is free, what activations of a model may take that are held for runs that come later."""
+BLOCKS_HELD = 2.5
+"""Of the rows that a source mixes, how many times they are in memory."""
+STEP_PRODUCTS = 1.0
+"""What a step takes, in units of the encoder's product, of which there are two in `_parameters`."""
 
 log = logging.getLogger("apportion")
 
 
-def variants(argv: list[str]) -> dict[str, list[str]]:
-    """For each run its name, and the words of the train command that make it."""
+def variants(argv: list[str], least: int = 1) -> dict[str, list[str]]:
+    """For each run its name, and the words of the train command that make it; `least` so many options with several
+    values."""
     words, choices = list[str](), dict[str, list[str]]()
     i = 0
     while i < len(argv):
@@ -54,7 +66,7 @@ def variants(argv: list[str]) -> dict[str, list[str]]:
                 continue
         words.append(word)
         i += 1
-    if not choices:
+    if len(choices) < least:
         raise ValueError("A sweep has options with several values, such as --k 16,32: with one of each use train.")
     found = {}
     for values in product(*choices.values()):
@@ -74,64 +86,86 @@ class Sweep:
     runs: Mapping[str, TrainBase]
     """As they would be alone."""
     out: Path
+    sources: Sources = field(default_factory=lambda: Sources(most_held=HELD_SHARE * free_bytes()))
+    about: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What the index says of each besides."""
 
     def run(self) -> int | None:
         from apportion.training.given import check_enough
 
         for train in self.runs.values():
             train.check()
-        passes = self._passes()
-        sources = {stream: self.runs[names[0]].make_source() for stream, names in passes}
-        for stream, names in passes:
-            for name in names:
-                check_enough(sources[stream], self.runs[name].batch_tokens)  # type: ignore[attr-defined]
-            self._say_pass(stream, names, len(passes))
+        sources = {name: self.sources.of(train) for name, train in self.runs.items()}
+        for name, source in sources.items():
+            check_enough(source, self.runs[name].batch_tokens)  # type: ignore[attr-defined]
+        passes = self._passes(sources)
+        self._say_cost(passes, sources)
         done: dict[str, dict[str, Any]] = {}
         self._write(done)
-        for stream, names in passes:
-            done |= self._train(sources[stream], names)
+        for names in passes:
+            done |= self._train({name: sources[name] for name in names})
             self._write(done)
-        self._table(done)
+        self._show(done)
         if any("error" in each for each in done.values()):
             return NOT_DONE
         return DIVERGED if any(each.get("diverged") for each in done.values()) else None
 
-    def _passes(self) -> list[tuple[str, list[str]]]:
-        """Runs that take the same batches, and fit into memory together."""
-        streams: dict[str, list[str]] = {}
+    def _passes(self, sources: Mapping[str, Any]) -> list[list[str]]:
+        """Runs that go on together: on one stream, or on one model's passes; as many as fit into memory."""
+        together: dict[str, list[str]] = {}
         for name, train in self.runs.items():
-            streams.setdefault(_stream_of(train), []).append(name)
-        return [(stream, part) for stream, names in streams.items() for part in self._that_fit(names)]
+            together.setdefault(goes_with(train), []).append(name)
+        return [part for names in together.values() for part in self._that_fit(names, sources)]
 
-    def _that_fit(self, names: list[str]) -> list[list[str]]:
-        free, parts, used = free_bytes() * MEMORY_SHARE, [list[str]()], 0.0
+    def _that_fit(self, names: list[str], sources: Mapping[str, Any]) -> list[list[str]]:
+        free, parts = free_bytes() * MEMORY_SHARE, [list[str]()]
         for name in names:
-            needed = BYTES_PER_PARAMETER * _parameters(self.runs[name])
-            if parts[-1] and used + needed > free:
-                parts, used = [*parts, []], 0.0
+            if parts[-1] and self._bytes_of([*parts[-1], name], sources) > free:
+                parts.append([])
             parts[-1].append(name)
-            used += needed
         return parts
 
-    def _say_pass(self, stream: str, names: list[str], passes: int) -> None:
-        gigabytes = sum(BYTES_PER_PARAMETER * _parameters(self.runs[name]) for name in names) / 1e9
-        what = "one pass" if passes == 1 else f"one of {passes} passes"
-        log.info("%d runs in %s over %s, about %.2f GB", len(names), what, stream, gigabytes)
+    def _bytes_of(self, names: Iterable[str], sources: Mapping[str, Any]) -> float:
+        """Memory that the runs of a pass need, about."""
+        rows = {id(sources[name]): getattr(sources[name], "bytes_held", 0) for name in names}
+        parameters = sum(_parameters(self.runs[name], sources[name]) for name in names)
+        return BYTES_PER_PARAMETER * parameters + BLOCKS_HELD * sum(rows.values())
 
-    def _train(self, source: Any, names: list[str]) -> dict[str, dict[str, Any]]:
+    def _say_cost(self, passes: list[list[str]], sources: Mapping[str, Any]) -> None:
+        for names in passes:
+            gigabytes = self._bytes_of(names, sources) / 1e9
+            what = "one pass" if len(passes) == 1 else f"one of {len(passes)} passes"
+            place = goes_with(self.runs[names[0]])
+            minutes = self._seconds_of(names, sources) / 60
+            log.info(
+                "%d runs in %s over %s: about %.2f GB, and very roughly %s",
+                len(names), what, place, gigabytes, f"{minutes:.0f} minutes" if minutes >= 1 else "a minute",
+            )  # fmt: skip
+
+    def _seconds_of(self, names: list[str], sources: Mapping[str, Any]) -> float:
+        """What a pass takes, about: of the products that the SAEs make, and of the model's passes, a few are timed."""
+        runs = [(self.runs[name], sources[name]) for name in names]
+        operations = sum((train.tokens_of(source) or 0) * _parameters(train, source) for train, source in runs)
+        seconds = STEP_PRODUCTS * operations * _seconds_per_operation()
+        if (passing := getattr(sources[names[0]], "passing", None)) is not None:
+            per_token, tokens = passing()
+            seconds += per_token * tokens
+        return seconds
+
+    def _train(self, sources: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         from apportion.training.together import fit_together
 
         trainers, found = {}, dict[str, dict[str, Any]]()
-        for name in names:
+        for name, source in sources.items():
             try:
                 trainers[name] = self.runs[name].trainer(source)
             except ValueError as error:
                 found[name] = {"error": str(error)}
-        first = self.runs[names[0]]
-        failed = fit_together(trainers, source, self.out, resume=first.requeue, track=first.track or ())
+        first = next(iter(self.runs.values()))
+        failed = fit_together(trainers, sources, self.out, resume=first.requeue, track=first.track or ())
         for name, trainer in trainers.items():
-            found[name] = {"error": str(failed[name])} if name in failed else _figures(trainer, source)
-        return {name: {"sae": self.runs[name].sae, **found[name]} for name in names}
+            found[name] = {"error": str(failed[name])} if name in failed else _figures(trainer, sources[name])
+        return {name: {"sae": self.runs[name].sae, **self.about.get(name, {}), **found[name]} for name in sources}
 
     def _write(self, done: Mapping[str, Any]) -> None:
         from apportion.disk import read_record, write_json
@@ -141,7 +175,7 @@ class Sweep:
         before = read_record(index, runs=dict)["runs"] if index.is_file() else {}
         write_json(index, {"runs": before | {name: done.get(name, {"unfinished": True}) for name in self.runs}})
 
-    def _table(self, done: Mapping[str, Any]) -> None:
+    def _show(self, done: Mapping[str, Any]) -> None:
         from apportion.evals.table import print_table
 
         if good := {name: figures for name, figures in done.items() if "error" not in figures}:
@@ -153,44 +187,46 @@ class Sweep:
             say(f"  next: apportion report {' '.join(str(self.out / name) for name in list(good)[:3])} --out report/")
 
 
-def _stream_of(train: TrainBase) -> str:
-    """Runs for which this is equal take the same batches."""
-    own = ("source", "hookpoint", "target_hookpoint", "held_out_share", "order_seed", "batch_tokens", "tokens")
-    own += ("context_tokens", "corpus", "filter", "loading", "training_objective")
-    usual = {f.name: f.default_factory() for f in dataclasses.fields(train) if callable(f.default_factory)}
-    said = {name: getattr(train, name, None) for name in own}
-    said = {name: None if value == usual.get(name) else value for name, value in said.items()}
-    from apportion.architectures import SAES
+def _parameters(train: TrainBase, source: Any) -> int:
+    """How many parameters an SAE has, about."""
+    from apportion.rows.opening import settings_of
 
-    kind = SAES[train.sae].architecture.row_kind
-    return f"{said['source']} (" + ", ".join(f"{k} {v}" for k, v in [*said.items()][1:] if v is not None) + f", {kind})"
+    settings = settings_of(source)
+    return (settings["d_in"] + settings.get("d_out", settings["d_in"])) * settings.get("num_sites", 1) * train.d_sae
 
 
-def _parameters(train: TrainBase) -> int:
-    """About how many parameters an SAE has whose rows are not opened yet."""
-    from apportion.rows.manifest import about_cache
-    from apportion.rows.opening import holds_array, open_array
+@cache
+def _seconds_per_operation() -> float:
+    """Of a product, for each row and parameter of its factor, as torch makes it here."""
+    import torch
 
-    d_in = open_array(train.source).d_in if holds_array(train.source) else 4096
-    if Path(train.source).is_dir():
-        with suppress(ValueError):
-            d_in = max(site.d_in or 0 for site in about_cache(train.source).sites)
-    return 2 * d_in * train.d_sae
+    x, weights = torch.zeros(512, 512), torch.zeros(512, 2048)
+    times = []
+    for _ in range(5):
+        started = perf_counter()
+        torch.mm(x, weights)
+        times.append(perf_counter() - started)
+    return median(times) / (len(x) * weights.numel())
 
 
 def _figures(trainer: Any, source: Any) -> dict[str, Any]:
     """Of a finished run: on rows of its store that it has not seen, else what calibration says."""
     from apportion.evals import evaluate_rows
     from apportion.evals.rows import unseen_rows
+    from apportion.rows.arrays import ArrayStore
 
     sae, store = trainer.sae, getattr(source, "store", None)
     said = {"trained_tokens": trainer.tokens, "seconds": round(trainer.seconds, 1)}
     if trainer.verdict is not None:
         said |= {"verdict": trainer.verdict.text, "diverged": trainer.verdict.diverged}
-    if store is None or sae.row_kind == "layers":
+    if store is None and (unseen := source.unseen(EVALUATED)) is not None:
+        store, rows, what = ArrayStore(unseen.x, target=unseen.target), None, "held-out rows of its text"
+    elif store is None or sae.row_kind == "layers":
         return {"l0": sae.info["calibration"]["l0"], **said}
-    rows, what = unseen_rows(store, sae, str(store.folder))
-    return evaluate_rows({sae.name: sae}, store, rows[:100_000])[sae.name].result() | {"rows": what, **said}
+    else:
+        rows, what = unseen_rows(store, sae, str(store.folder))
+        rows = rows[:EVALUATED]
+    return evaluate_rows({sae.name: sae}, store, rows, progress=False)[sae.name].result() | {"rows": what, **said}
 
 
 def free_bytes() -> float:
@@ -213,9 +249,16 @@ def sweep_of(argv: list[str], parse: Callable[[list[str]], Any]) -> Sweep:
     """The sweep that these words, behind "sweep", ask for; `parse` reads those of a train command."""
     found = variants(argv)
     runs = {name: parse(["train", *words]) for name, words in found.items()}
-    out, again = (first := next(iter(runs.values()))).out, {"requeue": first.resume or first.requeue, "resume": False}
+    out, again = folder_of(next(iter(runs.values())))
+    return Sweep({name: dataclasses.replace(run, out=out / name, **again) for name, run in runs.items()}, out)
+
+
+def folder_of(first: TrainBase) -> tuple[Path, dict[str, bool]]:
+    """Where the runs go, of which this is one, and whether each goes on with what is there. ValueError if there is a
+    sweep already, or none to go on with."""
+    out, again = first.out, first.resume or first.requeue
     if first.resume and not (out / INDEX).is_file():
         raise ValueError(f"There is no sweep to resume in {out}. Leave --resume out, or check the folder.")
-    if not again["requeue"] and (out / INDEX).is_file():
+    if not again and (out / INDEX).is_file():
         raise ValueError(f"{out} already holds a sweep. Resume it (--resume) or choose another folder.")
-    return Sweep({name: dataclasses.replace(run, out=out / name, **again) for name, run in runs.items()}, out)
+    return out, {"requeue": again, "resume": False}

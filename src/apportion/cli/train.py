@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -17,9 +18,7 @@ from apportion import tracking as trackers
 from apportion.answers import DIVERGED
 from apportion.cli import options
 from apportion.cli.arguments import Count, Filter, Model, Text, best_device, say
-from apportion.extras import need
 from apportion.settings import meanings
-from apportion.trust import expanded, refuse_mistyped
 
 
 @dataclass(kw_only=True)
@@ -51,6 +50,8 @@ class TrainBase:
     filter: Annotated[Filter, arg(name="")] = field(default_factory=Filter)
     context_tokens: int = 256
     """Length of contexts, when training on a model."""
+    buffer_tokens: Count = 1 << 17
+    """Tokens whose rows are mixed, when training on a model; memory must hold them."""
     loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
     resume: bool = False
     """Go on with the run in --out after an interruption."""
@@ -122,11 +123,14 @@ class TrainBase:
         settings, device = self._settings() | settings_of(source), best_device(self.loading.device)
         seeds = range(self.seed, self.seed + getattr(self, "num_saes", 1))
         saes = [create(self.sae, **settings | {"seed": seed}).to(device) for seed in seeds]
-        config = TrainConfig(**self._train() | {"total_tokens": self.tokens or source.num_rows, "seed": self.seed})
+        config = TrainConfig(**self._train() | {"total_tokens": self.tokens_of(source), "seed": self.seed})
         if source.num_rows and config.total_tokens and config.total_tokens > source.num_rows:
-            epochs = config.total_tokens / source.num_rows
-            logging.getLogger("apportion").warning("--tokens asks for %.1f epochs of the training rows", epochs)
+            _say_epochs(config.total_tokens / source.num_rows)
         return Trainer(saes, config, OBJECTIVES[self.training_objective].objective.of(self._objective_config(), source))
+
+    def tokens_of(self, source: Any) -> int | None:
+        """On how many rows of the source it trains; None if that is not known."""
+        return self.tokens or source.num_rows
 
     @property
     def order_seed(self) -> int:
@@ -150,7 +154,7 @@ class TrainBase:
             raise ValueError(f"--held-out-share must lie between 0 and 1, got {self.held_out_share}.")
 
     @property
-    def _whole_contexts(self) -> bool:
+    def whole_contexts(self) -> bool:
         from apportion.objectives import OBJECTIVES
 
         return OBJECTIVES[self.training_objective].objective.whole_contexts
@@ -166,7 +170,7 @@ class TrainBase:
                 f"{entry.objective.least_saes}, got {num_saes}."
             )
         batch_tokens = getattr(self, "batch_tokens", self.context_tokens)
-        if self._whole_contexts and batch_tokens % self.context_tokens:
+        if self.whole_contexts and batch_tokens % self.context_tokens:
             raise ValueError(
                 f"{self.training_objective} trains on whole contexts: --batch-tokens must be a multiple of "
                 f"--context-tokens ({self.context_tokens}), got {batch_tokens}."
@@ -178,52 +182,11 @@ class TrainBase:
 
     def make_source(self) -> Any:
         """The rows to train on, held ready."""
-        from apportion.architectures import SAES
-        from apportion.language import ContextSource, LiveSource, read_contexts
-        from apportion.language.hookpoints import expand
-        from apportion.rows import CacheSource
-        from apportion.rows.opening import holds_array, holds_rows, open_rows
+        from apportion.cli.sources import Sources
 
-        kind = SAES[self.sae].architecture.row_kind
-        self.source = str(expanded(self.source)) if self.source.startswith("~") else self.source
-        if not Path(self.source).exists() and self.source != "embedded":
-            refuse_mistyped(self.source, "a model's id on the Hub")
-            if self.source.count("/") != 1 or holds_array(self.source):
-                raise ValueError(f"There is no cache, file of rows or model at {self.source!r}.")
-        if holds_rows(self.source):
-            if self._whole_contexts:
-                raise ValueError(f"{self.training_objective} runs the language model: give a model, not a cache.")
-            if self.corpus != Text() or self.filter != Filter() or self.context_tokens != TrainBase.context_tokens:
-                raise ValueError(f"{self.source} holds rows: their text, contexts and filter were chosen before.")
-            if holds_array(self.source) and self.hookpoint is not None:
-                raise ValueError(f"{self.source} holds rows of no hookpoint: leave --hookpoint out.")
-            target = getattr(self, "target_hookpoint", None)
-            store = open_rows(self.source, kind, self.hookpoint, target, self.sae)
-            return CacheSource(store, self.held_out_share, self.order_seed)
-        if Path(self.source).is_dir() and not (Path(self.source) / "config.json").exists():
-            raise ValueError(f"{self.source} is neither a cache (no manifest.json) nor a model (no config.json).")
-        if kind != "one":
-            raise ValueError(f"{self.sae} takes several hookpoints: make a cache of them first (apportion collect).")
-        if self.hookpoint is None or self.tokens is None:
-            raise ValueError("To train on a model give --hookpoint and --tokens (and --text or --dataset).")
-        need("Training on a model", "transformers", *self.corpus.packages)
-        text = self.corpus.source(self.source)
-        model, tokenizer = self.loading.load_again(self.source, self._model_dtype_before())
-        expand(model, self.hookpoint)
-        wanted = int(self.tokens / max(1 - self.held_out_share, 1e-9) * 1.05) + self.context_tokens
-        contexts = read_contexts(tokenizer, text, tokens=wanted, context_tokens=self.context_tokens)
-        return (ContextSource if self._whole_contexts else LiveSource)(
-            model,
-            tokenizer,
-            self.hookpoint,
-            contexts,
-            token_filter=self.filter.token_filter(),
-            held_out_share=self.held_out_share,
-            seed=self.order_seed,
-            text=text.describe(),
-        )
+        return Sources().of(self)
 
-    def _model_dtype_before(self) -> str | None:
+    def model_dtype_before(self) -> str | None:
         """In which precision the model ran in the run that goes on."""
         from apportion.training.run import RUN, read_run
 
@@ -251,6 +214,12 @@ def train_command(name: str, allocation: str | None = None, objective: str = Tra
             extra.append((one.name, Annotated[one.kind, arg(help=one.help)], field(default=one.default)))
     namespace = {"__doc__": TrainBase.__doc__}
     return dataclasses.make_dataclass("Train", extra, bases=(TrainBase,), kw_only=True, namespace=namespace)
+
+
+@cache
+def _say_epochs(epochs: float) -> None:
+    """Once of many runs."""
+    logging.getLogger("apportion").warning("--tokens asks for %.1f epochs of the training rows", epochs)
 
 
 def one_of(names: Iterable[str]) -> Any:

@@ -39,10 +39,16 @@ def save_plots(measurements: Mapping[str, Measurement], folder: Path) -> list[Pa
         charts["difficulty"] = difficulty_chart(measurements)
     drawn = []
     for name, chart in charts.items():
+        save_chart(chart, folder / f"{name}.png")
         drawn.append(folder / f"{name}.png")
-        with _figure(chart, (6.4, 4.2)) as figure, replacing(drawn[-1]) as partial:
-            figure.savefig(partial, dpi=150, format="png")
     return drawn
+
+
+def save_chart(chart: Chart, file: Path) -> None:
+    """As a PNG file."""
+    check_plots()
+    with _figure(chart, (6.4, 4.2)) as figure, replacing(file) as partial:
+        figure.savefig(partial, dpi=150, format="png")
 
 
 def chart_svg(chart: Chart, label: str) -> str:
@@ -68,6 +74,14 @@ def check_plots() -> None:
     matplotlib.use("Agg")
 
 
+def can_plot() -> bool:
+    try:
+        check_plots()
+    except (ImportError, ValueError):
+        return False
+    return True
+
+
 @contextmanager
 def _figure(chart: Chart, inches: tuple[float, float]) -> Iterator[Any]:
     from matplotlib import pyplot as plt
@@ -86,6 +100,24 @@ def _figure(chart: Chart, inches: tuple[float, float]) -> Iterator[Any]:
             yield figure
         finally:
             plt.close(figure)
+
+
+def layers_chart(lines: Mapping[str, Mapping[int, float]]) -> Chart:
+    """FVU by layer, a line for each site."""
+
+    def draw(axes: Any) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        for number, (name, line) in enumerate(lines.items()):
+            layers = sorted(line)
+            style = {"color": COLOURS[number % len(COLOURS)], "marker": "osD^v"[number // len(COLOURS) % 5]}
+            values = [line[layer] for layer in layers]
+            axes.plot(layers, values, linewidth=1.6, markersize=4, label=_plain(name), **style)
+        axes.set(xlabel="layer", ylabel="FVU on held-out rows")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return draw
 
 
 def density_chart(measurements: Mapping[str, Measurement]) -> Chart:

@@ -17,7 +17,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from apportion.language.live import LiveSource
+from apportion.language.live import LiveSource, in_float
 from apportion.rows.batch import Batch, joined
 from apportion.rows.order import EpochOrder, check_same_source
 
@@ -50,14 +50,12 @@ class ContextSource(LiveSource):
     def _whole(self, which: Int[Tensor, " n"]) -> Batch:
         """All rows of the contexts `which`, in order."""
         rows = joined(list(self._run(which)))
-        return replace(rows, x=rows.x.float(), mask=self._mask(rows))
+        return replace(in_float(rows), mask=self._mask(rows, self._seen))
 
     def state_dict(self) -> dict[str, Any]:
-        median = None if self._filter is None else self._filter.median_norm
-        return {**self._identity(), **self._order.state_dict(), "median_norm": median}
+        return {**self._identity(), **self._order.state_dict(), **self._medians()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_same_source(state, self._identity())
         self._order.load_state_dict(state)
-        if state["median_norm"] is not None:
-            self._filter = replace(self._settings, median_norm=state["median_norm"], special_ids=self._special_ids)
+        self._set_filters(state)

@@ -5,13 +5,20 @@ run through the model, filtered, shuffled as a whole and handed out; batches run
 batch of 2,048 rows from a block of 512 random contexts has about four rows of each, which is as good as independent.
 
 The content of a block follows from (seed, epoch, number of the block), so the position is three small numbers. Resuming
-runs the model again on the current block only and continues where it stopped, bit for bit on the same machine.
+runs the model again on the current block only and continues where it stopped, bit for bit on the same machine. The
+next block may be made by a thread while the current one is handed out (`look_ahead`), which changes no row and no
+count: what is known of a block counts when its turn comes.
+
+Sources of one model over the same contexts share its passes (captured.py). With a `target_hookpoint` each row has as
+its target the activation of the same token there; a token takes part only if the filter of both keeps it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,15 +26,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apportion.about import About, Language, TextRecord
+from apportion.about import About, Language, Site, TextRecord
+from apportion.language.captured import Captured
 from apportion.language.fingerprint import model_fingerprint, tokenizer_fingerprint
 from apportion.language.hookpoints import expand
-from apportion.language.model import check_context_tokens, check_finite, run_contexts
+from apportion.language.model import check_context_tokens, run_contexts
 from apportion.language.precision import dtype_of
 from apportion.language.tokens import begin_with_bos, check_ids, special_ids, vocabulary_size
 from apportion.rows.batch import Batch, joined, regrouped
 from apportion.rows.filter import FIT_ROWS, REASONS, TokenFilter, row_norms
 from apportion.rows.order import check_same_source, held_out_groups, permutation, split_held_out
+
+MEDIANS = ("median_norm", "target_median_norm")
+"""Where a state has the median norm of each hookpoint."""
 
 
 class LivePosition(NamedTuple):
@@ -36,6 +47,30 @@ class LivePosition(NamedTuple):
     epoch: int = 0
     block: int = 0
     row: int = 0
+
+
+@dataclass
+class Seen:
+    """Of some rows: how many there were, took part, and were left out by the filter of each hookpoint, by reason."""
+
+    rows: int = 0
+    kept: int = 0
+    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, other: Seen) -> None:
+        self.rows += other.rows
+        self.kept += other.kept
+        self.left_out.update(other.left_out)
+
+    def without(self, other: Seen) -> dict[str, Any]:
+        """What is left of the counts, JSON-able; `of_state` reads it."""
+        left_out = [[*key, count - other.left_out[key]] for key, count in self.left_out.items()]
+        return {"rows": self.rows - other.rows, "kept": self.kept - other.kept, "left_out": left_out}
+
+    @staticmethod
+    def of_state(state: Mapping[str, Any]) -> Seen:
+        left_out = Counter({(name, reason): count for name, reason, count in state["left_out"]})
+        return Seen(state["rows"], state["kept"], left_out)
 
 
 class LiveSource:
@@ -58,32 +93,47 @@ class LiveSource:
         held_out_share: float = 0.1,
         seed: int = 0,
         text: TextRecord | Mapping[str, Any] | None = None,
+        target_hookpoint: str | None = None,
+        captured: Captured | None = None,
+        look_ahead: bool | None = None,
     ) -> None:
-        """`text` describes where the contexts come from (source, BOS policy); it is kept in the run's record."""
+        """`text` describes where the contexts come from (source, BOS policy); it is kept in the run's record.
+
+        `captured` has the model's passes over these contexts, if others read them too. `look_ahead` makes the next
+        block, of which memory must then hold two, while the current one is handed out; default: where the model does
+        not run on the CPU, which would take the time from training.
+        """
         contexts = torch.as_tensor(contexts)
         check_ids(contexts, vocabulary_size(model), "contexts")
-        names = expand(model, hookpoint)
-        if len(names) > 1:
-            raise ValueError(f"hookpoint {hookpoint!r} stands for {len(names)} modules: a source has one, name it")
+        self.hookpoint = _one(model, hookpoint)
+        self.target_hookpoint = None if target_hookpoint is None else _one(model, target_hookpoint)
+        if self.target_hookpoint == self.hookpoint:
+            raise ValueError(f"a source cannot have {hookpoint!r} both as its rows and as their target: name another")
+        self._names = [name for name in (self.hookpoint, self.target_hookpoint) if name is not None]
         if batch_contexts < 1 or buffer_tokens < contexts.shape[1]:
             raise ValueError(
                 f"batch_contexts={batch_contexts}, buffer_tokens={buffer_tokens} hold no context of "
                 f"{contexts.shape[1]} tokens: use larger numbers"
             )
         check_context_tokens(model, contexts.shape[1])
-        self.model, self.tokenizer, self.hookpoint, self.contexts = model, tokenizer, names[0], contexts
+        self.model, self.tokenizer, self.contexts = model, tokenizer, contexts
         self.batch_contexts, self.seed, self.held_out_share = batch_contexts, seed, held_out_share
         self.block_contexts = buffer_tokens // contexts.shape[1]
         is_held_out = held_out_groups(len(contexts), held_out_share)
         self._train = (~is_held_out).nonzero().squeeze(1)
-        self._held_out = split_held_out(is_held_out)[0].nonzero().squeeze(1)
+        self._held_out, self._unseen = (part.nonzero().squeeze(1) for part in split_held_out(is_held_out))
         self._special_ids = special_ids(tokenizer)
         self._settings = token_filter or TokenFilter()
-        self._filter: TokenFilter | None = None
-        self._filtered = dict.fromkeys(REASONS, 0)
-        self._rows_seen = 0
+        self._filters: dict[str, TokenFilter] = {}
+        self._seen, self._in_hand = Seen(), Seen()
+        """Of all blocks so far, and of the one that is handed out: what the first is without the second follows from
+        the position."""
         self._text = text if isinstance(text, TextRecord) else TextRecord.from_json(text or {}, "text")
-        self.d_in = run_contexts(model, names, contexts[:1, :2], whole=True)[self.hookpoint].shape[1]
+        first = run_contexts(model, self._names, contexts[:1, :2], whole=True)
+        self._widths = {name: x.shape[1] for name, x in first.items()}
+        self.d_in, self.d_out = self._widths[self.hookpoint], self._widths.get(self.target_hookpoint or "")
+        self._reader = (captured or Captured(model, tokenizer, contexts)).reader(self._names)
+        self.look_ahead = first[self.hookpoint].device.type != "cpu" if look_ahead is None else look_ahead
         self._position = LivePosition()
 
     @cached_property
@@ -97,39 +147,76 @@ class LiveSource:
     @property
     def filter(self) -> TokenFilter:
         """The token filter, fitted on the first training contexts of the text when it is first needed."""
-        if self._filter is None:
-            num_contexts = -(-FIT_ROWS // self.contexts.shape[1])
-            norms = [replace(part, x=row_norms(part.x)[:, None]) for part in self._run(self._train[:num_contexts])]
-            rows = joined(norms)
-            assert rows.tokens is not None and rows.positions is not None
-            self._filter = self._settings.fit(rows.x[:, 0], rows.tokens, rows.positions, self._special_ids)
-        return self._filter
+        return self._fitted()[self.hookpoint]
 
-    def _run(self, which: Int[Tensor, " n"]) -> Iterator[Batch]:
-        """All rows of the contexts `which`, a few contexts at a time."""
+    def _fitted(self) -> dict[str, TokenFilter]:
+        """The filter of each hookpoint."""
+        if not self._filters:
+            first = self._train[: -(-FIT_ROWS // self.contexts.shape[1])]
+            parts = [(*map(row_norms, _sides(rows)), rows.tokens, rows.positions) for rows in self._run(first, True)]
+            *norms, tokens, positions = (torch.cat(column) for column in zip(*parts, strict=True))
+            self._filters = {
+                name: self._settings.fit(own, tokens, positions, self._special_ids)
+                for name, own in zip(self._names, norms, strict=True)
+            }
+        return self._filters
+
+    def _run(self, which: Int[Tensor, " n"], again: bool = False) -> Iterator[Batch]:
+        """All rows of the contexts `which`, a few contexts at a time; `again` if they are asked for more than once."""
         for chosen in which.long().split(self.batch_contexts):
-            ids = self.contexts[chosen]
-            x = run_contexts(self.model, [self.hookpoint], ids)[self.hookpoint]
-            check_finite(self.hookpoint, x, ids, chosen.tolist(), self.tokenizer)
+            ids, rows = self.contexts[chosen], self._reader.rows(chosen, again)
+            x = rows[self.hookpoint]
             positions = torch.arange(ids.shape[1], device=x.device).repeat(len(ids))
-            yield Batch(x, tokens=ids.flatten().to(x.device), positions=positions)
+            target = None if self.target_hookpoint is None else rows[self.target_hookpoint]
+            yield Batch(x, target, tokens=ids.flatten().to(x.device), positions=positions)
 
-    def _filtered_rows(self, which: Int[Tensor, " n"]) -> Batch:
-        """The rows of the contexts `which` that pass the filter."""
-        return joined([rows[self._mask(rows)] for rows in self._run(which)])
+    def _filtered_rows(self, which: Int[Tensor, " n"], again: bool = False) -> tuple[Batch, Seen]:
+        """The rows of the contexts `which` that pass the filter, and what it left out."""
+        seen = Seen()
+        return joined([rows[self._mask(rows, seen)] for rows in self._run(which, again)]), seen
 
-    def _mask(self, rows: Batch) -> Bool[Tensor, " n"]:
+    def _mask(self, rows: Batch, seen: Seen) -> Bool[Tensor, " n"]:
         """True for the rows that pass the filter; the others are counted."""
-        self._rows_seen += len(rows)
         assert rows.tokens is not None and rows.positions is not None
-        return self.filter.counted(row_norms(rows.x), rows.tokens, rows.positions, self._filtered)
+        mask = torch.ones(len(rows), dtype=torch.bool, device=rows.x.device)
+        for (name, own), side in zip(self._fitted().items(), _sides(rows), strict=True):
+            counts = dict.fromkeys(REASONS, 0)
+            mask &= own.counted(row_norms(side), rows.tokens, rows.positions, counts)
+            seen.left_out.update({(name, reason): count for reason, count in counts.items()})
+        seen.rows += len(rows)
+        seen.kept += int(mask.sum())
+        return mask
 
     def _blocks(self, epoch: int, first: int) -> Iterator[Batch]:
         """The blocks of an epoch from number `first` on, each shuffled."""
         order = self._train[permutation(len(self._train), self.seed, epoch).long()]
-        for block, which in list(enumerate(order.split(self.block_contexts)))[first:]:
-            rows = self._filtered_rows(which)
-            yield rows[permutation(len(rows), self.seed, epoch, "block", block).long().to(rows.x.device)]
+
+        def make(block: int, which: Tensor) -> tuple[Batch, Seen]:
+            rows, seen = self._filtered_rows(which)
+            return rows[permutation(len(rows), self.seed, epoch, "block", block).long().to(rows.x.device)], seen
+
+        parts = list(enumerate(order.split(self.block_contexts)))[first:]
+        for rows, seen in self._ahead(make, parts) if self.look_ahead else (make(*part) for part in parts):
+            self._seen.add(seen)
+            self._in_hand = seen
+            yield rows
+
+    def _ahead(
+        self, make: Callable[[int, Tensor], tuple[Batch, Seen]], parts: list[tuple[int, Tensor]]
+    ) -> Iterator[tuple[Batch, Seen]]:
+        """Each block while the one before is handed out."""
+        self._fitted()
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="apportion-look-ahead")
+        self._reader.stopped = False
+        try:
+            coming = None
+            for part in [*parts, None]:
+                now, coming = coming, None if part is None else pool.submit(make, *part)
+                if now is not None:
+                    yield now.result()
+        finally:
+            self._reader.stopped = True
+            pool.shutdown()
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
         if not 1 <= batch_tokens <= self.num_rows:
@@ -142,7 +229,7 @@ class LiveSource:
             delivered = 0
             for rows, number, end in regrouped(self._blocks(epoch, block), batch_tokens, row):
                 self._position, delivered = LivePosition(epoch, block + number, end), delivered + 1
-                yield replace(rows, x=rows.x.float())
+                yield in_float(rows)
             if not delivered and block == row == 0:
                 raise ValueError(
                     f"an epoch has fewer than batch_tokens={batch_tokens} rows left by the token filter: "
@@ -150,27 +237,56 @@ class LiveSource:
                 )
             epoch, block, row = epoch + 1, 0, 0
 
+    def join(self) -> None:
+        """Batches will be asked for in step with other sources of the same passes."""
+        self._reader.join()
+
+    def leave(self) -> None:
+        """No more will be."""
+        self._reader.leave()
+
+    @property
+    def bytes_held(self) -> int:
+        """Of a block, in the dtype of the model."""
+        size = next(self.model.parameters()).element_size()
+        return min(self.block_contexts, len(self._train)) * self.contexts.shape[1] * sum(self._widths.values()) * size
+
+    def passing(self) -> tuple[float, int]:
+        """Seconds for each token of the model's passes over its contexts, and how many there are, as measured now on
+        the first few."""
+        captured = self._reader.captured
+        self._reader.rows(self._train[: self.batch_contexts].long(), again=True)
+        return captured.seconds / max(1, captured.passes * self.contexts.shape[1]), self.contexts.numel()
+
     def sample(self, n: int) -> Batch:
         """Random rows of about as many random contexts as are needed for `n` rows."""
-        return Batch(torch.cat(list(self._draw(self._train, n, "sample"))))
+        return joined(list(self._draw(self._train, n, "sample")))
 
     def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
         for rows in self._draw(self._held_out, max_rows, "held out"):
-            yield from map(Batch, rows.split(chunk))
+            yield from (rows[start : start + chunk] for start in range(0, len(rows), chunk))
 
-    def _draw(self, contexts: Int[Tensor, " n"], max_rows: int, key: str) -> Iterator[Float[Tensor, "rows d_in"]]:
+    def unseen(self, max_rows: int) -> Batch | None:
+        """Rows of contexts that are for neither training nor calibration, as many as one block has at most; None if
+        there are none."""
+        parts = list(self._draw(self._unseen[: self.block_contexts], max_rows, "unseen"))
+        return joined(parts) if parts else None
+
+    def _draw(self, contexts: Int[Tensor, " n"], max_rows: int, key: str) -> Iterator[Batch]:
         """Rows of random `contexts` in random order, a block of contexts at a time, until there are `max_rows`."""
         order = contexts[permutation(len(contexts), self.seed, key).long()]
         while max_rows > 0 and len(order):
             num_contexts = min(self.block_contexts, 1 + max_rows * 5 // (4 * self.contexts.shape[1]))
-            rows = self._filtered_rows(order[:num_contexts]).x
-            rows = rows[permutation(len(rows), self.seed, key, "rows").long()[:max_rows].to(rows.device)]
-            yield rows.float()
+            rows, _ = self._filtered_rows(order[:num_contexts], again=True)
+            rows = rows[permutation(len(rows), self.seed, key, "rows").long()[:max_rows].to(rows.x.device)]
+            yield Batch(*(side.float() for side in _sides(rows)))
             order, max_rows = order[num_contexts:], max_rows - len(rows)
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a position to mean the same rows."""
+        target = {} if self.target_hookpoint is None else {"target_hookpoint": self.target_hookpoint}
         return {
+            **target,
             "seed": self.seed,
             "num_contexts": len(self.contexts),
             "block_contexts": self.block_contexts,
@@ -179,26 +295,42 @@ class LiveSource:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        median = None if self._filter is None else self._filter.median_norm
-        return {**self._position._asdict(), **self._identity(), "median_norm": median}
+        seen = {"seen": self._seen.without(self._in_hand)}  # that block will be made again
+        return {**self._position._asdict(), **self._identity(), **self._medians(), **seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_same_source(state, self._identity())
         self._position = LivePosition(state["epoch"], state["block"], state["row"])
+        self._set_filters(state)
+        if "seen" in state:
+            self._seen, self._in_hand = Seen.of_state(state["seen"]), Seen()
+
+    def _medians(self) -> dict[str, float | None]:
+        """The median norm of each hookpoint, None while the filter is not fitted."""
+        found = [self._filters[name].median_norm if self._filters else None for name in self._names]
+        return dict(zip(MEDIANS, found, strict=False))
+
+    def _set_filters(self, state: dict[str, Any]) -> None:
         if state["median_norm"] is not None:
-            self._filter = replace(self._settings, median_norm=state["median_norm"], special_ids=self._special_ids)
+            self._filters = {
+                name: replace(self._settings, median_norm=state[median], special_ids=self._special_ids)
+                for name, median in zip(self._names, MEDIANS, strict=False)
+            }
 
     def describe(self) -> About:
+        sites = [self._site(name) for name in self._names]
+        if self.target_hookpoint is None:
+            own = {name: getattr(sites[0], name) for name in ("filter", "median_norm", "filtered")}
+        else:
+            own = {"sites": tuple(sites), "target_hookpoint": self.target_hookpoint}
         return About(
             kind=self.kind,
             hookpoint=self.hookpoint,
             d_in=self.d_in,
             dtype=dtype_of(self.model),
-            filter=self.filter.to_dict(),
-            median_norm=self.filter.median_norm,
-            filtered=dict(self._filtered),
-            filtered_share=sum(self._filtered.values()) / max(1, self._rows_seen),
-            rows_seen=self._rows_seen,
+            **own,
+            filtered_share=1 - self._seen.kept / max(1, self._seen.rows) if self._seen.rows else 0.0,
+            rows_seen=self._seen.rows,
             rows_train=self.num_rows,
             rows_calibrate=len(self._held_out) * self.contexts.shape[1],
             held_out_share=self.held_out_share,
@@ -212,3 +344,31 @@ class LiveSource:
                 context_tokens=self.contexts.shape[1],
             ),
         )
+
+    def _site(self, name: str) -> Site:
+        filtered = {reason: self._seen.left_out[name, reason] for reason in REASONS}
+        own = self._fitted()[name]
+        return Site(
+            hookpoint=name,
+            d_in=self._widths[name],
+            filter=own.to_dict(),
+            median_norm=own.median_norm,
+            filtered=filtered,
+            filtered_share=sum(filtered.values()) / max(1, self._seen.rows),
+        )
+
+
+def _one(model: Any, hookpoint: str) -> str:
+    names = expand(model, hookpoint)
+    if len(names) > 1:
+        raise ValueError(f"hookpoint {hookpoint!r} stands for {len(names)} modules: a source has one, name it")
+    return names[0]
+
+
+def _sides(rows: Batch) -> list[Float[Tensor, "n _"]]:
+    """x, and the target if there is one."""
+    return [rows.x] if rows.target is None else [rows.x, rows.target]
+
+
+def in_float(rows: Batch) -> Batch:
+    return replace(rows, x=rows.x.float(), target=None if rows.target is None else rows.target.float())

@@ -89,6 +89,7 @@ def rows_for(sae: SAE, folder: str | Path | None = None) -> RowStore:
 
 def settings_of(source: Any) -> dict[str, Any]:
     """Settings of an SAE that follow from the rows it will be trained on."""
-    store = getattr(source, "store", None)
-    more = {name: getattr(store, name) for name in ("d_out", "target_hookpoint", "num_sites") if hasattr(store, name)}
-    return {"d_in": source.d_in, "hookpoint": source.hookpoint, **more}
+    rows = getattr(source, "store", source)
+    more = {name: getattr(rows, name, None) for name in ("d_out", "target_hookpoint", "num_sites")}
+    known = {name: value for name, value in more.items() if value is not None}
+    return {"d_in": source.d_in, "hookpoint": source.hookpoint, **known}
