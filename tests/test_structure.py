@@ -29,6 +29,7 @@ ORDER = [
         "fields",
         "group",
         "matching",
+        "memory",
         "progress",
         "ranking",
         "same_model",

@@ -18,7 +18,7 @@ OF_PASSES = (
     "source", "held_out_share", "order_seed", "tokens", "context_tokens", "corpus", "filter", "loading",
     "training_objective",
 )  # fmt: skip
-OF_A_STREAM = ("hookpoint", "target_hookpoint", "batch_tokens", "buffer_tokens")
+OF_A_STREAM = ("hookpoint", "target_hookpoint", "batch_tokens", "buffer_tokens", "window")
 
 
 class Sources:
@@ -120,7 +120,8 @@ def _of_rows(train: TrainBase) -> Any:
         raise ValueError(f"{train.source} holds rows of no hookpoint: leave --hookpoint out.")
     kind, target = SAES[train.sae].architecture.row_kind, getattr(train, "target_hookpoint", None)
     store = open_rows(train.source, kind, train.hookpoint, target, train.sae)
-    return CacheSource(store, train.held_out_share, train.order_seed)
+    window = None if train.window == "exact" else "auto" if train.window == "auto" else int(train.window)
+    return CacheSource(store, train.held_out_share, train.order_seed, window)
 
 
 def goes_with(train: TrainBase) -> str:

@@ -18,8 +18,9 @@ from tyro.conf import arg
 
 from apportion.cli import options
 from apportion.cli.sources import Sources, is_of_rows
-from apportion.cli.sweep import HELD_SHARE, Sweep, folder_of, free_bytes, variants
+from apportion.cli.sweep import HELD_SHARE, Sweep, folder_of, variants
 from apportion.cli.train import TrainBase, chosen_sae, given_value, train_command
+from apportion.memory import free_bytes
 from apportion.trust import expanded
 
 DOC = "Train SAEs at every layer and site of a model or a cache, all from one pass; values with commas are tried each."

@@ -25,6 +25,7 @@ from apportion.answers import DIVERGED, NOT_DONE
 from apportion.cli.arguments import say
 from apportion.cli.sources import Sources, goes_with
 from apportion.cli.train import TrainBase, chosen_sae, train_command
+from apportion.memory import free_bytes
 
 NOT_SPLIT = {"out", "hookpoint", "target_hookpoint", "text", "dataset", "track", "resume", "requeue"}
 """Options whose values may have commas, or that are of the sweep as a whole."""
@@ -227,15 +228,6 @@ def _figures(trainer: Any, source: Any) -> dict[str, Any]:
         rows, what = unseen_rows(store, sae, str(store.folder))
         rows = rows[:EVALUATED]
     return evaluate_rows({sae.name: sae}, store, rows, progress=False)[sae.name].result() | {"rows": what, **said}
-
-
-def free_bytes() -> float:
-    """Of this machine's memory what is free; infinite where nobody says so."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return float("inf")
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
 
 
 def sweep_command(argv: list[str]) -> type:

@@ -42,6 +42,9 @@ class TrainBase:
     hookpoint: str | None = None
     """Which hookpoint; needed for a model and for a cache that holds several. For an SAE that takes several: names or
     globs separated by commas; default: all of the cache."""
+    window: str = "auto"
+    """How many shards of a cache are held in memory and mixed at a time: a number, exact for all of it, or auto, which
+    is exact unless the cache is larger than memory and its disk slow at random reads."""
     tokens: Count | None = None
     """Rows to train on; default: every training row of the cache once."""
     held_out_share: float = 0.1
@@ -93,6 +96,8 @@ class TrainBase:
         trackers.given(self.track or ())
         self._check_out()
         best_device(self.loading.device)
+        if self.window not in ("auto", "exact") and not (self.window.isdecimal() and int(self.window)):
+            raise ValueError(f"--window is a number of shards, exact or auto, got {self.window}.")
         self._objective_config()
         if "d_sae" in (settings := self._settings()):
             create(self.sae, d_in=1, **settings).allocation.check_batch(TrainConfig(**self._train()).batch_tokens)

@@ -2,13 +2,14 @@
 
 The permutation of an epoch follows from (seed, epoch) alone, so the position is two numbers and resuming is exact and
 free. Shuffling all rows at once, rather than within a buffer, is affordable because a cache on disk can be read at
-random. Up to `DRAWN` rows it is drawn, at four bytes a row; of more it is computed as it is needed (permuting.py).
+random; where it cannot, windows.py has another. Up to `DRAWN` rows it is drawn, at four bytes a row; of more it is
+computed as it is needed (permuting.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -83,6 +84,14 @@ class EpochOrder:
 
         Looking ahead does not move the position; whoever hands out the batch does.
         """
+        visit, current = None, -1
+        for epoch, start, stop in self.turns(batch_tokens):
+            if visit is None or epoch != current:
+                visit, current = self.visiting(epoch), epoch
+            yield visit(start, stop), Position(epoch, stop)
+
+    def turns(self, batch_tokens: int) -> Iterator[tuple[int, int, int]]:
+        """From the current position on: of each batch the epoch, and from which place of it up to which it goes."""
         if batch_tokens < 1 or batch_tokens > self.num_rows:
             raise ValueError(
                 f"batch_tokens={batch_tokens} does not fit {self.num_rows} training rows: use a number "
@@ -90,12 +99,15 @@ class EpochOrder:
             )
         epoch, row = self.position
         while True:
-            order = shuffled(self.num_rows, self.drawn, self.seed, epoch)
             while row + batch_tokens <= self.num_rows:
-                chosen = self.rows[order[torch.arange(row, row + batch_tokens)]]
                 row += batch_tokens
-                yield chosen.long(), Position(epoch, row)
+                yield epoch, row - batch_tokens, row
             epoch, row = epoch + 1, 0
+
+    def visiting(self, epoch: int) -> Callable[[int, int], Int[Tensor, " n"]]:
+        """Which rows come from one place of an epoch up to another."""
+        order = shuffled(self.num_rows, self.drawn, self.seed, epoch)
+        return lambda start, stop: self.rows[order[torch.arange(start, stop)]].long()
 
     def sample(self, n: int) -> Int[Tensor, " m"]:
         """At most `n` random rows; the same at each call."""

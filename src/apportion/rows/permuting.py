@@ -94,6 +94,16 @@ class RowSet:
         bit = (np.cumsum(ones, axis=1) > left[:, None]).argmax(1)
         return torch.from_numpy((block * GROUP + byte) * 8 + bit)
 
+    def count_below(self, rows: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+        """How many rows of it are smaller than each of these, which may be as many as the store has."""
+        at = rows.numpy().astype(np.int64)
+        block, within = at // (8 * GROUP), at % (8 * GROUP)
+        where = block[:, None] * GROUP + np.arange(GROUP)
+        bits = np.where(where < len(self._bits), self._bits[np.minimum(where, max(0, len(self._bits) - 1))], 0)
+        ones = np.unpackbits(bits.astype(np.uint8), axis=1, bitorder="little")
+        before = (ones * (np.arange(8 * GROUP) < within[:, None])).sum(1, dtype=np.int64)
+        return torch.from_numpy(self._before[np.minimum(block, len(self._before) - 1)] + before)
+
 
 _COUNTS = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.int64)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property, reduce
 from pathlib import Path
@@ -54,6 +55,22 @@ class Aligned(ABC):
                     f"{stores[0].hookpoint} has width {self.d_in}, {other.hookpoint} has {other.d_in}: "
                     "choose hookpoints of one width"
                 )
+
+    @property
+    def part_rows(self) -> list[int]:
+        """Rows of each shard; all of them in one part where the stores have other shards."""
+        each = [store.part_rows for store in self.stores]
+        return each[0] if all(one == each[0] for one in each) else [self.stores[0].rows]
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(store.row_bytes for store in self.stores)
+
+    def held(self, parts: Sequence[int]) -> Aligned:
+        """These stores with those shards in memory."""
+        found = copy(self)
+        found.stores = [store.held(parts) for store in self.stores]
+        return found
 
     @cached_property
     def mask(self) -> Bool[Tensor, " rows"]:
@@ -135,6 +152,14 @@ class LayersStore(Aligned):
     @cached_property
     def mask(self) -> Bool[Tensor, " rows"]:
         return super().mask.repeat_interleave(len(self.stores))
+
+    @property
+    def part_rows(self) -> list[int]:
+        return [rows * len(self.stores) for rows in super().part_rows]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.stores[0].row_bytes
 
     @property
     def groups(self) -> Int[Tensor, " rows"]:

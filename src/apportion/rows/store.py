@@ -28,7 +28,8 @@ manifest.py and journal.py have the fields of the manifest, shards.py what is lo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +48,7 @@ from apportion.rows.filter import TokenFilter
 from apportion.rows.hookpoint import Hookpoint
 from apportion.rows.layout import LABELS, acts_file, token_file
 from apportion.rows.manifest import about_manifest, read_manifest
-from apportion.rows.numbers import columns_of, restored
+from apportion.rows.numbers import columns_of, restored, row_bytes
 from apportion.rows.shards import Column, Shard, ShardedRows, open_shards, sha256_of
 from apportion.trust import expanded
 
@@ -171,6 +172,22 @@ class ActivationStore:
         """The rows at `indices` with their labels."""
         tokens, positions = self.gather_labels(indices)
         return Batch(self.gather(indices), tokens=tokens, positions=positions)
+
+    @property
+    def part_rows(self) -> list[int]:
+        """Rows of each shard."""
+        return [shard["rows"] for shard in self.manifest["shards"]]
+
+    @property
+    def row_bytes(self) -> int:
+        return row_bytes(self.manifest["dtype"], self.d_in)
+
+    def held(self, parts: Sequence[int]) -> ActivationStore:
+        """This store with the rows of these shards read into memory."""
+        found = copy(self)
+        found._rows = self._rows | {name: self._rows[name].held(parts) for name in self._numbers}
+        found._labels = {name: column.held(parts) for name, column in self._labels.items()}
+        return found
 
     def verify(self, progress: bool = False) -> None:
         """Read all of the cache, every hookpoint. ValueError naming the files whose sha256 is not the manifest's."""

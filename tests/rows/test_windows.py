@@ -1,0 +1,212 @@
+"""Orders in windows: each row once an epoch, from few parts at a time, and resumed to the row."""
+
+from __future__ import annotations
+
+import threading
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from apportion.about import About
+from apportion.language import load_model
+from apportion.language.collect import collect
+from apportion.rows import ActivationStore, ArraySource, ArrayStore, Batch, CacheSource, LayersStore, PairStore
+from apportion.rows.permuting import RowSet
+from apportion.rows.windows import WindowOrder, choose_window, probe
+
+TEXT = ["the cat sat on the mat and looked at the dog by the old house and the sea was calm " * 60]
+PLACES = ("model.layers.0", "model.layers.1")
+
+
+class Parts:
+    """Rows in memory, in parts; it notes which it was asked to hold."""
+
+    folder, hookpoint = Path("memory"), None
+
+    def __init__(self, sizes: list[int], context: int = 5, d_in: int = 3) -> None:
+        self.part_rows, self.rows, self.d_in, self.row_bytes = sizes, sum(sizes), d_in, 4 * d_in
+        self.x = torch.arange(float(self.rows))[:, None].repeat(1, d_in)
+        self.mask = torch.arange(self.rows) % 7 != 3
+        self.groups = torch.arange(self.rows) // context
+        self.labels: dict[str, Any] = {}
+        self.holds: list[int] | None = None
+        self.asked: list[list[int]] = []
+        self.live = 0
+
+    def held(self, parts: list[int]) -> Parts:
+        self.asked.append(list(parts))
+        found = Parts(self.part_rows)
+        found.holds = list(parts)
+        return found
+
+    def batch(self, indices: Tensor) -> Batch:
+        if self.holds is not None:
+            ends = torch.tensor(self.part_rows).cumsum(0)
+            assert set(torch.bucketize(indices, ends, right=True).tolist()) <= set(self.holds), "read at random"
+        return Batch(self.x[indices])
+
+    def describe(self) -> About:
+        return About(kind="array", rows=self.rows, d_in=self.d_in)
+
+
+def epoch_of(source: CacheSource, size: int) -> list[int]:
+    wanted = source.num_rows // size
+    return [int(x) for batch in islice(source.batches(size), wanted) for x in batch.x[:, 0]]
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("sizes", [[40] * 7, [5, 90, 1, 33, 60, 2, 29], [100]])
+def test_each_row_once_an_epoch_and_few_parts_at_a_time(window: int, sizes: list[int]) -> None:
+    store = Parts(sizes)
+    source = CacheSource(store, seed=1, window=window)
+    exact = CacheSource(Parts(sizes), seed=1, window=None)
+    assert source.window == min(window, len(sizes)) and source.num_rows == exact.num_rows
+    first = epoch_of(source, 1)
+    assert sorted(first) == sorted(epoch_of(exact, 1)) == exact._train[torch.arange(exact.num_rows)].tolist()
+    assert first != sorted(first) and all(len(parts) <= window for parts in store.asked)
+    ends = torch.tensor(sizes).cumsum(0)
+    parts = torch.bucketize(torch.tensor(first), ends, right=True)
+    order: list[int] = torch.unique_consecutive(parts).tolist()
+    if window == 1:
+        assert len(order) == len(set(order)), "one part after the other"
+    source.load_state_dict({"epoch": 1, "row": 0, "seed": 1, "num_rows": source.num_rows, "window": source.window})
+    second = epoch_of(source, 1)
+    assert sorted(second) == sorted(first) and second != first
+
+
+def test_a_run_goes_on_from_every_row_with_the_window_that_it_had() -> None:
+    sizes = [20, 31, 12, 40, 25]
+    whole = CacheSource(Parts(sizes), seed=4, window=2)
+    batches, taken, states = whole.batches(9), [], [whole.state_dict()]
+    for _ in range(30):
+        taken.append(next(batches).x)
+        states.append(whole.state_dict())
+    assert states[-1]["epoch"] >= 2 and states[-1]["window"] == 2
+    for at in range(0, 28, 3):
+        again = CacheSource(Parts(sizes), seed=4, window=None)
+        again.load_state_dict(states[at])
+        assert again.window == 2
+        for want, batch in zip(taken[at : at + 3], again.batches(9), strict=False):
+            assert torch.equal(want, batch.x)
+    old = {name: value for name, value in CacheSource(Parts(sizes), seed=4).state_dict().items() if name != "window"}
+    source = CacheSource(Parts(sizes), seed=4, window=2)
+    source.load_state_dict(old)
+    assert source.window is None
+
+
+def test_how_well_rows_are_mixed_is_what_is_said() -> None:
+    sizes, context = [600] * 20, 30
+    for window in (1, 4, 20):
+        store = Parts(sizes, context)
+        source = CacheSource(store, 0.0, seed=2, window=window)
+        order = source._order
+        assert isinstance(order, WindowOrder)
+        said, exact = order.others_of_its_context(256, order.num_rows / (store.rows / context))
+        met = []
+        for batch in islice(source.batches(256), source.num_rows // 256):
+            assert batch.index is not None
+            counts = torch.bincount(store.groups[batch.index])
+            met.append(float((counts * (counts - 1)).sum()) / len(batch))
+        measured = sum(met) / len(met)
+        assert abs(measured - said) < 0.15 * said + 0.02, (window, measured, said)
+        assert said == pytest.approx(exact, rel=1e-3) if window == 20 else said > 2 * exact
+
+
+def test_rows_within_a_window_come_evenly_from_all_of_it() -> None:
+    source = CacheSource(Parts([500] * 4), 0.0, seed=5, window=2)
+    rows = torch.tensor(epoch_of(source, 50))
+    halves = rows[: len(rows) // 2]
+    parts = torch.bucketize(halves, torch.tensor([500, 1000, 1500]), right=True)
+    assert len(parts.unique()) == 2
+    for tenth in halves.chunk(10):
+        share = (torch.bucketize(tenth, torch.tensor([500, 1000, 1500]), right=True) == parts[0]).double().mean()
+        assert 0.3 < share < 0.7
+
+
+def test_threads_end_with_the_iterator() -> None:
+    batches = CacheSource(Parts([50] * 6), window=2).batches(8)
+    next(batches)
+    batches.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith(("apportion-windows", "apportion-read"))]
+
+
+def test_held_out_and_sampled_rows_are_the_same_ones() -> None:
+    store = Parts([60] * 5)
+    one, other = CacheSource(store, seed=3, window=2), CacheSource(store, seed=3, window=None)
+    assert torch.equal(one.sample(50).x, other.sample(50).x.sort(0).values)
+    rows = [torch.cat([batch.x for batch in source.held_out(12, chunk=5)]) for source in (one, other)]
+    assert torch.equal(rows[0], rows[1].sort(0).values)
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_windows_that_cannot_be(window: int) -> None:
+    with pytest.raises(ValueError, match="from 1 on"):
+        CacheSource(Parts([5, 5]), window=window)
+    with pytest.raises(ValueError, match="is no cache"):
+        CacheSource(ArrayStore(torch.randn(20, 3)), window=1)
+
+
+def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, speeds = Parts([1000] * 10), [1.0, 100.0]
+    monkeypatch.setattr("apportion.rows.windows.probe", lambda _: tuple(speeds))
+    size = store.rows * store.row_bytes
+    for free, wanted in ((10 * size, None), (size, 2), (0.4 * size, 1), (0.0, 1)):
+        monkeypatch.setattr("apportion.rows.windows.free_bytes", lambda free=free: free)
+        assert choose_window(store) == wanted, free
+    speeds[0] = 90.0
+    assert choose_window(store) is None, "a disk that reads well at random"
+    assert choose_window(ArraySource(torch.randn(30, 3))) is None  # type: ignore[arg-type]
+
+
+def test_both_ways_of_reading_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apportion.rows.windows.PROBE_S", 0.05)
+    at_random, on = probe(Parts([4000] * 10))
+    assert on > at_random > 0
+
+
+@pytest.mark.parametrize("rows", [1, 511, 512, 513, 5000])
+def test_rows_below_are_counted(rows: int) -> None:
+    mask = torch.rand(rows, generator=torch.Generator().manual_seed(0)) < 0.4
+    ends = torch.arange(rows + 1)
+    assert torch.equal(RowSet([mask]).count_below(ends), torch.cat([torch.zeros(1).long(), mask.cumsum(0)]))
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cache") / "acts"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apportion.rows.writer.SHARD_BYTES", 16 * 8 * 32 * 4)
+        collect(*load_model(tiny_model_dir), PLACES, TEXT, out=out, tokens=1000, context_tokens=8, dtype="bfloat16")
+    return out
+
+
+@pytest.mark.parametrize("kind", ["one", "pair", "layers"])
+def test_real_caches(kind: str, folder: Path) -> None:
+    def store() -> Any:
+        stores = [ActivationStore(folder, place) for place in PLACES]
+        return {"one": lambda: stores[0], "pair": lambda: PairStore(*stores), "layers": lambda: LayersStore(stores)}[
+            kind
+        ]()
+
+    assert len(store().part_rows) > 3 and sum(store().part_rows) == store().rows
+    source, exact = (CacheSource(store(), seed=1, window=window) for window in (2, None))
+    found, wanted = ([*islice(one.batches(10), one.num_rows // 10)] for one in (source, exact))
+    rows = [torch.cat([batch.index for batch in batches if batch.index is not None]) for batches in (found, wanted)]
+    assert len(set(rows[0].tolist())) == len(rows[0]) and not torch.equal(*rows)
+    for batch in found:
+        assert batch.index is not None
+        alone = store().batch(batch.index)
+        for name in ("x", "target", "tokens", "positions", "site"):
+            one, other = getattr(batch, name), getattr(alone, name)
+            assert (one is None and other is None) or torch.equal(one, other), name
+
+
+def test_held_parts_are_not_the_files(folder: Path) -> None:
+    store = ActivationStore(folder, PLACES[0])
+    held = store.held([1])
+    where = [[part.data_ptr() for part in one._rows["acts"].parts] for one in (store, held)]
+    assert [a == b for a, b in zip(*where, strict=True)] == [n != 1 for n in range(len(where[0]))]
