@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from torch import Tensor
 ROUNDS = 12
 GROUP = 64
 """Bytes of a block."""
+BLOCK = 8 * GROUP
+"""Rows of a block."""
 
 
 class Keyed:
@@ -65,16 +68,16 @@ class RowSet:
 
     def __init__(self, masks: Iterable[Bool[Tensor, " _"]]) -> None:
         """`masks` say of all rows, part by part, which belong to it."""
-        packed, rest = list[np.ndarray](), np.zeros(0, dtype=bool)
-        for mask in masks:
-            rest = np.concatenate([rest, mask.numpy()])
-            whole = len(rest) // GROUP * GROUP
-            packed.append(np.packbits(rest[:whole], bitorder="little"))
-            rest = rest[whole:]
-        packed.append(np.packbits(np.pad(rest, (0, -len(rest) % GROUP)), bitorder="little"))
+        packed, counts, rest = list[np.ndarray](), list[np.ndarray](), np.zeros(0, dtype=bool)
+        for mask in chain(masks, [None]):
+            fill = np.zeros(-len(rest) % BLOCK, dtype=bool) if mask is None else mask.numpy()
+            rest = np.concatenate([rest, fill])
+            whole = rest[: len(rest) // BLOCK * BLOCK]
+            packed.append(np.packbits(whole, bitorder="little"))
+            counts.append(whole.reshape(-1, BLOCK).sum(1))
+            rest = rest[len(whole) :]
         self._bits = np.concatenate(packed)
-        counts = np.add.reduceat(_ones(self._bits), np.arange(0, len(self._bits), GROUP)) if len(self._bits) else []
-        self._before = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._before = np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])
         """How many belong to it before each block of 512."""
 
     def __len__(self) -> int:
@@ -97,11 +100,11 @@ class RowSet:
     def count_below(self, rows: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
         """How many rows of it are smaller than each of these, which may be as many as the store has."""
         at = rows.numpy().astype(np.int64)
-        block, within = at // (8 * GROUP), at % (8 * GROUP)
+        block, within = at // BLOCK, at % BLOCK
         where = block[:, None] * GROUP + np.arange(GROUP)
         bits = np.where(where < len(self._bits), self._bits[np.minimum(where, max(0, len(self._bits) - 1))], 0)
         ones = np.unpackbits(bits.astype(np.uint8), axis=1, bitorder="little")
-        before = (ones * (np.arange(8 * GROUP) < within[:, None])).sum(1, dtype=np.int64)
+        before = (ones * (np.arange(BLOCK) < within[:, None])).sum(1, dtype=np.int64)
         return torch.from_numpy(self._before[np.minimum(block, len(self._before) - 1)] + before)
 
 
