@@ -134,6 +134,8 @@ class Language(Record):
     """What was done."""
     context_tokens: int | None = None
     """Length of a context."""
+    layout: dict | None = None
+    """How documents lie in contexts, if not end to end with attention to all (language/document_layout.py)."""
     contexts: int | None = None
     tokens_sha256: str | None = None
     """Which tokens, in which contexts."""

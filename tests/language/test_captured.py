@@ -149,7 +149,7 @@ def test_a_failing_pass_shows_when_its_block_is_due(
     batches = source.batches(32)
     next(batches)
     monkeypatch.setattr(
-        "apportion.language.captured.run_contexts", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory"))
+        "apportion.language.captured.run_contexts", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no memory"))
     )
     with pytest.raises(RuntimeError, match="no memory"):
         for _ in range(20):

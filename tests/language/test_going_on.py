@@ -156,7 +156,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "bos": ({"bos": "never"}, "bos = auto, and not never"),
     "filter": ({"token_filter": TokenFilter(norm_outlier=5)}, "filter = "),
     "text": ({"text": TEXT[::-1]}, "the text is not the one that"),
-    "text, later": ({"text": [LATER, TEXT[1]]}, "its tokens differ between 48 and 72"),
+    "text, later": ({"text": [LATER, TEXT[1]]}, "its tokens differ in contexts 6 to 8"),
     "fewer tokens": ({"tokens": 24}, "with 72 tokens, and 24 are asked for"),
 }
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from apportion.language import tokens
-from apportion.language.collect import batched_contexts
 from apportion.language.model import load_model
 from apportion.language.text import PIECE_CHARS, TextSource, split_pieces
-from apportion.language.tokens import PackedContexts, read_contexts
+from apportion.language.tokens import Batches, PackedContexts, read_contexts
 
 BOS, EOS = 1, 2
 
@@ -88,13 +87,14 @@ def test_read_contexts_covers_the_tokens_asked_for(tokenizer: Any) -> None:
     assert read_contexts(tokenizer, ["the cat sat " * 50], tokens=10**6, context_tokens=10).shape == (150 // 9, 10)
 
 
-@pytest.mark.parametrize("limit", [1, 4, 7, 100])
-def test_regrouping_keeps_every_context_in_order(limit: int) -> None:
-    blocks = [np.arange(0, 6).reshape(3, 2), np.arange(6, 8).reshape(1, 2), np.arange(8, 18).reshape(5, 2)]
-    batches = list(batched_contexts(iter(blocks), 2, limit))
-    everything = np.concatenate(blocks)[:limit]
-    assert np.concatenate([b.numpy() for b in batches]).tolist() == everything.tolist()
-    assert all(len(b) == 2 for b in batches[:-1])
+@pytest.mark.parametrize("tokens", [1, 10, 11, 35, 1000])
+def test_batches_keep_every_context_in_order(tokenizer: Any, tokens: int) -> None:
+    everything = np.concatenate(list(PackedContexts(tokenizer, ["the cat sat " * 50], 10)))
+    packed = Batches(PackedContexts(tokenizer, ["the cat sat " * 50], 10), tokens, 3)
+    batches = list(packed)
+    wanted = everything[: -(-tokens // 10)]
+    assert np.concatenate([b.numpy() for b in batches]).tolist() == wanted.tolist()
+    assert all(len(b) == 3 for b in batches[:-1]) and packed.reached == (tokens <= everything.size)
 
 
 def test_pieces_join_to_the_document_and_end_at_newlines(tmp_path: Path) -> None:

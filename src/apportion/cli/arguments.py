@@ -130,6 +130,27 @@ class Text:
 
 
 @dataclass(kw_only=True)
+class Documents:
+    """How documents lie in contexts."""
+
+    contexts: Literal["packed", "documents"] = "packed"
+    """packed: documents end to end, cut into contexts; documents: each in a context of its own (a long one in several),
+    filled up with padding, which is left out."""
+    attention: Literal["all", "documents"] = "all"
+    """Of packed contexts: attention to all tokens before, or to those of the same document only."""
+    padding: Literal["right", "left"] = "right"
+    """On which side documents are filled up that have contexts of their own."""
+    roles: str | None = None
+    """Of conversations, whose words to take, such as assistant; several with commas. Default: all tokens."""
+
+    def layout(self) -> Any:
+        from apportion.language.document_layout import Layout
+
+        roles = tuple(role.strip() for role in (self.roles or "").split(",") if role.strip())
+        return Layout(self.contexts, self.attention, self.padding, roles)
+
+
+@dataclass(kw_only=True)
 class Filter:
     """Which tokens are left out of training, calibration and evaluation."""
 

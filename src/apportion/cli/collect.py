@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from apportion.cli.arguments import Count, Filter, Model, Text, describe_filter, say
+from apportion.cli.arguments import Count, Documents, Filter, Model, Text, describe_filter, say
 from apportion.extras import need
 
 
@@ -29,6 +29,7 @@ class Collect:
     """How many tokens to collect."""
     corpus: Annotated[Text, arg(name="")] = field(default_factory=Text)
     filter: Annotated[Filter, arg(name="")] = field(default_factory=Filter)
+    documents: Annotated[Documents, arg(name="")] = field(default_factory=Documents)
     context_tokens: int = 256
     """Length of the contexts that the text is cut into."""
     batch_contexts: int = 16
@@ -66,4 +67,5 @@ class Collect:
         model, tokenizer = self.loading.load_again(self.model, found.get("model_dtype"))
         options = ("tokens", "out", "context_tokens", "batch_contexts", "dtype", "bos", "append")
         given = {name: getattr(self, name) for name in options}
-        return collect(model, tokenizer, self.hookpoint, source, **given, token_filter=self.filter.token_filter())
+        more: dict[str, Any] = {"token_filter": self.filter.token_filter(), "layout": self.documents.layout()}
+        return collect(model, tokenizer, self.hookpoint, source, **given, **more)

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apportion.cli.arguments import Filter, Text
+from apportion.cli.arguments import Documents, Filter, Text
 from apportion.extras import need
 from apportion.trust import expanded, refuse_mistyped
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from apportion.cli.train import TrainBase
 
 OF_PASSES = (
-    "source", "held_out_share", "order_seed", "tokens", "context_tokens", "corpus", "filter", "loading",
+    "source", "held_out_share", "order_seed", "tokens", "context_tokens", "corpus", "documents", "filter",
+    "loading",
     "training_objective",
 )  # fmt: skip
 OF_A_STREAM = ("hookpoint", "target_hookpoint", "batch_tokens", "buffer_tokens", "window")
@@ -75,6 +76,7 @@ class Sources:
             text=text.describe(),
             target_hookpoint=target,
             captured=captured,
+            layout=captured.layout,
         )
 
     def _passes(self, train: TrainBase, model: Any, tokenizer: Any, text: Any) -> Any:
@@ -85,8 +87,9 @@ class Sources:
         if (key := passes_of(train)) not in self._captured:
             assert train.tokens is not None
             wanted = int(train.tokens / max(1 - train.held_out_share, 1e-9) * 1.05) + train.context_tokens
-            contexts = read_contexts(tokenizer, text, tokens=wanted, context_tokens=train.context_tokens)
-            self._captured[key] = Captured(model, tokenizer, contexts, self.most_held)
+            layout = train.documents.layout()
+            contexts = read_contexts(tokenizer, text, tokens=wanted, context_tokens=train.context_tokens, layout=layout)
+            self._captured[key] = Captured(model, tokenizer, contexts, self.most_held, layout)
         return self._captured[key]
 
 
@@ -113,8 +116,13 @@ def _of_rows(train: TrainBase) -> Any:
 
     if train.whole_contexts:
         raise ValueError(f"{train.training_objective} runs the language model: give a model, not a cache.")
-    usual = {f.name: f.default for f in dataclasses.fields(train)} | {"corpus": Text(), "filter": Filter()}
-    if any(getattr(train, name) != usual[name] for name in ("corpus", "filter", "context_tokens", "buffer_tokens")):
+    usual = {f.name: f.default for f in dataclasses.fields(train)} | {
+        "corpus": Text(),
+        "filter": Filter(),
+        "documents": Documents(),
+    }
+    of_text = ("corpus", "filter", "documents", "context_tokens", "buffer_tokens")
+    if any(getattr(train, name) != usual[name] for name in of_text):
         raise ValueError(f"{train.source} holds rows: their text, contexts and filter were chosen before.")
     if holds_array(train.source) and train.hookpoint is not None:
         raise ValueError(f"{train.source} holds rows of no hookpoint: leave --hookpoint out.")

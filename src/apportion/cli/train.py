@@ -17,7 +17,7 @@ from apportion import choices
 from apportion import tracking as trackers
 from apportion.answers import DIVERGED
 from apportion.cli import options
-from apportion.cli.arguments import Count, Filter, Model, Text, best_device, say
+from apportion.cli.arguments import Count, Documents, Filter, Model, Text, best_device, say
 from apportion.settings import meanings
 
 
@@ -51,6 +51,7 @@ class TrainBase:
     """Share of contexts that is kept for calibration and never trained on."""
     corpus: Annotated[Text, arg(name="")] = field(default_factory=Text)
     filter: Annotated[Filter, arg(name="")] = field(default_factory=Filter)
+    documents: Annotated[Documents, arg(name="")] = field(default_factory=Documents)
     context_tokens: int = 256
     """Length of contexts, when training on a model."""
     buffer_tokens: Count = 1 << 17

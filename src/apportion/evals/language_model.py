@@ -165,6 +165,11 @@ def evaluate_cache_in_model(
 
 def contexts_of(store: ActivationStore, rows: Int[Tensor, " n"]) -> Int[Tensor, "num_contexts context_tokens"]:
     """The whole contexts among `rows`, as token ids."""
+    if store.describe().lm.layout is not None:
+        raise ValueError(
+            f"the contexts of {str(store.folder)!r} are no packed ones with attention to all, in which alone the model "
+            "is run here: evaluate on text"
+        )
     length = store.context_tokens
     whole = torch.bincount(store.contexts[rows])[store.contexts[rows]] == length
     return store.tokens[rows[whole]].reshape(-1, length)

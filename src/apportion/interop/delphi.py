@@ -85,7 +85,7 @@ Block: TypeAlias = tuple[Int[Tensor, "contexts positions"], Float[Tensor, "rows 
 
 def _of_store(store: ActivationStore) -> Iterator[Block]:
     length = store.context_tokens
-    if store.rows % length:
+    if store.rows % length or store.describe().lm.layout is not None:
         raise ValueError(f"{store.folder} has {store.rows} rows, which are no whole contexts of {length} tokens.")
     for rows in torch.arange(store.rows).split(max(1, ROWS // length) * length):
         tokens, _ = store.gather_labels(rows)

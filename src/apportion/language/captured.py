@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apportion.language.document_layout import Layout
 from apportion.language.model import check_finite, run_contexts
 
 Rows = dict[str, Float[Tensor, "rows d_in"]]
@@ -43,9 +44,15 @@ class Captured:
     """See the module."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, contexts: Int[Tensor, "contexts positions"], most_held: float = math.inf
+        self,
+        model: Any,
+        tokenizer: Any,
+        contexts: Int[Tensor, "contexts *columns positions"],
+        most_held: float = math.inf,
+        layout: Layout | None = None,
     ) -> None:
         self.model, self.tokenizer, self.contexts, self.most_held = model, tokenizer, contexts, most_held
+        self.layout = layout or Layout()
         self.passes, self.seconds = 0, 0.0
         """Contexts that the model was run over, and how long it took."""
         self._readers: list[Reader] = []
@@ -71,7 +78,7 @@ class Captured:
             names = dict.fromkeys(name for one in (reader, *others) for name in one.hookpoints)
             ids = self.contexts[chosen]
             started = perf_counter()
-            rows = run_contexts(self.model, list(names), ids)
+            rows = run_contexts(self.model, list(names), ids, layout=self.layout)
             self.passes, self.seconds = self.passes + len(ids), self.seconds + perf_counter() - started
             for name, x in rows.items():
                 check_finite(name, x, ids, key, self.tokenizer)

@@ -21,12 +21,11 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from safetensors import SafetensorError
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from apportion.about import About, Language
 from apportion.interrupt import GivenUp, Interrupted, Interrupts
+from apportion.language.document_layout import Layout, ids_of, labels_of, num_rows
 from apportion.language.documents import Reading
 from apportion.language.fingerprint import model_fingerprint, tokenizer_fingerprint
 from apportion.language.hookpoints import expand
@@ -41,7 +41,7 @@ from apportion.language.model import check_context_tokens, check_finite, run_con
 from apportion.language.model import load_model as load_model
 from apportion.language.precision import dtype_of
 from apportion.language.text import Text, TextSource
-from apportion.language.tokens import PackedContexts, num_contexts_for, special_ids, vocabulary_size
+from apportion.language.tokens import Batches, PackedContexts, special_ids, vocabulary_size
 from apportion.locks import Lock
 from apportion.progress import progress_bar
 from apportion.rows.filter import TokenFilter
@@ -56,15 +56,6 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.5
 """How often one looks whether others have made their shards."""
-
-
-def batched_contexts(
-    blocks: Iterable[np.ndarray], batch_contexts: int, limit: int
-) -> Iterator[Int[Tensor, "n context_tokens"]]:
-    """The first `limit` contexts, regrouped into batches."""
-    contexts = islice(chain.from_iterable(blocks), limit)
-    while batch := list(islice(contexts, batch_contexts)):
-        yield torch.from_numpy(np.stack(batch))
 
 
 @usual()
@@ -82,8 +73,12 @@ def collect(
     bos: str = "auto",
     token_filter: TokenFilter | None = None,
     append: bool = False,
+    layout: Layout | None = None,
 ) -> dict[str, Any]:
     """Write the activations of the first `tokens` tokens of `text` (in whole contexts) to the cache `out`.
+
+    `layout` says how documents lie in contexts, whether attention stays within them, and of conversations, whose words
+    are rows; `tokens` counts rows.
 
     `text` is whatever a `TextSource` takes; where it is token ids, `tokenizer` may be None. Returns the manifest. A
     text that ends early is collected as far as it goes, which the manifest and the log say. Ctrl-C keeps what there is
@@ -92,17 +87,24 @@ def collect(
     text. ValueError if it was made with other settings, of another model or text. `dtype` is float32, bfloat16, float16
     or int8 (rows/numbers.py).
     """
-    found, text = cache_at(out, append), TextSource.of(text)
+    found, text, layout = cache_at(out, append), TextSource.of(text), layout or Layout()
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported: use one of {', '.join(DTYPES)}")
     check_context_tokens(model, context_tokens)
     if batch_contexts < 1:
         raise ValueError(f"batch_contexts={batch_contexts} must be at least 1")
-    names, limit = expand(model, hookpoints), num_contexts_for(tokens, context_tokens)
-    contexts = PackedContexts(tokenizer, text, context_tokens, bos, vocabulary_size(model))
-    batches = batched_contexts(contexts, batch_contexts, limit)
+    names = expand(model, hookpoints)
+
+    def read() -> Batches:
+        contexts = PackedContexts(tokenizer, text, context_tokens, bos, vocabulary_size(model), layout)
+        return Batches(contexts, tokens, batch_contexts)
+
+    asked_for = read()
+    batches = iter(asked_for)
     first = next(batches)  # an empty or too short text fails here
-    widths = {name: x.shape[1] for name, x in run_contexts(model, names, first[:2, :2], whole=True).items()}
+    widths = {name: x.shape[1] for name, x in run_contexts(model, names, ids_of(first)[:2, :2], whole=True).items()}
+    if layout.within:
+        run_contexts(model, names, first[:1], layout=layout)  # a model that cannot keep documents apart fails here
 
     started, asked, ids = perf_counter(), token_filter or TokenFilter(), special_ids(tokenizer)
     language = Language(
@@ -113,28 +115,30 @@ def collect(
         bos=bos,
         context_tokens=context_tokens,
         tokens_asked=tokens,
+        layout=layout.to_json(),
     )
     shard_contexts = contexts_of_a_shard(widths, dtype, context_tokens, batch_contexts)
     settings = {"dtype": dtype, "batch_contexts": batch_contexts, "filter": asked.to_dict(), "special_ids": list(ids)}
     plan = _plan(language, widths, {**settings, "shard_contexts": shard_contexts})
     if found is not None:
         check_plan(found, plan, out)
-        _check_more(found, limit * context_tokens, tokens, out)
-    most_contexts = min(limit, 1 + (text.most_tokens() or limit * context_tokens) // contexts.body)
-    missing = most_contexts * context_tokens - (0 if found is None else found["rows"])
+        _check_more(found, tokens, out)
+    most = min(tokens, (1 + (text.most_tokens() or tokens) // asked_for.contexts.body) * context_tokens)
+    missing = most - (0 if found is None else found["rows"])
     check_free_disk(resolved(out), missing * (sum(row_bytes(dtype, d) for d in widths.values()) + 4 * len(names) + 12))
 
     def about(ended: str, num_contexts: int) -> dict[str, Any]:
         """What the manifest says of that many contexts."""
         seconds = perf_counter() - started
         early = ended not in ("complete", *GOES_ON)
-        counts = {"text_skipped": dict(contexts.reading.skipped), "text_repaired": dict(contexts.reading.repaired)}
+        reading = asked_for.contexts.reading
+        counts = {"text_skipped": dict(reading.skipped), "text_repaired": dict(reading.repaired)}
         said = replace(
             language,
-            bos_prepended=contexts.bos_prepended,
+            bos_prepended=asked_for.contexts.bos_prepended,
             contexts=num_contexts,
             seconds=round(seconds, 1),
-            tokens_per_s=round(todo.made * context_tokens / seconds, 1),
+            tokens_per_s=round(todo.made / seconds, 1),
             ended=ended,
             text_ended_early=early,
             **counts,
@@ -146,8 +150,8 @@ def collect(
             out, widths, dtype=dtype, token_filter=asked, special_ids=ids, shard_contexts=shard_contexts, plan=plan,
             about=about,
         )  # fmt: skip
-        todo = _Todo(cache, model, tokenizer, batch_contexts)
-        with cache, progress_bar("collecting", limit * context_tokens, cache.contexts * context_tokens) as show:
+        todo = _Todo(cache, model, tokenizer, batch_contexts, layout)
+        with cache, progress_bar("collecting", tokens, cache.rows) as show:
             whole = todo.go_through(chain([first], batches), interrupts, show)
             while whole and todo.of_others:
                 whole = todo.wait_for_others(interrupts)
@@ -157,18 +161,18 @@ def collect(
                             f"another process gave up shards {sorted(todo.of_others)} of {str(cache.place)!r}, and the "
                             "text here can be read only once: collect again with the same settings"
                         )
-                    contexts = PackedContexts(tokenizer, text, context_tokens, bos, vocabulary_size(model))
-                    again = batched_contexts(contexts, batch_contexts, limit)
-                    whole = todo.go_through(again, interrupts, show)
+                    asked_for = read()
+                    whole = todo.go_through(iter(asked_for), interrupts, show)
             if not cache.look():
                 what = f"nothing is left at {out}" if cache.began else f"{out} is as it was"
                 raise Interrupted(f"stopped after 0 contexts; {what}")
-            if whole and todo.contexts < min(limit, cache.contexts):
-                raise _other_text(cache.place, f"it ends after {todo.contexts * context_tokens} tokens")
-            reason = f"stream: {contexts.reading.stopped}" if contexts.reading.stopped else "text"
-            ended = "complete" if cache.readable_contexts >= limit else reason if whole else "interrupted"
-            manifest = cache.finish(ended)
-    _warn(contexts.reading, about_cache := about_manifest(manifest))
+            if whole and not asked_for.reached and todo.contexts < cache.contexts:
+                raise _other_text(cache.place, f"it ends after {todo.rows} tokens")
+            reading = asked_for.contexts.reading
+            reason = f"stream: {reading.stopped}" if reading.stopped else "text"
+            complete = cache.readable_rows >= tokens
+            manifest = cache.finish("complete" if complete else reason if whole else "interrupted")
+    _warn(reading, about_cache := about_manifest(manifest))
     if interrupts.arrived:
         raise Interrupted(_said(about_cache, out))
     return manifest
@@ -188,13 +192,14 @@ def _plan(language: Language, widths: Mapping[str, int], settings: dict[str, Any
         "bos": language.bos,
         "model": language.model.weights_sha256,
         "model_dtype": language.model_dtype,
+        "layout": language.layout,
         **settings,
     }
 
 
-def _check_more(found: Mapping[str, Any], rows: int, tokens: int, out: str | Path) -> None:
-    """ValueError if a cache has more tokens than are asked for."""
-    if rows < found["rows"]:
+def _check_more(found: Mapping[str, Any], tokens: int, out: str | Path) -> None:
+    """ValueError if a cache has more contexts than are asked for."""
+    if found["rows"] - found["context_tokens"] >= tokens:
         raise ValueError(
             f"{str(out)!r} exists already, with {found['rows']} tokens, and {tokens} are asked for: ask for more, or "
             "choose another folder"
@@ -211,16 +216,16 @@ def _other_text(place: Path, how: str) -> ValueError:
 class _Todo:
     """Goes through the contexts of a text, and makes the shards that are not there and that nobody else makes."""
 
-    def __init__(self, cache: CacheWriter, model: Any, tokenizer: Any, together: int) -> None:
-        self.cache, self.model, self.tokenizer, self.together = cache, model, tokenizer, together
-        self.made = self.contexts = 0
-        """Contexts run here, and seen in the text."""
+    def __init__(self, cache: CacheWriter, model: Any, tokenizer: Any, together: int, layout: Layout) -> None:
+        self.cache, self.model, self.tokenizer, self.together, self.layout = cache, model, tokenizer, together, layout
+        self.made = self.contexts = self.rows = 0
+        """Rows made here; contexts, and their rows, seen in the text."""
         self.of_others: set[int] = set()
         """Shards that others were making when they came by."""
 
     def go_through(self, batches: Iterator[Tensor], interrupts: Interrupts, show: Callable[[int], None]) -> bool:
         """False if it was interrupted."""
-        self.contexts, self.of_others, size = 0, set(), self.cache.shard_contexts
+        self.contexts, self.rows, self.of_others, size = 0, 0, set(), self.cache.shard_contexts
         shard, whole = None, True
         with ExitStack() as claims:
             while True:
@@ -242,9 +247,9 @@ class _Todo:
                 if acts is not None:
                     self._check(acts, ids)
                     shard.add(acts, self.contexts, ids)
-                    self.made += len(ids)
-                self.contexts += len(ids)
-                show((self.cache.contexts + max(0, shard.new_contexts)) * ids.shape[1])
+                    self.made += num_rows(ids)
+                self.contexts, self.rows = self.contexts + len(ids), self.rows + num_rows(ids)
+                show(self.cache.rows + shard.new_rows)
             self._end(shard, claims)
         return whole
 
@@ -268,9 +273,9 @@ class _Todo:
         """The activations of these contexts; None if they are not to be made here."""
         if not shard.needs(self.contexts, len(ids)):
             return None
-        padded = torch.cat([ids, ids[-1:].expand(self.together - len(ids), -1)])
-        acts = run_contexts(self.model, list(self.cache.widths), padded)
-        return {name: x[: ids.numel()].to(FLOATS.get(self.cache.dtype, x.dtype)).cpu() for name, x in acts.items()}
+        padded = torch.cat([ids, ids[-1:].expand(self.together - len(ids), *ids.shape[1:])])
+        acts, rows = run_contexts(self.model, list(self.cache.widths), padded, layout=self.layout), num_rows(ids)
+        return {name: x[:rows].to(FLOATS.get(self.cache.dtype, x.dtype)).cpu() for name, x in acts.items()}
 
     def _check(self, acts: Mapping[str, Tensor], ids: Tensor) -> None:
         for name, x in acts.items():
@@ -308,7 +313,8 @@ class _Shard:
         self.first = number * cache.shard_contexts
         self._acts: dict[str, list[Tensor]] = {name: [] for name in cache.widths}
         self._labels: list[Int[Tensor, "3 n"]] = []
-        self.new_contexts = 0
+        self.new_contexts = self.new_rows = self._seen = 0
+        """Made here; and rows of its contexts that have come by."""
         try:
             self._tokens = cache.tokens(number) if there else None
         except (OSError, SafetensorError) as error:
@@ -317,22 +323,22 @@ class _Shard:
                 "repair`, and collect again"
             ) from error
 
-    def compare(self, context: int, ids: Int[Tensor, "n context_tokens"]) -> None:
+    def compare(self, context: int, ids: Int[Tensor, "n *columns context_tokens"]) -> None:
         """ValueError if these contexts, of which the first has this number, are others than those on the disk."""
         if self._tokens is None:
             return
-        begin = (context - self.first) * ids.shape[1]
-        there = self._tokens[begin : begin + ids.numel()]
-        if not torch.equal(there, ids.flatten()[: len(there)].int()):
-            first = context * ids.shape[1]
-            raise _other_text(self.cache.place, f"its tokens differ between {first} and {first + len(there)}")
+        tokens = labels_of(ids)[0].int()
+        there = self._tokens[self._seen : self._seen + len(tokens)]
+        self._seen += len(tokens)
+        if not torch.equal(there, tokens[: len(there)]):
+            raise _other_text(self.cache.place, f"its tokens differ in contexts {context} to {context + len(ids) - 1}")
 
     def needs(self, context: int, n: int) -> bool:
         """Whether one of these contexts is to be made here."""
         known = 0 if self.cache.dtype == "int8" else self.there  # 8 bits do not give the rows back
         return self.lock is not None and context + n > self.first + known
 
-    def add(self, acts: Mapping[str, Tensor], context: int, ids: Int[Tensor, "n context_tokens"]) -> None:
+    def add(self, acts: Mapping[str, Tensor], context: int, ids: Int[Tensor, "n *columns context_tokens"]) -> None:
         """Rows of contexts, behind those that are on the disk."""
         if self.there and not self._labels and self.cache.dtype != "int8":
             held, labels = self.cache.held(self.number, context - self.first)
@@ -341,15 +347,15 @@ class _Shard:
                 self._acts[name].append(x)
         for name, x in acts.items():
             self._acts[name].append(x)
-        positions = torch.arange(ids.shape[1]).repeat(len(ids))
-        numbers = torch.arange(context, context + len(ids)).repeat_interleave(ids.shape[1])
-        self._labels.append(torch.stack([ids.flatten(), positions, numbers]))
+        self._labels.append(labels_of(ids, context))
         self.new_contexts = context + len(ids) - self.first - self.there
+        self.new_rows += int((self._labels[-1][2] >= self.first + self.there).sum())
 
     def commit(self) -> None:
         if self.new_contexts > 0:
             acts = {name: torch.cat(parts) for name, parts in self._acts.items()}
-            self.cache.write(self.number, acts, torch.cat(self._labels, 1), self.lock)
+            contexts = self.there + self.new_contexts
+            self.cache.write(self.number, acts, torch.cat(self._labels, 1), self.lock, contexts)
 
 
 def _warn(reading: Reading, about: About) -> None:

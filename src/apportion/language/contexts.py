@@ -29,7 +29,12 @@ class ContextSource(LiveSource):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._order, self.context_tokens = EpochOrder(self._train, self.seed), self.contexts.shape[1]
+        if not self.layout.is_usual:
+            raise ValueError(
+                f"contexts={self.layout.contexts!r}, attention={self.layout.attention!r}: whole contexts are packed, "
+                "with attention to all and all roles"
+            )
+        self._order = EpochOrder(self._train, self.seed)
 
     @cached_property
     def num_rows(self) -> int:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from apportion.about import About, Language, Site, TextRecord
 from apportion.language.captured import Captured
+from apportion.language.document_layout import Layout, ids_of, labels_of, num_rows
 from apportion.language.fingerprint import model_fingerprint, tokenizer_fingerprint
 from apportion.language.hookpoints import expand
 from apportion.language.model import check_context_tokens, run_contexts
@@ -95,30 +96,33 @@ class LiveSource:
         text: TextRecord | Mapping[str, Any] | None = None,
         target_hookpoint: str | None = None,
         captured: Captured | None = None,
+        layout: Layout | None = None,
         look_ahead: bool | None = None,
     ) -> None:
-        """`text` describes where the contexts come from (source, BOS policy); it is kept in the run's record.
+        """`text` describes where the contexts come from (source, BOS policy); it is kept in the run's record. Contexts
+        may have more than their ids, and their `layout` (document_layout.py).
 
         `captured` has the model's passes over these contexts, if others read them too. `look_ahead` makes the next
         block, of which memory must then hold two, while the current one is handed out; default: where the model does
         not run on the CPU, which would take the time from training.
         """
-        contexts = torch.as_tensor(contexts)
-        check_ids(contexts, vocabulary_size(model), "contexts")
+        contexts, self.layout = torch.as_tensor(contexts), layout or Layout()
+        check_ids(ids_of(contexts), vocabulary_size(model), "contexts")
+        self.context_tokens = contexts.shape[-1]
         self.hookpoint = _one(model, hookpoint)
         self.target_hookpoint = None if target_hookpoint is None else _one(model, target_hookpoint)
         if self.target_hookpoint == self.hookpoint:
             raise ValueError(f"a source cannot have {hookpoint!r} both as its rows and as their target: name another")
         self._names = [name for name in (self.hookpoint, self.target_hookpoint) if name is not None]
-        if batch_contexts < 1 or buffer_tokens < contexts.shape[1]:
+        if batch_contexts < 1 or buffer_tokens < self.context_tokens:
             raise ValueError(
                 f"batch_contexts={batch_contexts}, buffer_tokens={buffer_tokens} hold no context of "
-                f"{contexts.shape[1]} tokens: use larger numbers"
+                f"{self.context_tokens} tokens: use larger numbers"
             )
-        check_context_tokens(model, contexts.shape[1])
+        check_context_tokens(model, self.context_tokens)
         self.model, self.tokenizer, self.contexts = model, tokenizer, contexts
         self.batch_contexts, self.seed, self.held_out_share = batch_contexts, seed, held_out_share
-        self.block_contexts = buffer_tokens // contexts.shape[1]
+        self.block_contexts = buffer_tokens // self.context_tokens
         is_held_out = held_out_groups(len(contexts), held_out_share)
         self._train = (~is_held_out).nonzero().squeeze(1)
         self._held_out, self._unseen = (part.nonzero().squeeze(1) for part in split_held_out(is_held_out))
@@ -129,20 +133,19 @@ class LiveSource:
         """Of all blocks so far, and of the one that is handed out: what the first is without the second follows from
         the position."""
         self._text = text if isinstance(text, TextRecord) else TextRecord.from_json(text or {}, "text")
-        first = run_contexts(model, self._names, contexts[:1, :2], whole=True)
+        first = run_contexts(model, self._names, ids_of(contexts)[:1, :2], whole=True)
         self._widths = {name: x.shape[1] for name, x in first.items()}
         self.d_in, self.d_out = self._widths[self.hookpoint], self._widths.get(self.target_hookpoint or "")
-        self._reader = (captured or Captured(model, tokenizer, contexts)).reader(self._names)
+        self._reader = (captured or Captured(model, tokenizer, contexts, layout=self.layout)).reader(self._names)
         self.look_ahead = first[self.hookpoint].device.type != "cpu" if look_ahead is None else look_ahead
         self._position = LivePosition()
 
     @cached_property
     def num_rows(self) -> int:
         """Training rows per epoch, before norm outliers are left out: which rows those are shows only as they come."""
-        tokens = self.contexts[self._train]
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        tokens, positions, _ = labels_of(self.contexts[self._train])
         beforehand = replace(self._settings, norm_outlier=None, special_ids=self._special_ids)
-        return int(beforehand.mask(torch.zeros(*tokens.shape, 1), tokens, positions).sum())
+        return int(beforehand.mask_of(torch.zeros(len(tokens)), tokens, positions).sum())
 
     @property
     def filter(self) -> TokenFilter:
@@ -152,7 +155,7 @@ class LiveSource:
     def _fitted(self) -> dict[str, TokenFilter]:
         """The filter of each hookpoint."""
         if not self._filters:
-            first = self._train[: -(-FIT_ROWS // self.contexts.shape[1])]
+            first = self._train[: -(-FIT_ROWS // self.context_tokens)]
             parts = [(*map(row_norms, _sides(rows)), rows.tokens, rows.positions) for rows in self._run(first, True)]
             *norms, tokens, positions = (torch.cat(column) for column in zip(*parts, strict=True))
             self._filters = {
@@ -164,11 +167,11 @@ class LiveSource:
     def _run(self, which: Int[Tensor, " n"], again: bool = False) -> Iterator[Batch]:
         """All rows of the contexts `which`, a few contexts at a time; `again` if they are asked for more than once."""
         for chosen in which.long().split(self.batch_contexts):
-            ids, rows = self.contexts[chosen], self._reader.rows(chosen, again)
+            rows = self._reader.rows(chosen, again)
             x = rows[self.hookpoint]
-            positions = torch.arange(ids.shape[1], device=x.device).repeat(len(ids))
+            tokens, positions, _ = labels_of(self.contexts[chosen]).to(x.device)
             target = None if self.target_hookpoint is None else rows[self.target_hookpoint]
-            yield Batch(x, target, tokens=ids.flatten().to(x.device), positions=positions)
+            yield Batch(x, target, tokens=tokens.to(self.contexts.dtype), positions=positions)
 
     def _filtered_rows(self, which: Int[Tensor, " n"], again: bool = False) -> tuple[Batch, Seen]:
         """The rows of the contexts `which` that pass the filter, and what it left out."""
@@ -249,14 +252,14 @@ class LiveSource:
     def bytes_held(self) -> int:
         """Of a block, in the dtype of the model."""
         size = next(self.model.parameters()).element_size()
-        return min(self.block_contexts, len(self._train)) * self.contexts.shape[1] * sum(self._widths.values()) * size
+        return min(self.block_contexts, len(self._train)) * self.context_tokens * sum(self._widths.values()) * size
 
     def passing(self) -> tuple[float, int]:
         """Seconds for each token of the model's passes over its contexts, and how many there are, as measured now on
         the first few."""
         captured = self._reader.captured
         self._reader.rows(self._train[: self.batch_contexts].long(), again=True)
-        return captured.seconds / max(1, captured.passes * self.contexts.shape[1]), self.contexts.numel()
+        return captured.seconds / max(1, captured.passes * self.context_tokens), ids_of(self.contexts).numel()
 
     def sample(self, n: int) -> Batch:
         """Random rows of about as many random contexts as are needed for `n` rows."""
@@ -276,7 +279,7 @@ class LiveSource:
         """Rows of random `contexts` in random order, a block of contexts at a time, until there are `max_rows`."""
         order = contexts[permutation(len(contexts), self.seed, key).long()]
         while max_rows > 0 and len(order):
-            num_contexts = min(self.block_contexts, 1 + max_rows * 5 // (4 * self.contexts.shape[1]))
+            num_contexts = min(self.block_contexts, 1 + max_rows * 5 // (4 * self.context_tokens))
             rows, _ = self._filtered_rows(order[:num_contexts], again=True)
             rows = rows[permutation(len(rows), self.seed, key, "rows").long()[:max_rows].to(rows.x.device)]
             yield Batch(*(side.float() for side in _sides(rows)))
@@ -332,7 +335,7 @@ class LiveSource:
             filtered_share=1 - self._seen.kept / max(1, self._seen.rows) if self._seen.rows else 0.0,
             rows_seen=self._seen.rows,
             rows_train=self.num_rows,
-            rows_calibrate=len(self._held_out) * self.contexts.shape[1],
+            rows_calibrate=num_rows(self.contexts[self._held_out]),
             held_out_share=self.held_out_share,
             seed=self.seed,
             language=Language(
@@ -340,8 +343,9 @@ class LiveSource:
                 model_dtype=dtype_of(self.model),
                 tokenizer=tokenizer_fingerprint(self.tokenizer),
                 text=replace(self._text, contexts=len(self.contexts)),
-                bos_prepended=begin_with_bos(self.tokenizer, self.contexts),
-                context_tokens=self.contexts.shape[1],
+                bos_prepended=begin_with_bos(self.tokenizer, ids_of(self.contexts)),
+                context_tokens=self.context_tokens,
+                layout=self.layout.to_json(),
             ),
         )
 

@@ -12,8 +12,10 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +25,9 @@ from apportion import embedded
 from apportion.answers import out_of_memory
 from apportion.disk import check_may_open
 from apportion.extras import need
+from apportion.language.document_layout import Layout, are_rows, ids_of, labels_of, positions_of
 from apportion.language.effect import OTHER_INPUTS, takes_more
+from apportion.language.feeding import inputs_apart, way_for
 from apportion.language.hookpoints import capture, place_in
 from apportion.language.passes import by_context, inputs_for, modules_of, parameters_of, text_config
 from apportion.language.precision import is_quantised, not_slower
@@ -289,20 +293,39 @@ def _check_encoder(model: Any, hookpoints: list[str]) -> None:
             )
 
 
+_locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""Hooks of one pass would see another that runs at the same time."""
+
+
 def run_contexts(
-    model: nn.Module, hookpoints: list[str], ids: Int[Tensor, "n context_tokens"], whole: bool = False
+    model: nn.Module,
+    hookpoints: list[str],
+    contexts: Int[Tensor, "n *columns context_tokens"],
+    whole: bool = False,
+    layout: Layout | None = None,
 ) -> dict[str, Float[Tensor, "rows d_in"]]:
     """The activations of a few contexts at each hookpoint, one row per token, in the model's dtype and eval mode; by
-    canonical name.
+    canonical name. Contexts may have more than their ids (document_layout.py), and their `layout`.
 
     The pass ends at the last hookpoint, unless it is to be `whole`: then ValueError for a hookpoint that the model runs
     several times. So the first pass of a long work is a whole one, over a few tokens.
     """
     hookpoints = [str(place_in(model, name)) for name in hookpoints]
     _check_encoder(model, hookpoints)
-    with torch.inference_mode(), in_eval_mode(model):
+    ids = ids_of(contexts)
+
+    def run(inputs: dict[str, Any]) -> list[Tensor]:
+        seen = capture(model, hookpoints, stop=True, **inputs)
+        return [by_context(seen[name], inputs["input_ids"].shape) for name in hookpoints]
+
+    with _locks.setdefault(model, RLock()), torch.inference_mode(), in_eval_mode(model):
         try:
-            seen = capture(model, hookpoints, stop=not whole, **inputs_for(model, ids))
+            if layout is not None and layout.within:
+                way = way_for(model, tuple(hookpoints), layout.padded, ids.shape[1], run)
+                inputs = inputs_apart(model, ids, positions_of(contexts), way)
+            else:
+                inputs = inputs_for(model, ids)
+            seen = capture(model, hookpoints, stop=not whole, **inputs)
         except (AttributeError, TypeError, ValueError) as error:
             if not takes_more(model) or not (whole and _wants_more(error)):
                 raise
@@ -321,7 +344,10 @@ def run_contexts(
                 f"hookpoint {name!r} carries whole numbers ({x.dtype}), such as ids of tokens or experts, and no "
                 "activations: choose another module, or another element of what it returns"
             )
-    return {name: by_context(x, ids.shape).flatten(0, 1) for name, x in seen.items()}
+    if contexts.ndim == 2:
+        return {name: by_context(x, ids.shape).flatten(0, 1) for name, x in seen.items()}
+    rows = are_rows(contexts)
+    return {name: by_context(x, ids.shape)[rows.to(x.device)] for name, x in seen.items()}
 
 
 def _wants_more(error: Exception) -> bool:
@@ -347,7 +373,7 @@ def check_context_tokens(model: Any, context_tokens: int) -> None:
 def check_finite(
     hookpoint: str,
     x: Float[Tensor, "rows d_in"],
-    ids: Int[Tensor, "n context_tokens"],
+    contexts: Int[Tensor, "n *columns context_tokens"],
     context_ids: Sequence[int],
     tokenizer: Any,
 ) -> None:
@@ -355,8 +381,7 @@ def check_finite(
     bad = ~torch.isfinite(row_norms(x))
     if not bad.any():
         return
-    context, position = divmod(int(bad.nonzero()[0]), ids.shape[1])
-    token = int(ids[context, position])
+    token, position, context = labels_of(contexts)[:, int(bad.nonzero()[0])].tolist()
     token = token if tokenizer is None else tokenizer.decode([token])
     raise ValueError(
         f"activations at {hookpoint!r} are not finite (NaN or infinity) at token {token!r}, context "

@@ -8,6 +8,9 @@ of one document and the beginning of the next, and attention crosses that border
 plain text (Llama 2 and Gemma add it, SmolLM2 and GPT-2 do not), "always" and "never" overrule it. With it, a context
 carries ``context_tokens - 1`` tokens of text. `bos_prepended` says what came of it.
 
+Other layouts (document_layout.py) keep attention within documents: packed ones, which then each begin with BOS where
+contexts do, or one document a context.
+
 Documents of token ids are packed in the same way, with or without a tokenizer. Those of exactly `context_tokens` tokens
 each (an array [n, context_tokens], a dataset that was packed before) are contexts already and stay as they are.
 
@@ -23,11 +26,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, Integer
+from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
-from apportion.language.chats import check_template, written
+from apportion.language.chats import check_template, spoken_by, written
+from apportion.language.document_layout import Layout
 from apportion.language.documents import FIRST_ROWS, Broken, Reading, as_array
+from apportion.language.filling import Filling, Part, given
 from apportion.language.text import Piece, Text, TextSource, given_width
 
 BOS_POLICIES = ("auto", "always", "never")
@@ -124,9 +129,17 @@ class PackedContexts:
     """The contexts of a text, in blocks, as they become known. Iterate once; ValueError if there is not even one."""
 
     def __init__(
-        self, tokenizer: Any, text: Text, context_tokens: int, bos: str = "auto", vocab_size: int | None = None
+        self,
+        tokenizer: Any,
+        text: Text,
+        context_tokens: int,
+        bos: str = "auto",
+        vocab_size: int | None = None,
+        layout: Layout | None = None,
     ) -> None:
-        """Token ids are checked against `vocab_size`, where it is given."""
+        """Token ids are checked against `vocab_size`, where it is given. In an unusual layout blocks are
+        [n, 3, context_tokens]."""
+        self.layout = layout or Layout()
         self.source, self.reading, self.context_tokens = TextSource.of(text), Reading(), context_tokens
         self.tokenizer, self.bos, self.vocab_size = tokenizer, bos, vocab_size
         self.first = bos_id(tokenizer, bos)
@@ -144,12 +157,12 @@ class PackedContexts:
         self.bos_prepended = self.first is not None
         self.num_contexts, self._num_tokens = 0, 0
 
-    def __iter__(self) -> Iterator[Integer[np.ndarray, "n context_tokens"]]:
+    def __iter__(self) -> Iterator[Integer[np.ndarray, "n *columns context_tokens"]]:
         pieces = self.source.pieces(self.reading)
         head = list(islice(pieces, PIECES_AT_ONCE))
         whole = bool(head) and all(p.ids is not None and len(p.ids) == self.context_tokens for p in head)
         pieces = chain(head, pieces)
-        for block in self._as_given(pieces) if whole else self._packed(pieces):
+        for block in self._as_given(pieces) if whole else self._made(pieces):
             self.num_contexts += len(block)
             yield block
         if self.num_contexts == 0:
@@ -167,13 +180,31 @@ class PackedContexts:
             self.bos_prepended &= begin_with_bos(self.tokenizer, torch.from_numpy(packed))
             if self.bos == "always" and not self.bos_prepended:
                 raise ValueError("bos='always', but the contexts given do not begin with BOS: put it there, or drop it")
-            yield packed
+            yield packed if self.layout.is_usual else given(packed, self.layout, self._eos)
 
     def _context(self, piece: Piece) -> Integer[np.ndarray, " context_tokens"] | None:
         if piece.ids is None or len(piece.ids) != self.context_tokens:
             self.reading.skip(Broken("of another length than the contexts before"), piece.place)
             return None
         return piece.ids if self._are_tokens(piece.ids, piece.place) else None
+
+    @property
+    def _eos(self) -> int | None:
+        return getattr(self.tokenizer, "eos_token_id", None)
+
+    def _made(self, pieces: Iterable[Piece]) -> Iterator[Integer[np.ndarray, "n *columns context_tokens"]]:
+        if self.layout.is_usual:
+            return self._packed(pieces)
+        fill = Filling(self.layout, self.context_tokens, self.first, self._eos, self.tokenizer)
+        return fill.contexts(self._documents(pieces))
+
+    def _documents(self, pieces: Iterable[Piece]) -> Iterator[Part]:
+        """Documents, or parts of them."""
+        for block in self._with_ids(pieces):
+            for piece, ids, spoken in block:
+                self._num_tokens += len(ids)
+                plain = piece.ids is None and piece.messages is None
+                yield Part(ids, spoken, piece.first, plain or self._eos not in ids[-2:])
 
     def _packed(self, pieces: Iterable[Piece]) -> Iterator[Integer[np.ndarray, "n context_tokens"]]:
         rest = np.empty(0, dtype=np.int32)
@@ -187,13 +218,10 @@ class PackedContexts:
 
     def _token_stream(self, pieces: Iterable[Piece]) -> Iterator[Integer[np.ndarray, " n"]]:
         """The tokens of all pieces in order, in blocks, with EOS between documents; many pieces at a time for speed."""
-        pieces, encode = iter(pieces), Encoder(self.tokenizer)
-        eos, begun = getattr(self.tokenizer, "eos_token_id", None), False
-        while block := list(islice(pieces, PIECES_AT_ONCE)):
+        eos, begun = self._eos, False
+        for block in self._with_ids(pieces):
             parts: list[np.ndarray] = []
-            for piece, ids in zip(block, self._ids_of(block, encode), strict=True):
-                if ids is None or not self._are_tokens(ids, piece.place):
-                    continue
+            for piece, ids, _ in block:
                 if piece.first and begun and eos is not None:
                     parts.append(np.asarray([eos]))
                 parts.append(ids)
@@ -201,6 +229,41 @@ class PackedContexts:
                 plain = piece.ids is None and piece.messages is None
                 begun = eos is None or plain or eos not in ends  # others may bring their EOS
             yield np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int32)
+
+    def _with_ids(self, pieces: Iterable[Piece]) -> Iterator[list[tuple[Piece, Integer[np.ndarray, " n"], Any]]]:
+        """Pieces, some at a time, with their tokens, and which of them the roles say that are asked for."""
+        pieces, encode = iter(pieces), Encoder(self.tokenizer)
+        while block := list(islice(pieces, PIECES_AT_ONCE)):
+            if self.layout.roles:
+                found = [self._spoken(piece) for piece in block]
+            else:
+                found = [None if ids is None else (ids, None) for ids in self._ids_of(block, encode)]
+            yield [
+                (piece, one[0], one[1])
+                for piece, one in zip(block, found, strict=True)
+                if one is not None and self._are_tokens(one[0], piece.place)
+            ]
+
+    def _spoken(self, piece: Piece) -> tuple[Integer[np.ndarray, " n"], Bool[np.ndarray, " n"]] | None:
+        """The tokens of a conversation, and which of them are said by the roles asked for."""
+        if piece.messages is None:
+            raise ValueError(
+                f"{piece.place or 'the text'} is no conversation, and roles={','.join(self.layout.roles)} have to be "
+                "somebody's: give messages, or leave roles out"
+            )
+        check_template(self.tokenizer)
+        try:
+            ids, spoken = spoken_by(self.tokenizer, piece.messages, self.layout.roles)
+        except Broken as broken:
+            self._left_out(broken, piece)
+            return None
+        self.reading.count_tokens(piece.part, len(piece.text), len(ids))
+        return ids, spoken
+
+    def _left_out(self, broken: Broken, piece: Piece) -> None:
+        self.reading.documents -= 1
+        self.reading.skip(broken, piece.place)
+        self.reading.check(FIRST_ROWS)
 
     def _ids_of(self, block: list[Piece], encode: Encoder) -> list[Integer[np.ndarray, " n"] | None]:
         """The ids of each piece, given or encoded."""
@@ -226,9 +289,7 @@ class PackedContexts:
         try:
             return piece._replace(text=self.reading.mend(written(self.tokenizer, piece.messages), piece.place))
         except Broken as broken:
-            self.reading.documents -= 1
-            self.reading.skip(broken, piece.place)
-            self.reading.check(FIRST_ROWS)
+            self._left_out(broken, piece)
             return None
 
     def _are_tokens(self, ids: Integer[np.ndarray, " n"], place: str) -> bool:
@@ -257,15 +318,39 @@ class PackedContexts:
         )
 
 
+class Batches:
+    """The first contexts that have `tokens` rows, a few at a time; iterate once."""
+
+    def __init__(self, contexts: PackedContexts, tokens: int, together: int) -> None:
+        num_contexts_for(tokens, contexts.context_tokens)  # numbers that are possible
+        self.contexts, self.tokens, self.together = contexts, tokens, together
+        self.reached = False
+        """Whether there are so many."""
+
+    def __iter__(self) -> Iterator[Int[Tensor, "n *columns context_tokens"]]:
+        waiting, rows = list[np.ndarray](), 0
+        for context in chain.from_iterable(self.contexts):
+            waiting.append(context)
+            rows += context.size if context.ndim == 1 else int(context[2].sum())
+            self.reached = rows >= self.tokens
+            if len(waiting) == self.together or self.reached:
+                yield torch.from_numpy(np.stack(waiting))
+                waiting = []
+            if self.reached:
+                return
+        if waiting:
+            yield torch.from_numpy(np.stack(waiting))
+
+
 def read_contexts(
-    tokenizer: Any, text: Text, *, tokens: int, context_tokens: int = 256, bos: str = "auto"
-) -> Int[Tensor, "num_contexts context_tokens"]:
+    tokenizer: Any, text: Text, *, tokens: int, context_tokens: int = 256, bos: str = "auto",
+    layout: Layout | None = None,
+) -> Int[Tensor, "num_contexts *columns context_tokens"]:  # fmt: skip
     """The first contexts of `text`, enough for `tokens` tokens (or all there are), in memory."""
-    wanted = num_contexts_for(tokens, context_tokens)
-    contexts = PackedContexts(tokenizer, text, context_tokens, bos)
-    first = np.stack(list(islice(chain.from_iterable(contexts), wanted)))
+    contexts = PackedContexts(tokenizer, text, context_tokens, bos, layout=layout)
+    first = torch.cat(list(Batches(contexts, tokens, 64)))
     contexts.reading.warn()
-    return torch.from_numpy(first)
+    return first
 
 
 def num_contexts_for(tokens: int, context_tokens: int) -> int:

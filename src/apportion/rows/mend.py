@@ -75,7 +75,7 @@ def _rewrite(folder: Path, manifest: dict[str, Any], known: Mapping[int, dict[st
         add_line(folder, shard)
 
 
-SAME = ("dtype", "model", "model_dtype", "tokenizer", "bos", "context_tokens", "bos_prepended")
+SAME = ("dtype", "model", "model_dtype", "tokenizer", "bos", "context_tokens", "layout", "bos_prepended")
 """What must be equal for rows to stand in one cache."""
 
 

@@ -139,9 +139,13 @@ class CacheWriter:
         return sum(shard["contexts"] for shard in self.shards.values())
 
     @property
-    def readable_contexts(self) -> int:
+    def rows(self) -> int:
+        return sum(shard["rows"] for shard in self.shards.values())
+
+    @property
+    def readable_rows(self) -> int:
         """Those before the first gap."""
-        return sum(shard["contexts"] for shard in from_the_first(self.shards, self.shard_contexts))
+        return sum(shard["rows"] for shard in from_the_first(self.shards, self.shard_contexts))
 
     @contextmanager
     def claim(self, number: int) -> Iterator[Lock | None]:
@@ -188,9 +192,10 @@ class CacheWriter:
 
     def write(
         self, number: int, acts: Mapping[str, Shaped[Tensor, "n d_in"]], labels: Int[Tensor, "3 n"],
-        lock: Lock | None = None,
+        lock: Lock | None = None, contexts: int | None = None,
     ) -> None:  # fmt: skip
-        """Commit a shard: its rows at each hookpoint, and tokens, positions and contexts. `lock` is what claims it."""
+        """Commit a shard: its rows at each hookpoint, and tokens, positions and contexts. `lock` is what claims it;
+        `contexts` how many it has, if some may have no rows."""
         for name, x in acts.items() if self.dtype == "int8" else ():
             if not all_finite(x):
                 raise ValueError(f"rows at {name!r} are not finite (NaN or infinity), which 8 bits cannot hold.")
@@ -210,7 +215,7 @@ class CacheWriter:
             files.append(self._save(acts_file(name, number), {**held, "norms": norms}, {"stats": json.dumps(stats)}))
         self._note({
             "shard": number,
-            "contexts": len(columns["contexts"].unique()),
+            "contexts": len(columns["contexts"].unique()) if contexts is None else contexts,
             "rows": len(columns["tokens"]),
             "sha256": {file: sha256_of(self.place / file) for file in files},
             "sample_sha256": {file: sample_sha256_of(self.place / file) for file in files},
