@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from apportion.language import LiveSource, load_model, read_contexts
 from apportion.language.captured import Captured, Kept
 from apportion.language.collect import collect
+from apportion.language.fingerprint import _probe, model_fingerprint
+from apportion.language.model import run_contexts
 from apportion.rows import ActivationStore, Batch, PairStore, TokenFilter
 
 TEXT = ["the cat sat on the mat and looked at the dog by the old house and the sea was calm " * 40]
@@ -178,3 +181,16 @@ def test_pairs_are_those_of_a_cache(lm: tuple[Any, Any], contexts: Tensor, tmp_p
     assert seen.kept == len(found.x) and source.d_out == store.d_out
     with pytest.raises(ValueError, match="both as its rows and as their target"):
         live(lm, contexts, pair[0], target_hookpoint=pair[0])
+
+
+def test_threads_do_not_run_into_each_others_hooks(lm: tuple[Any, Any], contexts: Tensor) -> None:
+    """A fingerprint is made, and other places are read, while a thread makes a block."""
+    wanted = model_fingerprint(lm[0]).probe
+    assert wanted is not None
+    with ThreadPoolExecutor(3) as pool:
+        reads = [pool.submit(run_contexts, lm[0], [place], contexts[:16]) for _ in range(20) for place in PLACES]
+        probes = [pool.submit(_probe, lm[0]) for _ in range(20)]
+        assert all(probe.result() == wanted for probe in probes)
+        for read in reads:
+            ((name, x),) = read.result().items()
+            assert torch.equal(x, run_contexts(lm[0], [name], contexts[:16])[name])

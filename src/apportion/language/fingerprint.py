@@ -20,7 +20,7 @@ from torch import Tensor
 
 from apportion.about import ModelRecord, TokenizerRecord
 from apportion.language.model import check_context_tokens
-from apportion.language.passes import inputs_for, parameters_of, text_config
+from apportion.language.passes import alone, inputs_for, parameters_of, text_config
 from apportion.language.tokens import special_ids
 from apportion.torch_state import in_eval_mode
 
@@ -79,7 +79,7 @@ def _probe(model: Any) -> tuple[float, ...] | None:
     except ValueError:
         ids = ids[:2]
     try:
-        with in_eval_mode(model):
+        with alone(model), in_eval_mode(model):
             result = model(**inputs_for(model, ids[None]))
     except Exception as error:  # a model may want anything besides
         logger.debug("%s does not run on token ids alone: %s", type(model).__name__, error)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from apportion.language.hook_names import EMBEDDINGS, SCALED, is_foreign, to_hookpoint
-from apportion.language.passes import askable, modules_of, parameters_of, text_config
+from apportion.language.passes import alone, askable, modules_of, parameters_of, text_config
 from apportion.rows.hookpoint import Hookpoint, matches, nearest_names
 
 
@@ -264,7 +264,7 @@ def capture(
         if stop and len(seen) == len(set(names)):
             raise _SeenAll
 
-    with suppress(_SeenAll), hooked(model, {name: partial(keep, name) for name in names}):
+    with suppress(_SeenAll), alone(model), hooked(model, {name: partial(keep, name) for name in names}):
         model(*args, **kwargs)
     check_seen(names, seen)
     return {name: seen[name] for name in names}

@@ -12,10 +12,8 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from threading import RLock
 from typing import Any
 from urllib.parse import urlsplit
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -293,10 +291,6 @@ def _check_encoder(model: Any, hookpoints: list[str]) -> None:
             )
 
 
-_locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-"""Hooks of one pass would see another that runs at the same time."""
-
-
 def run_contexts(
     model: nn.Module,
     hookpoints: list[str],
@@ -318,7 +312,7 @@ def run_contexts(
         seen = capture(model, hookpoints, stop=True, **inputs)
         return [by_context(seen[name], inputs["input_ids"].shape) for name in hookpoints]
 
-    with _locks.setdefault(model, RLock()), torch.inference_mode(), in_eval_mode(model):
+    with torch.inference_mode(), in_eval_mode(model):
         try:
             if layout is not None and layout.within:
                 way = way_for(model, tuple(hookpoints), layout.padded, ids.shape[1], run)

@@ -27,6 +27,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Int
@@ -149,6 +150,14 @@ def parameters_of(module: nn.Module) -> list[str]:
         return list(inspect.signature(module.forward).parameters)
     except (TypeError, ValueError):
         return []
+
+
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def alone(model: nn.Module) -> Any:
+    """Within the block no other thread runs the model in such a block: it would run into the hooks of this one."""
+    return _locks.setdefault(model, threading.RLock())
 
 
 def inputs_for(model: nn.Module, ids: Int[Tensor, "contexts positions"]) -> dict[str, Any]:
