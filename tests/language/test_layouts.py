@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 from itertools import pairwise
@@ -15,6 +16,9 @@ import torch
 from tiny_models import FAMILIES, make
 from torch import Tensor
 
+from apportion.architectures import create
+from apportion.cli import main
+from apportion.evals.language_model import CrossEntropies, evaluate_cache_in_model, evaluate_model, token_losses
 from apportion.interrupt import Interrupted
 from apportion.language import ContextSource, LiveSource, load_model, read_contexts
 from apportion.language.chats import spoken_by
@@ -339,3 +343,58 @@ def test_rows_of_some_roles_only(layout: Layout, lm: Any, tmp_path: Path) -> Non
     torch.testing.assert_close(
         store.gather(torch.arange(store.rows)), rows[kept[are_rows(every)]], rtol=1e-4, atol=1e-5
     )
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("layout", APART, ids=NAMES)
+def test_evaluation_in_the_model_is_that_of_documents_alone(layout: Layout, lm: Any, tmp_path: Path) -> None:
+    """Cross-entropies and rows; no token is predicted from another document."""
+    model, tokenizer = lm
+    contexts = read_contexts(tokenizer, TEXT, tokens=200, context_tokens=8, layout=layout)
+    sae = create("topk", d_in=32, d_sae=48, k=4, seed=0)
+    place = {"hookpoint": PLACE, "progress": False}
+    (found,), entropies = _evaluated(sae, model, contexts, layout=layout, **place)
+    tokens, positions, _ = labels_of(contexts)
+    begins = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
+    alone = CrossEntropies()
+    errors = torch.zeros(())
+    for start, stop in pairwise(begins):
+        ids = tokens[None, start:stop]
+        alone.add("clean", token_losses(model, ids)) if stop - start > 1 else None
+        x = run_contexts(model, [PLACE], ids)[PLACE]
+        errors += (sae(x) - x).square().sum()
+    assert entropies.predictions["clean"] == alone.predictions["clean"] == len(tokens) - len(begins) + 1
+    assert entropies.mean("clean") == pytest.approx(alone.mean("clean"), rel=1e-4)
+    assert found.result()["tokens"] == len(tokens)
+    collected(lm, tmp_path / "acts", layout)
+    store = ActivationStore(tmp_path / "acts")
+    rows = torch.arange(store.rows)[: int((store.contexts < len(contexts)).sum())]
+    _, of_cache = evaluate_cache_in_model({"a": sae}, store, rows, model, progress=False)
+    assert of_cache.predictions == entropies.predictions
+    assert of_cache.mean("clean") == pytest.approx(entropies.mean("clean"), rel=1e-4)
+    assert of_cache.mean("sae:a") == pytest.approx(entropies.mean("sae:a"), rel=1e-4)
+
+
+def _evaluated(sae: Any, model: Any, contexts: Tensor, **more: Any) -> tuple[list[Any], CrossEntropies]:
+    found, entropies = evaluate_model({"a": sae}, model, contexts, EVERY, **more)
+    return [*found.values()], entropies
+
+
+@pytest.mark.parametrize("layout", APART, ids=NAMES)
+def test_commands_follow_the_layout_of_the_run(layout: Layout, tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXT * 4))
+    text = ["--text", str(tmp_path / "text.jsonl")]
+    where = ["--contexts", layout.contexts, "--attention", layout.attention, "--padding", layout.padding]
+    words = ["train", str(tiny_model_dir), "--hookpoint", PLACE, *text, "--tokens", "1k", "--context-tokens", "8"]
+    small = ["--sae", "topk", "--k", "4", "--d-sae", "48", "--batch-tokens", "128"]
+    assert main([*words, *where, *small, "--out", str(tmp_path / "run")]) == 0
+    assert main(["eval", str(tmp_path / "run"), *text, "--tokens", "500", "--json", str(tmp_path / "a.json")]) == 0
+    figures = json.loads((tmp_path / "a.json").read_text())
+    contexts = read_contexts(load_model(tiny_model_dir)[1], TEXT * 4, tokens=500, context_tokens=8, layout=layout)
+    _, positions, _ = labels_of(contexts)
+    assert figures["predictions"] == num_rows(contexts) - int((positions == 0).sum())
+    (tmp_path / "other.jsonl").write_text((tmp_path / "text.jsonl").read_text() * 2)
+    text[1] = str(tmp_path / "other.jsonl")
+    assert main(["report", str(tmp_path / "run"), *text, "--tokens", "500", "--out", str(tmp_path / "report")]) == 0

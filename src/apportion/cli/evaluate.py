@@ -207,6 +207,7 @@ class Eval:
         from apportion.evals.language_model import recalibrate_in_model
         from apportion.evals.rows import same_text
         from apportion.language import read_contexts
+        from apportion.language.document_layout import Layout
         from apportion.language.model import check_context_tokens, width_at
         from apportion.rows import TokenFilter
         from apportion.rows.filter import trained_filter
@@ -221,15 +222,16 @@ class Eval:
         check_context_tokens(model, context_tokens)
         bos, text = trained_on.lm.bos or "auto", self.corpus.source()
         wanted = self.tokens * (2 if self.recalibrate else 1)
-        contexts = read_contexts(tokenizer, text, tokens=wanted, context_tokens=context_tokens, bos=bos)
+        given: dict[str, Any] = {"layout": Layout.from_json(trained_on.lm.layout)}
+        contexts = read_contexts(tokenizer, text, tokens=wanted, context_tokens=context_tokens, bos=bos, **given)
         pair = None if target is None else (target, filters[1])
         if self.recalibrate:
             if len(contexts) < 2:
                 raise ValueError("--recalibrate needs two contexts of text or more: give more --tokens, or more text.")
-            recalibrate_in_model(sae, model, contexts[::2], filters[0], hookpoint=hookpoint, target=pair)
+            recalibrate_in_model(sae, model, contexts[::2], filters[0], hookpoint=hookpoint, target=pair, **given)
             contexts = contexts[1::2]
         found, entropies = evaluate_model(
-            {sae.name: sae}, model, contexts, filters[0], hookpoint=hookpoint, target=pair
+            {sae.name: sae}, model, contexts, filters[0], hookpoint=hookpoint, target=pair, **given
         )
         measurement = found[sae.name]
         seen = ", which the SAE was trained on" if same_text(trained_on.lm.text, text.describe()) else ""

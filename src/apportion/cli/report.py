@@ -131,6 +131,7 @@ class Report:
     def _collect(self, trained_on: About, text: Any, model: Any, tokenizer: Any, out: Path) -> Path:
         """Activations on the text, in a cache that lives as long as this command."""
         from apportion.language.collect import collect
+        from apportion.language.document_layout import Layout
         from apportion.rows.filter import trained_filter
 
         collect(
@@ -143,6 +144,7 @@ class Report:
             context_tokens=trained_on.lm.context_tokens or 256,
             bos=trained_on.lm.bos or "auto",
             token_filter=trained_filter(trained_on),
+            layout=Layout.from_json(trained_on.lm.layout),
         )
         return out
 

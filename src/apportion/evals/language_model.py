@@ -30,9 +30,10 @@ from apportion.evals.evaluator import Evaluator, Found, Subject, add_evaluator, 
 from apportion.evals.figures import FIGURES
 from apportion.evals.measure import Measurement
 from apportion.evals.rows import Anew
+from apportion.language.document_layout import PAD, Layout, are_rows, ids_of, labels_of, positions_of
 from apportion.language.effect import check_read
 from apportion.language.hookpoints import capture, hooked, place_in
-from apportion.language.model import predicts_next, run_contexts
+from apportion.language.model import inputs_in, predicts_next, run_contexts
 from apportion.language.passes import by_context, parameters_of
 from apportion.metrics import recovered
 from apportion.progress import progress_bar
@@ -82,19 +83,22 @@ class CrossEntropies:
 def evaluate_model(
     saes: Mapping[str, SAE],
     model: Any,
-    contexts: Int[Tensor, "n context_tokens"],
+    contexts: Int[Tensor, "n *columns context_tokens"],
     token_filter: TokenFilter,
     *,
     hookpoint: str,
     target: tuple[str, TokenFilter] | None = None,
     attention_mask: Bool[Tensor, "n context_tokens"] | None = None,
+    layout: Layout | None = None,
     batch_contexts: int = 4,
     progress: bool = True,
 ) -> tuple[dict[str, Measurement], CrossEntropies]:
     """Measure SAEs of one hookpoint on `contexts`; clean and ablated passes are shared by all of them.
 
     For transcoders `target` is the hookpoint they predict and its token filter; rows have to pass both filters.
-    `attention_mask` is False for padding; None: there is none. The model is run in eval mode. ValueError for a
+    `attention_mask` is False for padding; None: there is none, or `layout` says how documents lie in the contexts
+    (`read_contexts`): then padding and tokens of other roles take no part, and no token is predicted from another
+    document. The model is run in eval mode. ValueError for a
     hookpoint that nothing in the model reads.
     """
     filters = _filters(model, (hookpoint, token_filter), target)
@@ -106,19 +110,16 @@ def evaluate_model(
     measurements = {name: Measurement(sae) for name, sae in saes.items()}
     entropies = CrossEntropies()
     sums: list[Float[Tensor, " d"]] = []
-    kept = torch.ones_like(contexts, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    batches = list(zip(contexts.split(batch_contexts), kept.split(batch_contexts), strict=True))
+    batches = [*_given(model, list(filters), contexts, attention_mask, layout, batch_contexts)]
     masks: list[Bool[Tensor, "n context_tokens"]] = []
-    done, passes = 0, contexts.numel() * (len(saes) + 3 if predicts else 1)
+    done, passes = 0, ids_of(contexts).numel() * (len(saes) + 3 if predicts else 1)
     with progress_bar("evaluating", passes, show=progress) as show, in_eval_mode(model):
-        for ids, attended in batches:
-            seen, losses = _clean(model, ids, attended, list(filters), predicts)
+        for given in batches:
+            seen, losses = _clean(model, given, list(filters), predicts)
             x, y = seen[hookpoint], seen[replaced]
-            attended = attended.to(x.device)
-            positions = (attended.cumsum(1) - 1).clamp_min(0)
-            mask = attended.clone()
+            attended, mask = given.attended.to(x.device), (given.attended & given.rows).to(x.device)
             for name, one in filters.items():
-                mask &= one.mask(seen[name], ids.to(x.device), positions)
+                mask &= one.mask(seen[name], given.ids.to(x.device), given.positions.to(x.device))
             masks.append(mask)
             sums.append(y[mask].double().sum(0))
             difficulty = None
@@ -131,14 +132,14 @@ def evaluate_model(
                     x[attended], mask[attended], difficulty, None if target is None else y[attended]
                 ).to(y)
                 if predicts:
-                    entropies.add(f"sae:{name}", _replaced(model, ids, attended, replaced, mask, y_hat))
-            done += ids.numel() * (len(saes) + 1 if predicts else 1)
+                    entropies.add(f"sae:{name}", _replaced(model, given, replaced, mask, y_hat))
+            done += given.ids.numel() * (len(saes) + 1 if predicts else 1)
             show(done)
         mean = _mean_row(sums, masks)
-        for (ids, attended), mask in zip(batches if predicts else (), masks if predicts else (), strict=True):
+        for given, mask in zip(batches if predicts else (), masks if predicts else (), strict=True):
             for name, vector in (("zero", torch.zeros_like(mean)), ("mean", mean)):
-                entropies.add(name, _replaced(model, ids, attended, replaced, mask, vector))
-            done += 2 * ids.numel()
+                entropies.add(name, _replaced(model, given, replaced, mask, vector))
+            done += 2 * given.ids.numel()
             show(done)
     return measurements, entropies
 
@@ -158,21 +159,39 @@ def evaluate_cache_in_model(
         store, other = store.stores
         target = (other.hookpoint, other.filter)
     contexts = contexts_of(store, rows)
-    contexts = contexts if tokens is None else contexts[: max(1, tokens // contexts.shape[1])]
-    place = {"hookpoint": store.hookpoint, "target": target}
+    contexts = contexts if tokens is None else contexts[: max(1, tokens // contexts.shape[-1])]
+    layout = Layout.from_json(store.describe().lm.layout)
+    place = {"hookpoint": store.hookpoint, "target": target, "layout": layout}
     return evaluate_model(saes, model, contexts, store.filter, **place, progress=progress)
 
 
-def contexts_of(store: ActivationStore, rows: Int[Tensor, " n"]) -> Int[Tensor, "num_contexts context_tokens"]:
-    """The whole contexts among `rows`, as token ids."""
-    if store.describe().lm.layout is not None:
+def contexts_of(store: ActivationStore, rows: Int[Tensor, " n"]) -> Int[Tensor, "contexts *columns context_tokens"]:
+    """The whole contexts among `rows`, as token ids, or with more where their layout is not as usual."""
+    layout, length = Layout.from_json(store.describe().lm.layout), store.context_tokens
+    if layout.roles:
         raise ValueError(
-            f"the contexts of {str(store.folder)!r} are no packed ones with attention to all, in which alone the model "
-            "is run here: evaluate on text"
+            f"{str(store.folder)!r} has only the words of {', '.join(layout.roles)}, and the model takes whole contexts: "
+            "evaluate on text"
         )
-    length = store.context_tokens
+    if not layout.is_usual:
+        return _laid_out(store, rows, length)
     whole = torch.bincount(store.contexts[rows])[store.contexts[rows]] == length
     return store.tokens[rows[whole]].reshape(-1, length)
+
+
+def _laid_out(store: ActivationStore, rows: Tensor, length: int) -> Int[Tensor, "contexts 3 context_tokens"]:
+    """Filled up on the right, on whatever side they were."""
+    numbers = store.contexts[rows]
+    whole = torch.bincount(numbers)[numbers] == torch.bincount(store.contexts)[numbers]
+    rows = rows[whole]
+    starts = store.contexts[rows].diff(prepend=torch.tensor([-1])) != 0
+    context = starts.cumsum(0) - 1
+    place = torch.arange(len(rows)) - starts.nonzero().squeeze(1)[context]
+    found = torch.zeros(int(starts.sum()), 3, length, dtype=torch.int32)
+    found[:, 1] = PAD
+    for column, values in enumerate((store.tokens[rows], store.positions[rows], torch.ones_like(store.tokens[rows]))):
+        found[context, column, place] = values.int()
+    return found
 
 
 @final
@@ -201,11 +220,12 @@ class InModel(Evaluator):
 def recalibrate_in_model(
     sae: SAE,
     model: Any,
-    contexts: Int[Tensor, "n context_tokens"],
+    contexts: Int[Tensor, "n *columns context_tokens"],
     token_filter: TokenFilter,
     *,
     hookpoint: str,
     target: tuple[str, TokenFilter] | None = None,
+    layout: Layout | None = None,
     batch_contexts: int = 4,
 ) -> float:
     """Set the thresholds of an SAE anew, on rows of `contexts` that pass the filters; returns the L0 there.
@@ -217,10 +237,10 @@ def recalibrate_in_model(
 
     def rows() -> Iterator[Tensor]:
         for ids in contexts.split(batch_contexts):
-            seen = run_contexts(model, list(filters), ids)
+            seen = run_contexts(model, list(filters), ids, layout=layout)
             x = seen[hookpoint].float()
-            positions = torch.arange(ids.shape[1], device=x.device).repeat(len(ids))
-            kept = [one.mask(seen[name], ids.flatten().to(x.device), positions) for name, one in filters.items()]
+            tokens, positions, _ = labels_of(ids).to(x.device)
+            kept = [one.mask(seen[name], tokens, positions) for name, one in filters.items()]
             yield x[torch.stack(kept).all(0)]
 
     return sae.calibrate(Anew(rows))
@@ -239,8 +259,43 @@ def _mean_row(sums: list[Float[Tensor, " d"]], masks: list[Bool[Tensor, "n conte
     return (sum(sums, torch.zeros(())) / rows).float()
 
 
+@dataclass
+class Given:
+    """A few contexts, all of [n, context_tokens], and what the model is given."""
+
+    ids: Int[Tensor, "n pos"]
+    attended: Bool[Tensor, "n pos"]
+    """False for padding."""
+    positions: Int[Tensor, "n pos"]
+    rows: Bool[Tensor, "n pos"]
+    """Which take part."""
+    inputs: dict[str, Any]
+    known: Bool[Tensor, "n pos_minus_1"] | None
+    """Where the next token is one to predict; None: everywhere."""
+
+
+def _given(
+    model: Any, hookpoints: list[str], contexts: Tensor, mask: Tensor | None, layout: Layout | None, size: int
+) -> Iterator[Given]:
+    if layout is not None and not layout.is_usual:
+        for part in contexts.split(size):
+            positions = positions_of(part)
+            known = positions[:, 1:] == positions[:, :-1] + 1
+            known &= positions[:, :-1] >= 0
+            inputs = inputs_in(model, hookpoints, part, layout)
+            yield Given(ids_of(part), positions >= 0, positions.clamp_min(0), are_rows(part), inputs, known)
+        return
+    kept = torch.ones_like(contexts, dtype=torch.bool) if mask is None else mask.bool()
+    for ids, attended in zip(contexts.split(size), kept.split(size), strict=True):
+        inputs, known = _inputs(model, ids, attended), None
+        if "attention_mask" in inputs:
+            known = attended[:, :-1] & attended[:, 1:]
+        positions = (attended.cumsum(1) - 1).clamp_min(0)
+        yield Given(ids, attended, positions, torch.ones_like(attended), inputs, known)
+
+
 def _clean(
-    model: Any, ids: Tensor, attended: Tensor, hookpoints: list[str], predicts: bool
+    model: Any, given: Given, hookpoints: list[str], predicts: bool
 ) -> tuple[dict[str, Float[Tensor, "n pos d"]], Float[Tensor, "n pos_minus_1"] | None]:
     """Activations at the hookpoints and losses of the untouched model."""
     seen: dict[str, Tensor] = {}
@@ -249,16 +304,14 @@ def _clean(
         seen[hookpoint] = x.float().clone()
 
     if not predicts:
-        found = capture(model, hookpoints, stop=True, **_inputs(model, ids, attended))
-        return {name: by_context(x.float(), ids.shape) for name, x in found.items()}, None
+        found = capture(model, hookpoints, stop=True, **given.inputs)
+        return {name: by_context(x.float(), given.ids.shape) for name, x in found.items()}, None
     with hooked(model, {name: partial(look, name) for name in hookpoints}):
-        losses = token_losses(model, ids, attended)
-    return {name: by_context(x, ids.shape) for name, x in seen.items()}, losses
+        losses = _losses(model, given.inputs, given.known)
+    return {name: by_context(x, given.ids.shape) for name, x in seen.items()}, losses
 
 
-def _replaced(
-    model: Any, ids: Tensor, attended: Tensor, hookpoint: str, mask: Tensor, new: Tensor
-) -> Float[Tensor, "n pos_minus_1"]:
+def _replaced(model: Any, given: Given, hookpoint: str, mask: Tensor, new: Tensor) -> Float[Tensor, "n pos_minus_1"]:
     """Losses with the rows of `mask` replaced by those of `new` (or by one vector)."""
 
     def replace(x: Tensor) -> Tensor:
@@ -266,7 +319,7 @@ def _replaced(
         return rows.reshape(x.shape) if x.ndim != 3 or x.shape[:2] == mask.shape else rows.transpose(0, 1)
 
     with hooked(model, {hookpoint: replace}):
-        return token_losses(model, ids, attended)
+        return _losses(model, given.inputs, given.known)
 
 
 def token_losses(
@@ -274,14 +327,15 @@ def token_losses(
 ) -> Float[Tensor, "n pos_minus_1"]:
     """Cross-entropy in nats of each next token; NaN where it or the token before is padding."""
     inputs = _inputs(model, ids, attended)
-    ids = inputs["input_ids"]
-    logits = model(**inputs, use_cache=False).logits
-    pairs = zip(logits, ids, strict=True)
+    padded = "attention_mask" in inputs and attended is not None
+    return _losses(model, inputs, attended[:, :-1] & attended[:, 1:] if padded and attended is not None else None)
+
+
+def _losses(model: Any, inputs: dict[str, Any], known: Tensor | None) -> Float[Tensor, "n pos_minus_1"]:
+    logits = model(**inputs | {"use_cache": False}).logits
+    pairs = zip(logits, inputs["input_ids"], strict=True)
     losses = torch.stack([F.cross_entropy(one[:-1].float(), target[1:], reduction="none") for one, target in pairs])
-    if "attention_mask" not in inputs or attended is None:
-        return losses
-    known = (attended[:, :-1] & attended[:, 1:]).to(losses.device)
-    return losses.masked_fill(~known, torch.nan)
+    return losses if known is None else losses.masked_fill(~known.to(losses.device), torch.nan)
 
 
 def _inputs(model: Any, ids: Tensor, attended: Tensor | None) -> dict[str, Tensor]:

@@ -307,19 +307,9 @@ def run_contexts(
     hookpoints = [str(place_in(model, name)) for name in hookpoints]
     _check_encoder(model, hookpoints)
     ids = ids_of(contexts)
-
-    def run(inputs: dict[str, Any]) -> list[Tensor]:
-        seen = capture(model, hookpoints, stop=True, **inputs)
-        return [by_context(seen[name], inputs["input_ids"].shape) for name in hookpoints]
-
     with torch.inference_mode(), in_eval_mode(model):
         try:
-            if layout is not None and layout.within:
-                way = way_for(model, tuple(hookpoints), layout.padded, ids.shape[1], run)
-                inputs = inputs_apart(model, ids, positions_of(contexts), way)
-            else:
-                inputs = inputs_for(model, ids)
-            seen = capture(model, hookpoints, stop=not whole, **inputs)
+            seen = capture(model, hookpoints, stop=not whole, **inputs_in(model, hookpoints, contexts, layout))
         except (AttributeError, TypeError, ValueError) as error:
             if not takes_more(model) or not (whole and _wants_more(error)):
                 raise
@@ -342,6 +332,22 @@ def run_contexts(
         return {name: by_context(x, ids.shape).flatten(0, 1) for name, x in seen.items()}
     rows = are_rows(contexts)
     return {name: by_context(x, ids.shape)[rows.to(x.device)] for name, x in seen.items()}
+
+
+def inputs_in(
+    model: nn.Module, hookpoints: list[str], contexts: Int[Tensor, "n *columns context_tokens"], layout: Layout | None
+) -> dict[str, Any]:
+    """The arguments of a pass over contexts of this layout, so that rows at the hookpoints are right."""
+    ids = ids_of(contexts)
+    if layout is None or not layout.within:
+        return inputs_for(model, ids)
+
+    def run(inputs: dict[str, Any]) -> list[Tensor]:
+        seen = capture(model, hookpoints, stop=True, **inputs)
+        return [by_context(seen[name], inputs["input_ids"].shape) for name in hookpoints]
+
+    way = way_for(model, tuple(hookpoints), layout.padded, ids.shape[1], run)
+    return inputs_apart(model, ids, positions_of(contexts), way)
 
 
 def _wants_more(error: Exception) -> bool:
