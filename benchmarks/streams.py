@@ -36,6 +36,7 @@ from apportion.language.hookpoints import layer_stack, middle_layer
 from apportion.language.layer_sites import places_in_model
 from apportion.language.model import run_contexts
 from apportion.language.text import TextSource
+from apportion.memory import keep_freed
 from apportion.rows import ActivationStore, CacheSource, TokenFilter
 from apportion.rows.writer import StoreWriter
 from apportion.training import TrainConfig, Trainer
@@ -127,18 +128,20 @@ def reading(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         stream.close()
 
     buffer, chosen = bytearray(1 << 24), torch.randperm(args.rows)[: batch * batches].split(batch)
+    row_bytes = store.row_bytes
     on()
     warm = [rows_per_s(CacheSource(store, window=None), batch, batches) for _ in range(args.repeats)]
     stored = [
         batch * len(chosen) / timed(lambda: [store._rows["acts"].gather(rows) for rows in chosen])
         for _ in range(args.repeats)
     ]
+    store = None  # mapped files stay in the page cache
     cold = []
     for _ in range(args.repeats):
         forget(acts)
         along = size / timed(on)
         forget(acts)
-        cold.append((along, args.rows * store.row_bytes / timed(whole_epoch)))
+        cold.append((along, args.rows * row_bytes / timed(whole_epoch)))
     return {
         "rows": args.rows,
         "warm_rows_per_s": median(warm),
@@ -227,6 +230,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    keep_freed()
     found: dict[str, Any] = {"hardware": hardware("cpu")}
     for case in args.cases.split(","):
         with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/var/tmp")) as name:

@@ -35,6 +35,7 @@ from apportion.cli.report import Report
 from apportion.cli.suite import suite_command, suite_of
 from apportion.cli.sweep import sweep_command, sweep_of
 from apportion.cli.train import chosen_sae, train_command
+from apportion.memory import keep_freed
 from apportion.processes import refuse_several_processes
 
 DESCRIPTION = """Sparse autoencoders that spend their sparsity budget where it is needed.
@@ -65,6 +66,7 @@ def parse(argv: list[str]) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `apportion`; returns the exit code."""
+    keep_freed()
     (handler := logging.StreamHandler(sys.stderr)).setFormatter(Harmless("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("apportion").setLevel(logging.INFO)

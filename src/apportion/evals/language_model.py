@@ -170,8 +170,8 @@ def contexts_of(store: ActivationStore, rows: Int[Tensor, " n"]) -> Int[Tensor, 
     layout, length = Layout.from_json(store.describe().lm.layout), store.context_tokens
     if layout.roles:
         raise ValueError(
-            f"{str(store.folder)!r} has only the words of {', '.join(layout.roles)}, and the model takes whole contexts: "
-            "evaluate on text"
+            f"{str(store.folder)!r} has only the words of {', '.join(layout.roles)}, and the model takes whole "
+            "contexts: evaluate on text"
         )
     if not layout.is_usual:
         return _laid_out(store, rows, length)

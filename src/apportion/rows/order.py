@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from apportion.rows.permuting import Keyed
+from apportion.rows.permuting import Keyed, RowSet
 
 DRAWN = 1 << 24
 """More rows than this have an order that is computed."""
@@ -78,6 +78,7 @@ class EpochOrder:
     def __init__(self, rows: Rows, seed: int) -> None:
         self.rows, self.num_rows, self.seed, self.position = rows, len(rows), seed, Position()
         self.drawn = self.num_rows <= DRAWN
+        self._listed: Int[Tensor, " rows"] | None = None
 
     def upcoming(self, batch_tokens: int) -> Iterator[tuple[Int[Tensor, " batch_tokens"], Position]]:
         """From the current position on: the rows of the next batch, and the position once it is handed out.
@@ -107,7 +108,10 @@ class EpochOrder:
     def visiting(self, epoch: int) -> Callable[[int, int], Int[Tensor, " n"]]:
         """Which rows come from one place of an epoch up to another."""
         order = shuffled(self.num_rows, self.drawn, self.seed, epoch)
-        return lambda start, stop: self.rows[order[torch.arange(start, stop)]].long()
+        if self._listed is None and isinstance(self.rows, RowSet) and self.drawn:  # a list is looked up faster
+            self._listed = self.rows.all()
+        rows = self.rows if self._listed is None else self._listed
+        return lambda start, stop: rows[order[torch.arange(start, stop)].long()].long()
 
     def sample(self, n: int) -> Int[Tensor, " m"]:
         """At most `n` random rows; the same at each call."""

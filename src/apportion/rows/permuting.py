@@ -97,6 +97,11 @@ class RowSet:
         bit = (np.cumsum(ones, axis=1) > left[:, None]).argmax(1)
         return torch.from_numpy((block * GROUP + byte) * 8 + bit)
 
+    def all(self) -> Int[Tensor, " rows"]:
+        """All of them, at four bytes each where their numbers allow that."""
+        rows = np.flatnonzero(np.unpackbits(self._bits, bitorder="little"))
+        return torch.from_numpy(rows.astype(np.int32 if 8 * len(self._bits) < 2**31 else np.int64))
+
     def count_below(self, rows: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
         """How many rows of it are smaller than each of these, which may be as many as the store has."""
         at = rows.numpy().astype(np.int64)

@@ -62,6 +62,15 @@ def in_words(part: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "rows ..."]:
     return part.view(torch.float32) if rows_of_words and part.element_size() < 4 else part
 
 
+class Places(NamedTuple):
+    """Where some rows lie."""
+
+    within: Sequence[Int[Tensor, " _"]]
+    """Of each shard, which of its rows."""
+    back: Int[Tensor, " n"]
+    """Where each comes among those, shard after shard."""
+
+
 class ShardedRows:
     """One tensor [rows, ...] that lies in several memory-mapped files."""
 
@@ -70,22 +79,30 @@ class ShardedRows:
         self._ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
         self._words = [in_words(part) for part in self.parts]
 
-    def gather(self, indices: Int[Tensor, " n"]) -> Shaped[Tensor, "n ..."]:
+    def places(self, indices: Int[Tensor, " n"]) -> Places:
+        """Where these rows lie, for columns with the same shards."""
+        shard = torch.bucketize(indices, self._ends, right=True)
+        order = shard.argsort(stable=True)
+        counts = torch.bincount(shard, minlength=len(self.parts))
+        begins = self._ends - torch.tensor([len(part) for part in self.parts])
+        within = (indices - begins[shard])[order]
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        return Places(within.split(counts.tolist()), back)
+
+    def gather(self, indices: Int[Tensor, " n"], places: Places | None = None) -> Shaped[Tensor, "n ..."]:
         """The rows at `indices`, in that order."""
         first = self._words[0]
         if len(self.parts) == 1:
             found = first.index_select(0, indices)
         else:
-            shard = torch.bucketize(indices, self._ends, right=True)
-            order = shard.argsort(stable=True)
+            places = places or self.places(indices)
             by_shard = torch.empty((len(indices), *first.shape[1:]), dtype=first.dtype)
             start = 0
-            for number, count in enumerate(torch.bincount(shard, minlength=len(self.parts)).tolist()):
-                if count:
-                    here = indices[order[start : start + count]] - (self._ends[number] - len(self.parts[number]))
-                    torch.index_select(self._words[number], 0, here, out=by_shard[start : start + count])
-                    start += count
-            found = by_shard.index_select(0, torch.empty_like(order).scatter_(0, order, torch.arange(len(order))))
+            for words, within in zip(self._words, places.within, strict=True):
+                if len(within):
+                    torch.index_select(words, 0, within, out=by_shard[start : start + len(within)])
+                    start += len(within)
+            found = by_shard.index_select(0, places.back)
         return found.view(self.parts[0].dtype)
 
     def held(self, numbers: Sequence[int]) -> ShardedRows:

@@ -28,7 +28,7 @@ from apportion.rows.order import EpochOrder, Position, held_out_groups, split_he
 from apportion.rows.permuting import RowSet
 from apportion.rows.windows import InParts, WindowOrder, Windows, choose_window
 
-AHEAD = 3
+AHEAD = 2
 """Batches that are read ahead, a thread each."""
 
 logger = logging.getLogger(__name__)

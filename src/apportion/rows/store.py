@@ -170,8 +170,10 @@ class ActivationStore:
 
     def batch(self, indices: Int[Tensor, " n"]) -> Batch:
         """The rows at `indices` with their labels."""
-        tokens, positions = self.gather_labels(indices)
-        return Batch(self.gather(indices), tokens=tokens, positions=positions)
+        places = self._labels["tokens"].places(indices)
+        x = restored({name: self._rows[name].gather(indices, places) for name in self._numbers})
+        tokens, positions = (self._labels[name].gather(indices, places) for name in ("tokens", "positions"))
+        return Batch(x, tokens=tokens, positions=positions)
 
     @property
     def part_rows(self) -> list[int]:
