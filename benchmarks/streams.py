@@ -102,7 +102,8 @@ def made_cache(out: Path, rows: int, d_in: int, shard_rows: int) -> Path:
 
 
 def rows_per_s(source: CacheSource, batch: int, batches: int) -> float:
-    stream = source.batches(batch)
+    """As training takes them."""
+    stream = source.stored_batches(batch)
     next(stream)
     seconds = timed(lambda: [next(stream) for _ in range(batches)])
     stream.close()
@@ -122,19 +123,15 @@ def reading(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     pass
 
     def whole_epoch() -> None:
-        stream = CacheSource(ActivationStore(acts), 0.0, window=2).batches(batch)
+        stream = CacheSource(ActivationStore(acts), 0.0, window=2).stored_batches(batch)
         for _ in range(args.rows // batch):
             next(stream)
         stream.close()
 
-    buffer, chosen = bytearray(1 << 24), torch.randperm(args.rows)[: batch * batches].split(batch)
+    buffer = bytearray(1 << 24)
     row_bytes = store.row_bytes
     on()
     warm = [rows_per_s(CacheSource(store, window=None), batch, batches) for _ in range(args.repeats)]
-    stored = [
-        batch * len(chosen) / timed(lambda: [store._rows["acts"].gather(rows) for rows in chosen])
-        for _ in range(args.repeats)
-    ]
     store = None  # mapped files stay in the page cache
     cold = []
     for _ in range(args.repeats):
@@ -145,7 +142,6 @@ def reading(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "rows": args.rows,
         "warm_rows_per_s": median(warm),
-        "warm_rows_per_s_in_stored_dtype": median(stored),
         "cold_sequential_bytes_per_s": median(along for along, _ in cold),
         "cold_windows_bytes_per_s": median(own for _, own in cold),
         "cold_windows_over_sequential": median(own / along for along, own in cold),

@@ -43,4 +43,4 @@ def keep_freed() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another libc
         return False
-    return all([mallopt(option, value) == 1 for option, value in OPTIONS.items()])
+    return all(mallopt(option, value) == 1 for option, value in OPTIONS.items())

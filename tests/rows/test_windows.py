@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from apportion.about import About
+from apportion.architectures import create
 from apportion.language import load_model
 from apportion.language.collect import collect
 from apportion.rows import ActivationStore, ArraySource, ArrayStore, Batch, CacheSource, LayersStore, PairStore
+from apportion.rows.batch import as_stored
 from apportion.rows.permuting import RowSet
 from apportion.rows.windows import WindowOrder, choose_window, probe
+from apportion.training import TrainConfig, Trainer
 
 TEXT = ["the cat sat on the mat and looked at the dog by the old house and the sea was calm " * 60]
 PLACES = ("model.layers.0", "model.layers.1")
@@ -205,8 +208,39 @@ def test_real_caches(kind: str, folder: Path) -> None:
             assert (one is None and other is None) or torch.equal(one, other), name
 
 
-def test_held_parts_are_not_the_files(folder: Path) -> None:
-    store = ActivationStore(folder, PLACES[0])
+def test_held_parts_are_in_memory_or_copies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, rows = ActivationStore(folder, PLACES[0]), torch.arange(100)
+    assert torch.equal(store.held([0, 1]).gather(rows), store.gather(rows))
+    monkeypatch.setattr("apportion.rows.shards.POPULATE_READ", 999)  # as on systems that do not know it
     held = store.held([1])
     where = [[part.data_ptr() for part in one._rows["acts"].parts] for one in (store, held)]
     assert [a == b for a, b in zip(*where, strict=True)] == [n != 1 for n in range(len(where[0]))]
+    assert torch.equal(held.gather(rows), store.gather(rows))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
+@pytest.mark.parametrize("window", [None, 2])
+def test_batches_as_they_lie_there_are_the_same_numbers(
+    dtype: str, window: int | None, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Trainers take them so."""
+    settings = {"tokens": 400, "context_tokens": 8, "dtype": dtype}
+    collect(*load_model(tiny_model_dir), PLACES[0], TEXT, out=tmp_path / "acts", **settings)
+    one, other = (CacheSource(ActivationStore(tmp_path / "acts"), window=window) for _ in range(2))
+    for batch, stored in zip(islice(one.batches(32), 12), one.stored_batches(32), strict=False):
+        assert batch.x.dtype == torch.float32
+        assert stored.x.dtype == (torch.float32 if dtype == "int8" else getattr(torch, dtype))
+    runs = []
+    for source in (one, other):
+        source.load_state_dict({**source.state_dict(), "epoch": 0, "row": 0})
+        trainer = Trainer(
+            create("topk", d_in=32, d_sae=48, k=4, seed=0), TrainConfig(batch_tokens=32, total_tokens=320)
+        )
+        if source is other:
+            for batch in islice(source.batches(32), 10):
+                trainer.step(batch)
+        else:
+            for batch in islice(as_stored(source)(32), 10):
+                trainer.step(batch)
+        runs.append({name: value.clone() for name, value in trainer.sae.state_dict().items()})
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])

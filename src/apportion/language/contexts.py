@@ -17,8 +17,8 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from apportion.language.live import LiveSource, in_float
-from apportion.rows.batch import Batch, joined
+from apportion.language.live import LiveSource
+from apportion.rows.batch import Batch, in_float, joined
 from apportion.rows.order import EpochOrder, check_same_source
 
 

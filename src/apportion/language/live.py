@@ -34,7 +34,7 @@ from apportion.language.hookpoints import expand
 from apportion.language.model import check_context_tokens, run_contexts
 from apportion.language.precision import dtype_of
 from apportion.language.tokens import begin_with_bos, check_ids, special_ids, vocabulary_size
-from apportion.rows.batch import Batch, joined, regrouped
+from apportion.rows.batch import Batch, in_float, joined, regrouped
 from apportion.rows.filter import FIT_ROWS, REASONS, TokenFilter, row_norms
 from apportion.rows.order import check_same_source, held_out_groups, permutation, split_held_out
 
@@ -372,7 +372,3 @@ def _one(model: Any, hookpoint: str) -> str:
 def _sides(rows: Batch) -> list[Float[Tensor, "n _"]]:
     """x, and the target if there is one."""
     return [rows.x] if rows.target is None else [rows.x, rows.target]
-
-
-def in_float(rows: Batch) -> Batch:
-    return replace(rows, x=rows.x.float(), target=None if rows.target is None else rows.target.float())

@@ -9,7 +9,7 @@ where it stands. `ArraySource` is the simplest one: a tensor in memory. `CacheSo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -53,6 +53,18 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.x)
+
+
+def in_float(rows: Batch) -> Batch:
+    """With x and target in float32."""
+    if rows.x.dtype == torch.float32 and (rows.target is None or rows.target.dtype == torch.float32):
+        return rows
+    return replace(rows, x=rows.x.float(), target=None if rows.target is None else rows.target.float())
+
+
+def as_stored(source: Source) -> Callable[[int], Iterator[Batch]]:
+    """Its `batches`, in the precision in which its rows lie there if it has them so."""
+    return getattr(source, "stored_batches", source.batches)
 
 
 def joined(parts: Sequence[Batch]) -> Batch:

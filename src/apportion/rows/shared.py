@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from apportion.about import About
-from apportion.rows.batch import Batch, Source
+from apportion.rows.batch import Batch, Source, as_stored
 
 KEPT = 2
 """Batches that are kept for those who have not taken them yet."""
@@ -40,7 +40,7 @@ class Shared:
             if self._batches is None or at != self._next:
                 if self._batches is not None or self.source.state_dict() != state:
                     self.put(state)
-                self._batches = self.source.batches(batch_tokens)
+                self._batches = as_stored(self.source)(batch_tokens)
             if (batch := next(self._batches, None)) is None:
                 return None
             behind = self.source.state_dict()
@@ -82,6 +82,9 @@ class View:
         while (found := self.shared.batch_at(self._state, batch_tokens)) is not None:
             batch, self._state = found
             yield batch
+
+    def stored_batches(self, batch_tokens: int) -> Iterator[Batch]:
+        return self.batches(batch_tokens)
 
     def sample(self, n: int) -> Batch:
         return self.shared.sample(n)

@@ -23,10 +23,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from apportion.about import About
-from apportion.rows.batch import Batch, IndexedSource, RowStore
+from apportion.rows.batch import Batch, IndexedSource, RowStore, in_float
 from apportion.rows.order import EpochOrder, Position, held_out_groups, split_held_out
 from apportion.rows.permuting import RowSet
-from apportion.rows.windows import InParts, WindowOrder, Windows, choose_window
+from apportion.rows.store import ActivationStore
+from apportion.rows.windows import InParts, WindowOrder, Windows, choose_window, read_of
 
 AHEAD = 2
 """Batches that are read ahead, a thread each."""
@@ -95,6 +96,11 @@ class CacheSource(IndexedSource):
             yield from map(self._read, chosen.split(chunk) if len(chosen) else ())
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
+        for batch in self.stored_batches(batch_tokens):
+            yield in_float(batch)
+
+    def stored_batches(self, batch_tokens: int) -> Iterator[Batch]:
+        """`batches` in the precision in which the rows lie there."""
         with ExitStack() as until_then:
             reading = self._reading(batch_tokens, until_then)
             for batch, position in _read_ahead(reading, until_then):
@@ -103,17 +109,21 @@ class CacheSource(IndexedSource):
 
     def _reading(self, batch_tokens: int, until_then: ExitStack) -> Iterator[tuple[Callable[[], Batch], Position]]:
         """How to read the next batches, and the position behind each."""
+        stored = {"stored": True} if isinstance(self.store, ActivationStore) else {}
         if not isinstance(order := self._order, WindowOrder):
-            return ((partial(self._read, rows), position) for rows, position in order.upcoming(batch_tokens))
+            return (
+                (partial(read_of, self.store, rows, **stored), position)
+                for rows, position in order.upcoming(batch_tokens)
+            )
         here, exact = order.others_of_its_context(batch_tokens, order.num_rows / max(1, self._contexts_left))
         what = "windows of %d parts: a row meets %.2g others of its context in its batch, %.2g in exact order"
         logger.info(what, order.window, here, exact)
         assert isinstance(self.store, InParts)
-        until_then.callback((windows := Windows(self.store)).close)
+        until_then.callback((windows := Windows(self.store, stored)).close)
         return windows.reading(order, batch_tokens)
 
     def _read(self, indices: Int[Tensor, " n"]) -> Batch:
-        return replace(self.store.batch(indices), index=indices)
+        return read_of(self.store, indices)
 
     def describe(self) -> About:
         split = {"held_out_share": self.held_out_share, "seed": self.seed}

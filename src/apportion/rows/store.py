@@ -168,10 +168,11 @@ class ActivationStore:
         """The tokens and positions at `indices`."""
         return self._labels["tokens"].gather(indices), self._labels["positions"].gather(indices)
 
-    def batch(self, indices: Int[Tensor, " n"]) -> Batch:
-        """The rows at `indices` with their labels."""
+    def batch(self, indices: Int[Tensor, " n"], stored: bool = False) -> Batch:
+        """The rows at `indices` with their labels; `stored`: as they lie there, where they have no scale."""
         places = self._labels["tokens"].places(indices)
-        x = restored({name: self._rows[name].gather(indices, places) for name in self._numbers})
+        columns = {name: self._rows[name].gather(indices, places) for name in self._numbers}
+        x = columns["acts"] if stored and len(columns) == 1 else restored(columns)
         tokens, positions = (self._labels[name].gather(indices, places) for name in ("tokens", "positions"))
         return Batch(x, tokens=tokens, positions=positions)
 

@@ -123,8 +123,9 @@ class WindowedEpoch:
 class Windows:
     """The windows of a store that are in memory: the one that is handed out, and the next, which a thread reads."""
 
-    def __init__(self, store: InParts) -> None:
-        self.store, self._held = store, dict[tuple[int, int], Future[Any]]()
+    def __init__(self, store: InParts, how: Mapping[str, Any] | None = None) -> None:
+        """`how` its rows are read: arguments of `batch` besides."""
+        self.store, self.how, self._held = store, how or {}, dict[tuple[int, int], Future[Any]]()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="apportion-windows")
 
     def reading(self, order: WindowOrder, batch_tokens: int) -> Iterator[tuple[Callable[[], Batch], Position]]:
@@ -138,7 +139,7 @@ class Windows:
             then = (epoch, last) if last < len(epochs[epoch].windows) else (epoch + 1, 0)
             self._hold({key: epochs[key[0]].windows[key[1]][0].tolist() for key in (*used, then)})
             stores = [self._held[key] for key in used]
-            yield partial(_read_pieces, stores, [rows for _, rows in pieces]), Position(epoch, stop)
+            yield partial(_read_pieces, stores, [rows for _, rows in pieces], self.how), Position(epoch, stop)
 
     def _hold(self, wanted: Mapping[tuple[int, int], list[int]]) -> None:
         self._held = {
@@ -151,9 +152,14 @@ class Windows:
         self._pool.shutdown()
 
 
-def _read_pieces(stores: Sequence[Future[RowStore]], pieces: Sequence[Tensor]) -> Batch:
-    read = [replace(store.result().batch(rows), index=rows) for store, rows in zip(stores, pieces, strict=True)]
+def _read_pieces(stores: Sequence[Future[RowStore]], pieces: Sequence[Tensor], how: Mapping[str, Any]) -> Batch:
+    read = [read_of(store.result(), rows, **how) for store, rows in zip(stores, pieces, strict=True)]
     return joined(read) if len(read) > 1 else read[0]
+
+
+def read_of(store: RowStore, indices: Int[Tensor, " n"], **how: Any) -> Batch:
+    """These rows, each with its index."""
+    return replace(store.batch(indices, **how), index=indices)
 
 
 def choose_window(store: RowStore) -> int | None:

@@ -30,7 +30,7 @@ from apportion.disk import all_finite
 from apportion.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.processes import refuse_several_processes
 from apportion.progress import progress_bar
-from apportion.rows.batch import Batch, Source
+from apportion.rows.batch import Batch, Source, as_stored, in_float
 from apportion.rows.sane import SaneRows
 from apportion.settings import in_records, plain_number
 from apportion.torch_state import usual
@@ -158,7 +158,9 @@ class Trainer:
             batch = as_tensor(batch)
             batch = batch.clone() if batch.is_inference() else batch
             batch = Batch(batch.reshape(-1, *row) if batch.shape[-len(row) :] == row else batch)
-        batch = replace(batch, x=batch.x.detach())  # whatever the rows were made of is not to learn
+        device = self.sae.device  # rows of 16 bits are moved as they are
+        batch = replace(batch, x=batch.x.detach().to(device))  # whatever they were made of is not to learn
+        batch = in_float(batch) if batch.x.element_size() < 4 else batch
         rows = batch.rows()
         if not self.objective.whole_contexts:
             batch = rows
@@ -315,7 +317,7 @@ class Trainer:
         """All remaining steps, with log lines and checkpoints."""
         with progress_bar("training", total_steps * self.config.batch_tokens, self.tokens, show=progress) as show:
             saved_tokens, saved_seconds, started = self.tokens, self.seconds, time.perf_counter()
-            for batch in islice(source.batches(self.config.batch_tokens), total_steps - self.steps):
+            for batch in islice(as_stored(source)(self.config.batch_tokens), total_steps - self.steps):
                 metrics = self.step(batch)
                 self.seconds, started = self.seconds + time.perf_counter() - started, time.perf_counter()
                 last, stop = self.steps == total_steps, interrupts.arrived
