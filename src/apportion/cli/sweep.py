@@ -27,7 +27,7 @@ from apportion.cli.sources import Sources, goes_with
 from apportion.cli.train import TrainBase, chosen_sae, train_command
 from apportion.memory import free_bytes
 
-NOT_SPLIT = {"out", "hookpoint", "target_hookpoint", "text", "dataset", "track", "resume", "requeue"}
+NOT_SPLIT = {"out", "hookpoint", "target_hookpoint", "text", "dataset", "roles", "track", "resume", "requeue"}
 """Options whose values may have commas, or that are of the sweep as a whole."""
 INDEX = "sweep.json"
 EVALUATED = 100_000
