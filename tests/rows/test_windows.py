@@ -15,7 +15,7 @@ from apportion.about import About
 from apportion.architectures import create
 from apportion.language import load_model
 from apportion.language.collect import collect
-from apportion.rows import ActivationStore, ArraySource, ArrayStore, Batch, CacheSource, LayersStore, PairStore
+from apportion.rows import ActivationStore, ArrayStore, Batch, CacheSource, LayersStore, PairStore
 from apportion.rows.batch import as_stored
 from apportion.rows.permuting import RowSet
 from apportion.rows.windows import WindowOrder, choose_window, probe
@@ -162,7 +162,7 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose_window(store) == wanted, free
     speeds[0] = 90.0
     assert choose_window(store) is None, "a disk that reads well at random"
-    assert choose_window(ArraySource(torch.randn(30, 3))) is None  # type: ignore[arg-type]
+    assert choose_window(ArrayStore(torch.randn(30, 3))) is None
 
 
 def test_both_ways_of_reading_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,3 +244,16 @@ def test_batches_as_they_lie_there_are_the_same_numbers(
                 trainer.step(batch)
         runs.append({name: value.clone() for name, value in trainer.sae.state_dict().items()})
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_batches_of_ones_own_are_the_ones_that_train() -> None:
+    class Own(CacheSource):
+        def batches(self, batch_tokens: int) -> Any:
+            yield Batch(torch.full((batch_tokens, 3), 7.0))
+
+    class Below(Own):
+        def stored_batches(self, batch_tokens: int) -> Any:
+            yield Batch(torch.full((batch_tokens, 3), 8.0))
+
+    found = [float(next(iter(as_stored(kind(Parts([30]), window=None))(2))).x[0, 0]) for kind in (Own, Below)]
+    assert found == [7.0, 8.0]

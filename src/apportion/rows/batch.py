@@ -63,8 +63,14 @@ def in_float(rows: Batch) -> Batch:
 
 
 def as_stored(source: Source) -> Callable[[int], Iterator[Batch]]:
-    """Its `batches`, in the precision in which its rows lie there if it has them so."""
-    return getattr(source, "stored_batches", source.batches)
+    """Its `batches`, in the precision in which its rows lie there if it has them so, and no class further down has
+    `batches` of its own."""
+    for kind in type(source).__mro__:
+        if "stored_batches" in vars(kind):
+            return source.stored_batches  # type: ignore[attr-defined]
+        if "batches" in vars(kind):
+            break
+    return source.batches
 
 
 def joined(parts: Sequence[Batch]) -> Batch:

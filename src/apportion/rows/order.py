@@ -111,7 +111,7 @@ class EpochOrder:
         if self._listed is None and isinstance(self.rows, RowSet) and self.drawn:  # a list is looked up faster
             self._listed = self.rows.all()
         rows = self.rows if self._listed is None else self._listed
-        return lambda start, stop: rows[order[torch.arange(start, stop)].long()].long()
+        return lambda start, stop: rows[order[torch.arange(start, stop, device="cpu")].long()].long()
 
     def sample(self, n: int) -> Int[Tensor, " m"]:
         """At most `n` random rows; the same at each call."""

@@ -96,7 +96,7 @@ class ShardedRows:
 
     def __init__(self, parts: Sequence[Shaped[Tensor, "_ ..."]]) -> None:
         self.parts = list(parts)
-        self._ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+        self._ends = torch.tensor([len(part) for part in self.parts], device="cpu").cumsum(0)
         self._words = [in_words(part) for part in self.parts]
 
     def places(self, indices: Int[Tensor, " n"]) -> Places:
@@ -104,9 +104,9 @@ class ShardedRows:
         shard = torch.bucketize(indices, self._ends, right=True)
         order = shard.argsort(stable=True)
         counts = torch.bincount(shard, minlength=len(self.parts))
-        begins = self._ends - torch.tensor([len(part) for part in self.parts])
+        begins = self._ends - self._ends.diff(prepend=self._ends.new_zeros(1))
         within = (indices - begins[shard])[order]
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device="cpu"))
         return Places(within.split(counts.tolist()), back)
 
     def gather(self, indices: Int[Tensor, " n"], places: Places | None = None) -> Shaped[Tensor, "n ..."]:
@@ -116,7 +116,7 @@ class ShardedRows:
             found = first.index_select(0, indices)
         else:
             places = places or self.places(indices)
-            by_shard = torch.empty((len(indices), *first.shape[1:]), dtype=first.dtype)
+            by_shard = torch.empty((len(indices), *first.shape[1:]), dtype=first.dtype, device="cpu")
             start = 0
             for words, within in zip(self._words, places.within, strict=True):
                 if len(within):

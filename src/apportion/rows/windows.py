@@ -69,7 +69,7 @@ class WindowOrder(EpochOrder):
     def __init__(self, rows: RowSet, seed: int, part_rows: Sequence[int], window: int) -> None:
         super().__init__(rows, seed)
         self.window = min(window, len(part_rows))
-        self.before = rows.count_below(torch.tensor([0, *part_rows]).cumsum(0))
+        self.before = rows.count_below(torch.tensor([0, *part_rows], device="cpu").cumsum(0))
         """Training rows before each part, and all of them."""
 
     def visiting(self, epoch: int) -> WindowedEpoch:
@@ -105,7 +105,7 @@ class WindowedEpoch:
         found = []
         for number, (first, end) in enumerate(pairwise([0, *self.ends.tolist()])):
             if max(start, first) < min(stop, end):
-                at = torch.arange(max(start, first), min(stop, end)) - first
+                at = torch.arange(max(start, first), min(stop, end), device="cpu") - first
                 found.append((number, self._rows(number, at)))
         return found
 
