@@ -81,6 +81,22 @@ def test_little_memory_costs_passes_and_changes_nothing(
         assert equal(own, list(islice(live(lm, contexts, place).batches(32), 30)))
 
 
+def test_who_is_held_for(lm: tuple[Any, Any], contexts: Tensor) -> None:
+    """As many as there is room for, and nobody who has had it."""
+    chosen = torch.arange(4)
+    captured = Captured(*lm, contexts, most_held=4 * CONTEXT * 32 * 4)
+    first, second, third = (captured.reader([place]) for place in PLACES)
+    for reader in (first, second, third):
+        reader.join()
+    first.rows(chosen)
+    assert [len(reader.held) for reader in (first, second, third)] == [0, 1, 0]
+    captured.most_held = 10**9
+    third.rows(chosen)
+    assert [len(reader.held) for reader in (first, second, third)] == [0, 1, 0]
+    second.rows(chosen)
+    assert captured.passes == 8 and captured._held_bytes == 0
+
+
 def test_one_that_is_elsewhere_finds_its_own_and_nothing_piles_up(lm: tuple[Any, Any], contexts: Tensor) -> None:
     """One resumes further on, one has left: what was held for them does not stay."""
     captured = Captured(*lm, contexts)
@@ -159,9 +175,11 @@ def test_a_failing_pass_shows_when_its_block_is_due(
             next(batches)
 
 
-def test_pairs_are_those_of_a_cache(lm: tuple[Any, Any], contexts: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pair", [("model.layers.0", "model.layers.1"), ("model.layers.1", "model.layers.0")])
+def test_pairs_are_those_of_a_cache(
+    pair: tuple[str, str], lm: tuple[Any, Any], contexts: Tensor, tmp_path: Path
+) -> None:
     """x and target of one token, where the filters of both places keep it."""
-    pair = ("model.layers.0", "model.layers.1")
     norms = torch.cat(
         [rows.x.norm(dim=-1) for place in pair for rows in live(lm, contexts, place)._run(torch.arange(9))]
     )

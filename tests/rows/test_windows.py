@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from itertools import islice
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -122,12 +123,30 @@ def test_how_well_rows_are_mixed_is_what_is_said() -> None:
 def test_rows_within_a_window_come_evenly_from_all_of_it() -> None:
     source = CacheSource(Parts([500] * 4), 0.0, seed=5, window=2)
     rows = torch.tensor(epoch_of(source, 50))
+    assert all(batch.tolist() != sorted(batch.tolist()) for batch in rows.split(50))
     halves = rows[: len(rows) // 2]
     parts = torch.bucketize(halves, torch.tensor([500, 1000, 1500]), right=True)
     assert len(parts.unique()) == 2
     for tenth in halves.chunk(10):
         share = (torch.bucketize(tenth, torch.tensor([500, 1000, 1500]), right=True) == parts[0]).double().mean()
         assert 0.3 < share < 0.7
+
+
+def test_the_next_window_is_read_while_one_is_handed_out_also_of_the_next_epoch() -> None:
+    store = Parts([40] * 6)
+    source = CacheSource(store, seed=1, window=2)
+    order = source._order
+    assert isinstance(order, WindowOrder)
+    batches, size = source.batches(10), source.num_rows // 10
+    for taken in range(size):
+        next(batches)
+        wanted = [parts.tolist() for parts, _ in order.visiting(0).windows[:2]]
+        wanted = wanted if taken == 0 else [order.visiting(1).windows[0][0].tolist()] if taken == size - 4 else []
+        deadline = monotonic() + 10  # a thread reads them
+        while wanted and store.asked[-len(wanted) :] != wanted:
+            assert monotonic() < deadline, (taken, store.asked, wanted)
+            sleep(0.01)
+    batches.close()
 
 
 def test_threads_end_with_the_iterator() -> None:

@@ -112,6 +112,27 @@ def test_runs_that_are_behind_catch_up(tmp_path: Path, monkeypatch: pytest.Monke
     assert source.read < STEPS + 6, "each batch about once"
 
 
+def test_sources_are_told_when_runs_begin_and_end(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Told(Counted):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def join(self) -> None:
+            said.append(f"{self.name} joins")
+
+        def leave(self) -> None:
+            said.append(f"{self.name} leaves")
+
+    one, other = Told("one"), Told("other")
+    sources = {name: one if name == "topk" else other for name in KINDS}
+    assert fit_together(trainers(), sources, tmp_path / "runs", progress=False) == {}
+    assert said == ["one joins", "other joins", "one leaves", "other leaves"]
+    assert one.read == other.read == STEPS
+
+
 def test_one_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Trainer.step
 

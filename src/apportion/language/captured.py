@@ -110,6 +110,8 @@ class Captured:
 
     def _hold(self, key: Key, rows: Rows, others: list[Reader]) -> None:
         for one in others:
+            if key in one.held:
+                continue
             own = {name: rows[name] for name in one.hookpoints}
             if self._held_bytes + (size := bytes_of(own)) <= self.most_held:
                 one.held[key] = own
