@@ -34,6 +34,7 @@ ORDER = [
         "ranking",
         "same_model",
         "trust",
+        "urls",
     },
     {"allocation"},
     {"kernels"},

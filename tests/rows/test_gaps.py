@@ -24,8 +24,9 @@ from apportion.rows.layout import sealed
 from apportion.rows.manifest import read_manifest
 from apportion.rows.mend import merge, repair
 from apportion.rows.norms import check_histograms
+from apportion.rows.out import folder_lock
 from apportion.rows.store import ActivationStore
-from apportion.rows.writer import StoreWriter, folder_lock
+from apportion.rows.writer import StoreWriter
 
 
 @pytest.fixture(scope="module")

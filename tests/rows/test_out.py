@@ -20,6 +20,7 @@ from apportion.interrupt import GivenUp, Interrupted, Interrupts
 from apportion.language import collect as collect_module
 from apportion.language.collect import _Shard, collect
 from apportion.language.model import load_model
+from apportion.rows import out as out_module
 from apportion.rows import writer as writer_module
 from apportion.rows.store import ActivationStore, read_manifest
 from apportion.rows.writer import CacheWriter, check_free_disk, check_out, size_text
@@ -236,7 +237,7 @@ def test_the_manifest_is_written_last_and_with_care(
     def full(file: Path, content: Any) -> None:
         raise CannotWrite(f"{file} cannot be written (No space left on device)")
 
-    monkeypatch.setattr(writer_module, "write_json", full)
+    monkeypatch.setattr(out_module, "write_json", full)
     with pytest.raises(CannotWrite, match=r"manifest\.json"):
         tiny_collect(lm, tmp_path / "acts")
     assert not names(tmp_path)

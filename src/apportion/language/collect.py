@@ -42,15 +42,15 @@ from apportion.language.model import load_model as load_model
 from apportion.language.precision import dtype_of
 from apportion.language.text import Text, TextSource
 from apportion.language.tokens import Batches, PackedContexts, special_ids, vocabulary_size
-from apportion.locks import Lock
 from apportion.progress import progress_bar
 from apportion.rows.filter import TokenFilter
-from apportion.rows.layout import DTYPES, FLOATS, GOES_ON, MANIFEST
+from apportion.rows.layout import DTYPES, FLOATS, GOES_ON
 from apportion.rows.manifest import about_manifest, read_manifest
 from apportion.rows.numbers import row_bytes
+from apportion.rows.place import place_of
+from apportion.rows.retries import Unreachable
 from apportion.rows.writer import CacheWriter, cache_at, check_free_disk, check_plan, contexts_of_a_shard
 from apportion.torch_state import usual
-from apportion.trust import resolved
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def collect(
     and raises `Interrupted`, whose message says where. If `out` has a cache that is being collected, was interrupted,
     or whose process was killed, it goes on with that; `append` does so with a complete one, for more tokens of the same
     text. ValueError if it was made with other settings, of another model or text. `dtype` is float32, bfloat16, float16
-    or int8 (rows/numbers.py).
+    or int8 (rows/numbers.py). `out` may be a URL (s3://bucket/acts).
     """
     found, text, layout = cache_at(out, append), TextSource.of(text), layout or Layout()
     if dtype not in DTYPES:
@@ -125,7 +125,7 @@ def collect(
         _check_more(found, tokens, out)
     most = min(tokens, (1 + (text.most_tokens() or tokens) // asked_for.contexts.body) * context_tokens)
     missing = most - (0 if found is None else found["rows"])
-    check_free_disk(resolved(out), missing * (sum(row_bytes(dtype, d) for d in widths.values()) + 4 * len(names) + 12))
+    check_free_disk(out, missing * (sum(row_bytes(dtype, d) for d in widths.values()) + 4 * len(names) + 12))
 
     def about(ended: str, num_contexts: int) -> dict[str, Any]:
         """What the manifest says of that many contexts."""
@@ -180,8 +180,8 @@ def collect(
 
 def is_collected(out: str | Path) -> bool:
     """Whether the cache at `out` has all that it was to have, or all that its text has."""
-    place = resolved(out)
-    return (place / MANIFEST).is_file() and read_manifest(place).get("ended") not in GOES_ON
+    place = place_of(out)
+    return place.manifest() is not None and read_manifest(place).get("ended") not in GOES_ON
 
 
 def _plan(language: Language, widths: Mapping[str, int], settings: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def _check_more(found: Mapping[str, Any], tokens: int, out: str | Path) -> None:
         )
 
 
-def _other_text(place: Path, how: str) -> ValueError:
+def _other_text(place: Path | str, how: str) -> ValueError:
     return ValueError(
         f"the text is not the one that {str(place)!r} was begun with: {how}. Give the same text to go on, or choose "
         "another folder"
@@ -308,7 +308,7 @@ class _Todo:
 class _Shard:
     """A shard that the text has come to, of which `there` contexts are on the disk; `lock` is what claims it."""
 
-    def __init__(self, cache: CacheWriter, number: int, there: int, lock: Lock | None) -> None:
+    def __init__(self, cache: CacheWriter, number: int, there: int, lock: Any) -> None:
         self.cache, self.number, self.there, self.lock = cache, number, there, lock
         self.first = number * cache.shard_contexts
         self._acts: dict[str, list[Tensor]] = {name: [] for name in cache.widths}
@@ -317,6 +317,8 @@ class _Shard:
         """Made here; and rows of its contexts that have come by."""
         try:
             self._tokens = cache.tokens(number) if there else None
+        except Unreachable:
+            raise
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"shard {number} of {str(cache.place)!r} is damaged ({error}): take it out with `apportion cache "

@@ -154,7 +154,7 @@ class RowStore(Protocol):
         ...
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Path | str:
         """Where they lie, for messages."""
         ...
 

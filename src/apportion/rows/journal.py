@@ -28,14 +28,14 @@ MOST_BYTES = 1 << 28
 def add_line(folder: Path, line: Mapping[str, Any]) -> None:
     """Write a line; it is on the disk when this returns."""
     file = folder / JOURNAL
-    content = plain({**line, DIGEST: _digest(line)})
+    content = line_text(line)
     with naming(file):
         new = not file.exists()
         opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             size = os.fstat(opened).st_size
             begun = size > 0 and os.pread(opened, 1, size - 1) != b"\n"  # behind a line that a crash cut off
-            text = ("\n" if begun else "") + json.dumps(content) + "\n"
+            text = ("\n" if begun else "") + content
             if os.write(opened, text.encode()) != len(text):
                 raise OSError(28, "No space left on device")
             os.fsync(opened)
@@ -43,6 +43,10 @@ def add_line(folder: Path, line: Mapping[str, Any]) -> None:
             os.close(opened)
         if new:
             sync_folder(folder)
+
+
+def line_text(line: Mapping[str, Any]) -> str:
+    return json.dumps(plain({**line, DIGEST: _digest(line)})) + "\n"
 
 
 def lines(folder: Path) -> Iterator[dict[str, Any]]:

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 
 from apportion.about import About, Site
-from apportion.disk import plain, read_json
+from apportion.disk import plain
 from apportion.fields import check_fields
 from apportion.rows.filter import TokenFilter
-from apportion.trust import expanded, within
+from apportion.trust import within
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)
 MANIFEST = "manifest.json"
+JOURNALS = "journal"
+"""At a URL, the folder of the journal: an object for each shard."""
 LABELS = ("tokens", "positions", "contexts")
 """What is known of every row."""
 DIGEST = "manifest_sha256"
@@ -87,23 +89,18 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read_written(folder: str | Path) -> dict[str, Any]:
-    """The manifest as it is written."""
-    folder = expanded(folder)
-    file = folder / MANIFEST
-    if not file.is_file():
-        raise ValueError(f"{str(folder)!r} is no activation cache (no {MANIFEST}): make one with `apportion collect`")
-    manifest = read_json(file, MOST_BYTES)
+def check_manifest(manifest: dict[str, Any], folder: str) -> None:
+    """ValueError, naming the field, unless the manifest of the cache in `folder` is whole and fits itself."""
+    file = f"{folder}/{MANIFEST}"
     if manifest.get("format_version") not in READABLE:
         raise ValueError(
-            f"{str(file)!r} has format version {manifest.get('format_version')!r}, this program reads "
+            f"{file!r} has format version {manifest.get('format_version')!r}, this program reads "
             f"{' and '.join(map(str, READABLE))}: collect the cache again or use a matching version of apportion"
         )
     try:
-        _check(manifest, folder)
+        _check(manifest, Path(folder))
     except ValueError as error:
         raise ValueError(f"{file}: {error} Take the manifest as it was written, or collect the cache again.") from None
-    return manifest
 
 
 def _check(manifest: dict[str, Any], folder: Path) -> None:

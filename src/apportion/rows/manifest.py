@@ -11,53 +11,63 @@ from pathlib import Path
 from typing import Any
 
 from apportion.about import About
-from apportion.rows.journal import JOURNAL, lines
-from apportion.rows.layout import DIGEST, GOES_ON, OF_FILES, UNFINISHED, check_shard, read_written
+from apportion.rows.journal import JOURNAL
+from apportion.rows.layout import DIGEST, GOES_ON, MANIFEST, OF_FILES, UNFINISHED, check_manifest, check_shard
+from apportion.rows.place import Place, place_of
 from apportion.rows.refit import refitted
-from apportion.trust import expanded
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of the cache in `folder`, with what the journal has. ValueError, naming the field, unless it is
-    whole and fits itself."""
-    folder = expanded(folder)
+def read_manifest(path: str | Path | Place) -> dict[str, Any]:
+    """The manifest of a cache, with what the journal has. ValueError, naming the field, unless it is whole and fits
+    itself."""
+    place = place_of(path)
     while True:
-        manifest = read_written(folder)
+        manifest = read_written(place)
         if manifest["format_version"] == 1:
             return manifest
-        known = known_shards(manifest, folder)
-        if read_written(folder) == manifest:  # else the journal has moved into it meanwhile
-            return _with_journal(manifest, known, folder)
+        known = known_shards(manifest, place)
+        if read_written(place) == manifest:  # else the journal has moved into it meanwhile
+            return _with_journal(manifest, known, place)
 
 
-def _with_journal(manifest: dict[str, Any], known: Mapping[int, dict[str, Any]], folder: Path) -> dict[str, Any]:
+def read_written(path: str | Path | Place) -> dict[str, Any]:
+    """The manifest as it is written."""
+    place = place_of(path)
+    if (manifest := place.manifest()) is None:
+        raise ValueError(f"{str(place)!r} is no activation cache (no {MANIFEST}): make one with `apportion collect`")
+    check_manifest(manifest, str(place))
+    return manifest
+
+
+def _with_journal(manifest: dict[str, Any], known: Mapping[int, dict[str, Any]], place: Place) -> dict[str, Any]:
     if list(known.values()) == manifest["shards"]:
         return manifest
     shards = from_the_first(known, manifest["shard_contexts"])
     rows, contexts = (sum(shard[name] for shard in shards) for name in ("rows", "contexts"))
     ended = manifest["ended"] if manifest["ended"] in GOES_ON else UNFINISHED
-    hookpoints = refitted(manifest, shards, folder)
+    hookpoints = refitted(manifest, shards, place)
     return {**manifest, "shards": shards, "rows": rows, "contexts": contexts, "ended": ended, "hookpoints": hookpoints}
 
 
-def known_shards(manifest: Mapping[str, Any], folder: Path) -> dict[int, dict[str, Any]]:
-    """The shards that are on the disk, by their numbers, ascending: of the manifest as it is written, and the journal.
+def known_shards(manifest: Mapping[str, Any], path: str | Path | Place) -> dict[int, dict[str, Any]]:
+    """The shards that are there, by their numbers, ascending: of the manifest as it is written, and the journal.
     ValueError for a line that is no shard of this cache."""
-    return with_lines({shard["shard"]: shard for shard in manifest["shards"]}, lines(folder), manifest, folder)
+    place = place_of(path)
+    return with_lines({shard["shard"]: shard for shard in manifest["shards"]}, place.lines(), manifest, place)
 
 
 def with_lines(
-    known: Mapping[int, dict[str, Any]], more: Iterable[dict[str, Any]], manifest: Mapping[str, Any], folder: Path
+    known: Mapping[int, dict[str, Any]], more: Iterable[dict[str, Any]], manifest: Mapping[str, Any], where: object
 ) -> dict[int, dict[str, Any]]:
     """The shards that are known, and what lines of the journal say besides."""
     known = dict(known)
     for line in more:
         try:
-            check_shard(line, manifest, where := f"journal.{line.get('shard')}")
+            check_shard(line, manifest, name := f"journal.{line.get('shard')}")
             if line["rows"] > line["contexts"] * manifest["context_tokens"]:
-                raise ValueError(f"{where} has {line['rows']} rows of {line['contexts']} contexts.")
+                raise ValueError(f"{name} has {line['rows']} rows of {line['contexts']} contexts.")
         except ValueError as error:
-            raise ValueError(f"{folder / JOURNAL}: {error} Collect the cache again.") from None
+            raise ValueError(f"{where}/{JOURNAL}: {error} Collect the cache again.") from None
         known[line["shard"]] = line
     return {number: known[number] for number in sorted(known) if known[number]["contexts"]}
 
@@ -72,9 +82,9 @@ def from_the_first(known: Mapping[int, dict[str, Any]], shard_contexts: int) -> 
     return shards
 
 
-def about_cache(folder: str | Path) -> About:
+def about_cache(path: str | Path) -> About:
     """What is known of a cache; `sites` are all that it has."""
-    return about_manifest(read_manifest(folder))
+    return about_manifest(read_manifest(path))
 
 
 def about_manifest(manifest: Mapping[str, Any]) -> About:

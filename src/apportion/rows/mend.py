@@ -18,18 +18,21 @@ from apportion.about import TextRecord
 from apportion.disk import whole_folder, write_json, write_tensors
 from apportion.progress import progress_bar
 from apportion.rows.journal import JOURNAL, add_line
-from apportion.rows.layout import MANIFEST, UNFINISHED, acts_file, read_written, sealed, token_file
-from apportion.rows.manifest import from_the_first, known_shards, read_manifest
+from apportion.rows.layout import MANIFEST, UNFINISHED, acts_file, sealed, token_file
+from apportion.rows.manifest import from_the_first, known_shards, read_manifest, read_written
+from apportion.rows.out import folder_lock
+from apportion.rows.place import Here
 from apportion.rows.refit import refitted
 from apportion.rows.shards import sample_sha256_of, sha256_of
-from apportion.rows.writer import check_free_disk, check_out, folder_lock
+from apportion.rows.writer import check_free_disk, check_out
 from apportion.trust import expanded
+from apportion.urls import url_of
 
 
 def repair(path: str | Path, progress: bool = False) -> list[str]:
     """Read all of a cache and take out the shards of which a file is damaged or missing; their files, which are
     returned. What was being collected when a machine went down is put in order, too."""
-    folder = expanded(path)
+    folder = _folder(path)
     if read_written(folder)["format_version"] == 1:
         raise ValueError(f"{str(path)!r} has format version 1, whose shards depend on each other: collect it again.")
     looked_at, bad, done = known_shards(read_written(folder), folder), dict[int, list[str]](), 0
@@ -53,6 +56,12 @@ def repair(path: str | Path, progress: bool = False) -> list[str]:
     return files
 
 
+def _folder(path: str | Path) -> Path:
+    if url_of(path) is not None:
+        raise ValueError(f"{path} lies at a URL: copy it to a folder here, do this there, and copy it back.")
+    return expanded(path)
+
+
 def _is(file: Path, digest: str) -> bool:
     with suppress(OSError):
         return file.is_file() and sha256_of(file) == digest
@@ -62,7 +71,7 @@ def _is(file: Path, digest: str) -> bool:
 def _rewrite(folder: Path, manifest: dict[str, Any], known: Mapping[int, dict[str, Any]]) -> None:
     """Manifest and journal that have these shards alone."""
     shards = from_the_first(known, manifest["shard_contexts"])
-    hookpoints = refitted(manifest, shards, folder)
+    hookpoints = refitted(manifest, shards, Here(folder))
     for number in {shard["shard"] for shard in manifest["shards"]} - known.keys():
         add_line(folder, {"shard": number, "contexts": 0, "rows": 0, "sha256": {}, "sample_sha256": {}})
     counts = {name: sum(shard[name] for shard in shards) for name in ("rows", "contexts")}
@@ -82,7 +91,7 @@ SAME = ("dtype", "model", "model_dtype", "tokenizer", "bos", "context_tokens", "
 def merge(paths: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     """One cache with the rows of several, in this order; its manifest. Files of activations are linked where the disk
     can do that, else copied. ValueError for caches of other models, hookpoints or settings, and of format version 1."""
-    folders, place = [expanded(path) for path in paths], check_out(out)
+    folders, place = [_folder(path) for path in paths], check_out(_folder(out))
     manifests = [read_manifest(folder) for folder in folders]
     if len(manifests) < 2:
         raise ValueError(f"to merge takes two caches or more, got {len(manifests)}.")
@@ -98,7 +107,7 @@ def merge(paths: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
                 for i, shard in enumerate(manifest["shards"])
             ]
         merged = _merged(manifests, shards)
-        merged["hookpoints"] = refitted(merged, shards, partial)
+        merged["hookpoints"] = refitted(merged, shards, Here(partial))
         write_json(partial / MANIFEST, sealed(merged))
     return read_manifest(place)
 

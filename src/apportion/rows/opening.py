@@ -17,6 +17,7 @@ from apportion.rows.layout import MANIFEST
 from apportion.rows.manifest import read_manifest
 from apportion.rows.sites import LayersStore, PairStore, SitesStore, open_stores
 from apportion.rows.store import ActivationStore
+from apportion.urls import url_of
 
 
 def joined(kind: RowKind, stores: Sequence[ActivationStore]) -> RowStore:
@@ -57,11 +58,11 @@ def open_rows(
 
 def holds_rows(path: str | Path) -> bool:
     """Is it a cache, or a file of rows?"""
-    return holds_array(path) or (Path(path) / MANIFEST).exists()
+    return url_of(path) is not None or holds_array(path) or (Path(path) / MANIFEST).exists()
 
 
 def holds_array(path: str | Path) -> bool:
-    return Path(path).suffix == ".npy"
+    return url_of(path) is None and Path(path).suffix == ".npy"
 
 
 def _array_for(kind: RowKind, store: ArrayStore, name: str) -> ArrayStore:

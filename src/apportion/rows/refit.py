@@ -15,30 +15,31 @@ from safetensors import SafetensorError, safe_open
 
 from apportion.about import Site
 from apportion.rows.filter import REASONS, TokenFilter
-from apportion.rows.layout import acts_file, folder_name, token_file
+from apportion.rows.layout import folder_name
 from apportion.rows.norms import check_histograms, counted, counted_exactly, fitted, num_ordinary
+from apportion.rows.place import Place
 
 
-def refitted(manifest: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+def refitted(manifest: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], place: Place) -> dict[str, Any]:
     """`hookpoints` of the manifest, for these shards."""
     asked = TokenFilter.from_dict(manifest["plan"]["filter"]) if "plan" in manifest else TokenFilter()
     found = manifest["hookpoints"].items()
     return {
-        name: of_hookpoint(name, said["d_in"], asked, tuple(said["filter"]["special_ids"]), shards, folder)
+        name: of_hookpoint(name, said["d_in"], asked, tuple(said["filter"]["special_ids"]), shards, place)
         for name, said in found
     }
 
 
 def of_hookpoint(
     hookpoint: str, d_in: int, asked: TokenFilter, special_ids: tuple[int, ...], shards: Sequence[Mapping[str, Any]],
-    folder: Path,
+    place: Place,
 ) -> dict[str, Any]:  # fmt: skip
     """What the manifest says of a hookpoint with these shards."""
-    stats = [stats_of(folder / acts_file(hookpoint, shard["shard"])) for shard in shards]
+    stats = place.together(lambda shard: place.head(hookpoint, shard["shard"], shard, stats_of), shards)
     norms = [said["norms"] for said in stats]
     token_filter = fitted(asked, norms, special_ids)
     counts = [
-        counted(token_filter, each) or counted_exactly(token_filter, _columns(folder, hookpoint, shard["shard"]))
+        counted(token_filter, each) or counted_exactly(token_filter, _columns(place, hookpoint, shard))
         for each, shard in zip(norms, shards, strict=True)
     ]
     rows, kept = sum(shard["rows"] for shard in shards), sum(count["kept"] for count in counts)
@@ -70,11 +71,14 @@ def stats_of(file: Path) -> dict[str, Any]:
     return stats
 
 
-def _columns(folder: Path, hookpoint: str, number: int) -> dict[str, Any]:
-    with safe_open(folder / token_file(number), framework="pt") as opened:
-        labels = {name: opened.get_tensor(name) for name in ("tokens", "positions")}
-    with safe_open(folder / acts_file(hookpoint, number), framework="pt") as opened:
-        return {**labels, "norms": opened.get_tensor("norms")}
+def _columns(place: Place, hookpoint: str, shard: Mapping[str, Any]) -> dict[str, Any]:
+    labels = place.labels(shard["shard"], shard, lambda file: _read(file, "tokens", "positions"))
+    return labels | place.head(hookpoint, shard["shard"], shard, lambda file: _read(file, "norms"))
+
+
+def _read(file: Path, *names: str) -> dict[str, Any]:
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in names}
 
 
 def _precision_fvu(lost: list[list[float]]) -> float | None:

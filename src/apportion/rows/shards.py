@@ -90,14 +90,19 @@ class Places(NamedTuple):
     back: Int[Tensor, " n"]
     """Where each comes among those, shard after shard."""
 
+    @property
+    def numbers(self) -> list[int]:
+        """The shards that have some."""
+        return [number for number, within in enumerate(self.within) if len(within)]
+
 
 class ShardedRows:
-    """One tensor [rows, ...] that lies in several memory-mapped files."""
+    """One tensor [rows, ...] that lies in several files, of which each is a part with so many rows: all of them mapped,
+    or mapped when they are asked for."""
 
-    def __init__(self, parts: Sequence[Shaped[Tensor, "_ ..."]]) -> None:
-        self.parts = list(parts)
-        self._ends = torch.tensor([len(part) for part in self.parts], device="cpu").cumsum(0)
-        self._words = [in_words(part) for part in self.parts]
+    def __init__(self, parts: Sequence[Shaped[Tensor, "_ ..."]], rows: Sequence[int]) -> None:
+        self.parts, self.rows = parts, rows
+        self._ends = torch.tensor(rows, device="cpu").cumsum(0)
 
     def places(self, indices: Int[Tensor, " n"]) -> Places:
         """Where these rows lie, for columns with the same shards."""
@@ -111,35 +116,48 @@ class ShardedRows:
 
     def gather(self, indices: Int[Tensor, " n"], places: Places | None = None) -> Shaped[Tensor, "n ..."]:
         """The rows at `indices`, in that order."""
-        first = self._words[0]
-        if len(self.parts) == 1:
-            found = first.index_select(0, indices)
-        else:
-            places = places or self.places(indices)
-            by_shard = torch.empty((len(indices), *first.shape[1:]), dtype=first.dtype, device="cpu")
-            start = 0
-            for words, within in zip(self._words, places.within, strict=True):
-                if len(within):
-                    torch.index_select(words, 0, within, out=by_shard[start : start + len(within)])
-                    start += len(within)
-            found = by_shard.index_select(0, places.back)
-        return found.view(self.parts[0].dtype)
+        if len(self.parts) == 1 or not len(indices):
+            part = self.parts[0]
+            return in_words(part).index_select(0, indices).view(part.dtype)
+        places, by_shard, dtype, start = places or self.places(indices), None, None, 0
+        for number in places.numbers:
+            within, part = places.within[number], self.parts[number]
+            words, dtype = in_words(part), part.dtype
+            if by_shard is None:
+                by_shard = torch.empty((len(indices), *words.shape[1:]), dtype=words.dtype, device="cpu")
+            torch.index_select(words, 0, within, out=by_shard[start : start + len(within)])
+            start += len(within)
+        assert by_shard is not None and dtype is not None, "there are rows"
+        return by_shard.index_select(0, places.back).view(dtype)
 
     def held(self, numbers: Sequence[int]) -> ShardedRows:
         """With these parts read into memory, and the others where they lie."""
-        return ShardedRows([in_memory(part) if n in numbers else part for n, part in enumerate(self.parts)])
+        return ShardedRows(_Held(self.parts, {number: in_memory(self.parts[number]) for number in numbers}), self.rows)
 
     def all(self) -> Shaped[Tensor, "rows ..."]:
-        return torch.cat(self.parts)
+        return torch.cat([*self.parts])
+
+
+class _Held(Sequence[Tensor]):
+    """Parts, of which some are in memory."""
+
+    def __init__(self, parts: Sequence[Tensor], held: Mapping[int, Tensor]) -> None:
+        self.parts, self.held = parts, held
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.held[number] if number in self.held else self.parts[number]
 
 
 def open_shards(shards: Sequence[Shard], columns: Mapping[str, Column]) -> dict[str, ShardedRows]:
     """The columns that lie in these files, mapped. ValueError, naming the file, for one that is not as it should be."""
-    opened = [_opened(shard, columns) for shard in shards]
-    return {name: ShardedRows([parts[name] for parts in opened]) for name in columns}
+    opened, rows = [open_shard(shard, columns) for shard in shards], [shard.rows for shard in shards]
+    return {name: ShardedRows([parts[name] for parts in opened], rows) for name in columns}
 
 
-def _opened(shard: Shard, columns: Mapping[str, Column]) -> dict[str, Tensor]:
+def open_shard(shard: Shard, columns: Mapping[str, Column]) -> dict[str, Tensor]:
     file = shard.file
     if not file.is_file():
         raise ValueError(f"{file} is missing")

@@ -30,11 +30,12 @@ from apportion.rows.batch import Batch
 from apportion.rows.hookpoint import choose_from
 from apportion.rows.manifest import read_manifest
 from apportion.rows.store import ActivationStore
+from apportion.urls import in_full
 
 
 def open_stores(folder: str | Path, hookpoints: str | None = None) -> list[ActivationStore]:
     """A cache at several hookpoints: names or globs separated by commas, or None for all that it has."""
-    names = list(read_manifest(Path(folder))["hookpoints"])
+    names = list(read_manifest(folder)["hookpoints"])
     return [ActivationStore(folder, n) for n in (names if hookpoints is None else choose_from(names, hookpoints))]
 
 
@@ -97,7 +98,7 @@ class Aligned(ABC):
         """What the hookpoints share, and under `sites` what each has of its own; `filtered_share` is of tokens."""
         each = [store.describe() for store in self.stores]
         sites, language = [store.site for store in self.stores], each[0].lm
-        folders = [str(store.folder.resolve()) for store in self.stores]
+        folders = [in_full(store.folder) for store in self.stores]
         if apart := len(set(folders)) > 1:
             models = [Language(model=about.lm.model, model_dtype=about.lm.model_dtype) for about in each]
             sites = [replace(site, language=model) for site, model in zip(sites, models, strict=True)]
@@ -185,7 +186,7 @@ class LayersStore(Aligned):
 
 def _check_aligned(one: ActivationStore, other: ActivationStore) -> None:
     """ValueError unless row i of both is the same token."""
-    if one.folder.resolve() == other.folder.resolve():
+    if in_full(one.folder) == in_full(other.folder):
         return
     if not (torch.equal(one.tokens, other.tokens) and torch.equal(one.contexts, other.contexts)):
         raise ValueError(

@@ -22,13 +22,15 @@ the tokens asked for:
 `collect` with the same settings goes on with the last two, whose files in the end are those of a collection in one
 piece: `plan` in the manifest has what they depend on.
 
-manifest.py and journal.py have the fields of the manifest, shards.py what is looked at when a cache is opened.
+manifest.py and journal.py have the fields of the manifest, shards.py what is looked at when a cache is opened. A cache
+may lie at a URL, too (place.py, fetched.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -44,25 +46,31 @@ from apportion.answers import of_the_system
 from apportion.disk import check_may_open
 from apportion.progress import progress_bar
 from apportion.rows.batch import Batch
+from apportion.rows.copies import Copies
+from apportion.rows.fetched import FetchedShards
 from apportion.rows.filter import TokenFilter
 from apportion.rows.hookpoint import Hookpoint
 from apportion.rows.layout import LABELS, acts_file, token_file
 from apportion.rows.manifest import about_manifest, read_manifest
 from apportion.rows.numbers import columns_of, restored, row_bytes
-from apportion.rows.shards import Column, Shard, ShardedRows, open_shards, sha256_of
-from apportion.trust import expanded
+from apportion.rows.place import Here, There, bytes_of_a_row, place_of
+from apportion.rows.retries import Refused, Unreachable
+from apportion.rows.shards import Column, Places, Shard, ShardedRows, open_shard, open_shards
+from apportion.urls import in_full
 
 LARGEST_ID = 1 << 24
 """No vocabulary has more tokens."""
 
 
 class ActivationStore:
-    """A cache opened for reading at one hookpoint."""
+    """A cache opened for reading at one hookpoint: of a folder, or of a URL (s3://bucket/acts), whose shards are
+    fetched into `copies` (a folder of bounded size; None: the usual one)."""
 
-    def __init__(self, folder: str | Path, hookpoint: str | None = None) -> None:
-        self.folder = expanded(folder)
-        self._place = self.folder.absolute()
-        self.manifest = read_manifest(self.folder)
+    def __init__(self, folder: str | Path, hookpoint: str | None = None, copies: Copies | None = None) -> None:
+        self.place = place_of(folder, copies)
+        self.folder = self.place.folder if isinstance(self.place, Here) else self.place.url
+        self._where = self.folder.absolute() if isinstance(self.folder, Path) else self.folder
+        self.manifest = read_manifest(self.place)
         if not self.manifest["rows"]:
             raise ValueError(f"the cache {str(self.folder)!r} has no rows yet: collect it with the same settings again")
         self.num_shards, self.context_tokens = len(self.manifest["shards"]), self.manifest["context_tokens"]
@@ -76,12 +84,29 @@ class ActivationStore:
         own = {"mask": Column((), torch.bool)} if self.manifest["format_version"] == 1 else {}
         self._numbers = columns_of(self.manifest["dtype"], self.d_in)
         acts = self._numbers | (own or {"norms": Column((), torch.float32)})
+        self._fetched: FetchedShards | None = None
+        if isinstance(self.place, There):
+            self._labels, self._rows = self._fetched_columns(self.place, labels, acts)
+            return
         self._labels = self._opened([token_file(number) for number in range(self.num_shards)], labels)
         self._rows = self._opened([acts_file(self.hookpoint, number) for number in range(self.num_shards)], acts)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Where it lies, not what it holds: a process that it is sent to opens it again."""
-        return type(self), (self._place, self.hookpoint)
+        copies = self.place.copies if isinstance(self.place, There) else None
+        return type(self), (self._where, self.hookpoint, copies)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies at a URL."""
+        return isinstance(self.place, There)
+
+    def fetch(self, shards: Iterable[int]) -> None:
+        """Have these shards, by their numbers, on this machine when this returns; several are fetched at a time.
+        ValueError if they are more than the folder of copies may hold. Nothing to do where the cache is a folder."""
+        if self._fetched is not None:
+            with self._naming():
+                self._fetched.fetch(shards)
 
     def _choose(self, hookpoint: str | None) -> str:
         names = list(self.manifest["hookpoints"])
@@ -96,7 +121,7 @@ class ActivationStore:
     def _opened(self, files: list[str], columns: dict[str, Column]) -> dict[str, ShardedRows]:
         """The columns in one file of each shard."""
         shards = [
-            Shard(self.folder / file, shard["rows"], shard.get("sample_sha256", {}).get(file))
+            Shard(Path(self.folder) / file, shard["rows"], shard.get("sample_sha256", {}).get(file))
             for file, shard in zip(files, self.manifest["shards"], strict=True)
         ]
         try:
@@ -107,6 +132,39 @@ class ActivationStore:
             for shard in shards:
                 check_may_open(shard.file)
             raise ValueError(f"the cache {str(self.folder)!r} is damaged ({error}): collect it again") from error
+
+    def _fetched_columns(
+        self, place: There, labels: dict[str, Column], acts: dict[str, Column]
+    ) -> tuple[dict[str, ShardedRows], dict[str, ShardedRows]]:
+        """The labels, and of the activations what is known of every row; the rest comes when it is asked for."""
+        known = {name: column for name, column in acts.items() if name not in self._numbers}
+
+        def opened(number: int) -> dict[str, torch.Tensor]:
+            shard, rows = self.manifest["shards"][number], self.part_rows[number]
+            found = place.labels(number, shard, lambda file: open_shard(Shard(file, rows, None), labels))
+            return found | place.head(
+                self.hookpoint, number, shard, lambda file: open_shard(Shard(file, rows, None), known)
+            )
+
+        with self._naming():
+            parts = place.together(opened, range(self.num_shards))
+        found = {name: ShardedRows([part[name] for part in parts], self.part_rows) for name in (*labels, *known)}
+        heads, row_bytes = {name: found[name] for name in known}, bytes_of_a_row(self.manifest["dtype"], self.d_in)
+        self._fetched = FetchedShards(place, self.hookpoint, self.manifest["shards"], acts, heads, row_bytes)
+        rest = {name: self._fetched.column(name) for name in self._numbers}
+        return {name: found[name] for name in labels}, heads | rest
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """What is wrong with a file that was fetched, as an error about this cache."""
+        try:
+            yield
+        except (Refused, Unreachable):
+            raise
+        except ValueError as error:
+            if "--cache-gb" in str(error):
+                raise
+            raise ValueError(f"the cache {str(self.folder)!r} is damaged ({error})") from error
 
     @cached_property
     def mask(self) -> Bool[Tensor, " rows"]:
@@ -162,7 +220,13 @@ class ActivationStore:
 
     def gather(self, indices: Int[Tensor, " n"]) -> Float[Tensor, "n d_in"]:
         """The activations at `indices`, in that order, as float32."""
-        return restored({name: self._rows[name].gather(indices) for name in self._numbers})
+        return restored(self._columns(indices, self._labels["tokens"].places(indices)))
+
+    def _columns(self, indices: Int[Tensor, " n"], places: Places) -> dict[str, Tensor]:
+        if self._fetched is not None and self._fetched.fit(places.numbers):
+            self.fetch(places.numbers)  # else one after the other
+        with self._naming():
+            return {name: self._rows[name].gather(indices, places) for name in self._numbers}
 
     def gather_labels(self, indices: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
         """The tokens and positions at `indices`."""
@@ -171,12 +235,12 @@ class ActivationStore:
     def batch(self, indices: Int[Tensor, " n"], stored: bool = False) -> Batch:
         """The rows at `indices` with their labels; `stored`: as they lie there, where they have no scale."""
         places = self._labels["tokens"].places(indices)
-        columns = {name: self._rows[name].gather(indices, places) for name in self._numbers}
+        columns = self._columns(indices, places)
         x = columns["acts"] if stored and len(columns) == 1 else restored(columns)
         tokens, positions = (self._labels[name].gather(indices, places) for name in ("tokens", "positions"))
         return Batch(x, tokens=tokens, positions=positions)
 
-    @property
+    @cached_property
     def part_rows(self) -> list[int]:
         """Rows of each shard."""
         return [shard["rows"] for shard in self.manifest["shards"]]
@@ -187,7 +251,9 @@ class ActivationStore:
 
     def held(self, parts: Sequence[int]) -> ActivationStore:
         """This store with the rows of these shards read into memory."""
+        self.fetch(parts)
         found = copy(self)
+        found._fetched = None  # what is read is held
         found._rows = self._rows | {name: self._rows[name].held(parts) for name in self._numbers}
         found._labels = {name: column.held(parts) for name, column in self._labels.items()}
         return found
@@ -198,7 +264,8 @@ class ActivationStore:
         with progress_bar("verifying", self.rows, show=progress) as show:
             done = 0
             for shard in self.manifest["shards"]:
-                bad += [name for name, digest in shard["sha256"].items() if _digest(self._place / name) != digest]
+                digests = dict(zip(shard["sha256"], self.place.digests(shard["sha256"]), strict=True))
+                bad += [name for name, digest in shard["sha256"].items() if digests[name] != digest]
                 done += shard["rows"]
                 show(done)
         if bad:
@@ -225,13 +292,5 @@ class ActivationStore:
         """What one must know about these rows: everything in the manifest but the shard list."""
         about = self._about
         language = replace(about.lm, tokens_sha256=self.tokens_sha256)
-        own = {"kind": "cache", "folder": str(self.folder.resolve()), "content_sha256": self.content_sha256}
+        own = {"kind": "cache", "folder": in_full(self.folder), "content_sha256": self.content_sha256}
         return about.of_site(self.site, sites=(), language=language, **own)
-
-
-def _digest(file: Path) -> str | None:
-    """None for what is no file, or cannot be read."""
-    try:
-        return sha256_of(file) if file.is_file() else None
-    except OSError:
-        return None

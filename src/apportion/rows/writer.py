@@ -5,10 +5,9 @@
             cache.write(3, acts, tokens, positions, contexts)
         cache.finish("complete")
 
-A shard is committed when its files are on the disk and the journal has its line. Short work on what all share (manifest
-and journal) is done under the lock of the folder, long work under a lock of the shard. Whoever comes next goes on with
-what there is; what is in a shard depends on nothing but the numbers of its contexts, so the files are those of a
-collection in one piece.
+A shard is committed when its files are there and the journal has its line. `Out` and `RemoteOut` know where that is, in
+a folder or at a URL. Whoever comes next goes on with what there is; what is in a shard depends on nothing but the
+numbers of its contexts, so the files are those of a collection in one piece.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import torch
@@ -26,11 +24,11 @@ from jaxtyping import Int, Shaped
 from safetensors import safe_open
 from torch import Tensor
 
-from apportion.disk import all_finite, existing, naming, occupied, write_json, write_tensors
-from apportion.durable import place_in, sweep, sync_folder
-from apportion.locks import LOCK, Lock, lock_of
+from apportion.disk import all_finite, existing, occupied
+from apportion.durable import place_in, sweep
+from apportion.locks import Lock, lock_of
+from apportion.rows.copies import usual_copies
 from apportion.rows.filter import TokenFilter, row_norms
-from apportion.rows.journal import JOURNAL, Follower, add_line
 from apportion.rows.layout import (
     FORMAT_VERSION,
     GOES_ON,
@@ -39,22 +37,21 @@ from apportion.rows.layout import (
     UNFINISHED,
     acts_file,
     folder_name,
-    read_written,
     sealed,
     token_file,
 )
-from apportion.rows.manifest import from_the_first, known_shards, read_manifest, with_lines
+from apportion.rows.manifest import from_the_first, read_manifest, read_written
 from apportion.rows.norms import histograms
 from apportion.rows.numbers import lost, restored, row_bytes, stored
+from apportion.rows.out import Out, folder_lock, tidy
 from apportion.rows.refit import of_hookpoint
-from apportion.rows.shards import sample_sha256_of, sha256_of
+from apportion.rows.remote_out import Claim, RemoteOut, check_may_put, check_url
 from apportion.trust import resolved, within
+from apportion.urls import url_of
 
 SHARD_ROWS = 1 << 17
 SHARD_BYTES = 1 << 30
 """A shard holds at most this many bytes over all hookpoints, because that is what is held in memory."""
-PATIENCE_S = 60
-"""How long the lock of the folder, under which nothing takes long, is waited for."""
 BEGINNING_S = 2
 
 
@@ -77,61 +74,46 @@ class CacheWriter:
         plan: Mapping[str, Any] | None = None,
         about: Callable[[str, int], Mapping[str, Any]] = lambda ended, contexts: {},
     ) -> None:
-        self.place = resolved(out)
+        self.out = RemoteOut(url) if (url := url_of(out)) else Out(resolved(out))
+        self.place = self.out.place
         self.widths, self.dtype, self.asked = dict(widths), dtype, token_filter
         self.special_ids, self.shard_contexts, self.plan, self.about = special_ids, shard_contexts, plan, about
         self.shards: dict[int, dict[str, Any]] = {}
-        """Those that are on the disk, as far as this process has looked (`look`)."""
-        self._journal = Follower(self.place)
-        self._manifest: dict[str, Any] = {}
-        self._written: tuple[int, int] | None = None
-        """Which manifest was read, and when it was written."""
-        self._made: list[Path] = []
+        """Those that are there, as far as this process has looked (`look`)."""
         self.began = False
 
     def __enter__(self) -> CacheWriter:
-        folders = [within(self.place, folder_name(name)) for name in self.widths]
+        folders = [folder_name(name) for name in self.widths]
         try:
-            with naming(self.place):
-                self._made = [folder for folder in (self.place, *self.place.parents) if not folder.exists()]
-                self.place.mkdir(parents=True, exist_ok=True)
-            with folder_lock(self.place):
-                if (self.place / MANIFEST).is_file():
-                    check_plan(read_written(self.place), self.plan, self.place)
+            self.out.begin(folders)
+            with self.out.lock():
+                if self.out.has_manifest():
+                    check_plan(read_written(self.out.reading), self.plan, self.place)
                     self.look()
                 else:
                     self.began = True
                     if self.plan is not None:
                         self.write_manifest(UNFINISHED, [])
-            with naming(self.place):
-                for folder in folders:
-                    folder.mkdir(parents=True, exist_ok=True)
+            self.out.make_folders(folders)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if not self.began or (self.shards and (self.place / MANIFEST).is_file()):
-            return
-        with suppress(OSError, ValueError), folder_lock(self.place):
-            if (self.plan is None or not self.look()) and not self._others():
-                self._remove()
-        for folder in self._made:  # from the inside out
-            with suppress(OSError):
-                folder.rmdir()
+        try:
+            if not self.began or (self.shards and self.out.has_manifest()):
+                return
+            with suppress(OSError, ValueError), self.out.lock():
+                if (self.plan is None or not self.look()) and not self.out.others():
+                    self.out.remove([folder_name(name) for name in self.widths])
+            self.out.leave()
+        finally:
+            self.out.end()
 
     def look(self) -> dict[int, dict[str, Any]]:
-        """The shards that are on the disk now, others' too."""
-        if not (self.place / MANIFEST).is_file():
-            return self.shards
-        found = (self.place / MANIFEST).stat()
-        written = found.st_ino, found.st_mtime_ns
-        if written != self._written or self._journal.is_new():
-            self._written, self._manifest = written, read_written(self.place)
-            self._journal.rewind()
-            self.shards = {shard["shard"]: shard for shard in self._manifest["shards"]}
-        self.shards = with_lines(self.shards, self._journal.lines(), self._manifest, self.place)
+        """The shards that are there now, others' too."""
+        self.shards = self.out.look(self.shards)
         return self.shards
 
     @property
@@ -148,51 +130,32 @@ class CacheWriter:
         return sum(shard["rows"] for shard in from_the_first(self.shards, self.shard_contexts))
 
     @contextmanager
-    def claim(self, number: int) -> Iterator[Lock | None]:
+    def claim(self, number: int) -> Iterator[Lock | Claim | None]:
         """Within the block no other process makes this shard; None if one is at it."""
-        lock = Lock(self._claim(number), f"shard {number} of the cache {str(self.place)!r}")
-        try:
-            lock.__enter__()
-        except ValueError:
-            yield None
-            return
-        try:
-            self.look()
-            yield lock
-        finally:
-            lock.__exit__()
+        with self.out.claim(number) as claimed:
+            if claimed is not None:
+                self.look()
+            yield claimed
 
     def is_free(self, number: int) -> bool:
         """Whether nobody makes this shard now."""
-        with self.claim(number) as lock:
-            return lock is not None
-
-    def _claim(self, number: int) -> Path:
-        return self.place / f"{number:05d}{LOCK}"
-
-    def _others(self) -> bool:
-        """Whether somebody makes a shard."""
-        sweep(self.place)
-        return any(file.name != LOCK for file in self.place.glob(f"*{LOCK}"))
+        return self.out.is_free(number)
 
     def held(self, number: int, contexts: int) -> tuple[dict[str, Tensor], Int[Tensor, "3 n"]]:
         """The rows of the first contexts of a shard at each hookpoint, and their labels; not of one in 8 bits."""
-        labels = torch.stack([self._column(token_file(number), label) for label in LABELS])
+        shard, reading = self.shards[number], self.out.reading
+        labels = torch.stack([reading.labels(number, shard, _column(label)) for label in LABELS])
         rows = int((labels[2] < number * self.shard_contexts + contexts).sum())
-        acts = {name: self._column(acts_file(name, number), "acts", rows) for name in self.widths}
+        acts = {name: reading.acts(name, number, shard, _column("acts", rows)) for name in self.widths}
         return acts, labels[:, :rows]
 
     def tokens(self, number: int) -> Int[Tensor, " rows"]:
         """The tokens of a shard."""
-        return self._column(token_file(number), "tokens")
-
-    def _column(self, file: str, name: str, rows: int | None = None) -> Tensor:
-        with safe_open(self.place / file, framework="pt") as opened:
-            return opened.get_slice(name)[:rows].clone()
+        return self.out.reading.labels(number, self.shards[number], _column("tokens"))
 
     def write(
         self, number: int, acts: Mapping[str, Shaped[Tensor, "n d_in"]], labels: Int[Tensor, "3 n"],
-        lock: Lock | None = None, contexts: int | None = None,
+        lock: Lock | Claim | None = None, contexts: int | None = None,
     ) -> None:  # fmt: skip
         """Commit a shard: its rows at each hookpoint, and tokens, positions and contexts. `lock` is what claims it;
         `contexts` how many it has, if some may have no rows."""
@@ -202,7 +165,7 @@ class CacheWriter:
         columns = {name: column.int().clone() for name, column in zip(LABELS, labels, strict=True)}
         if self.plan is not None and number in self.shards:
             self._note({"shard": number, "contexts": 0, "rows": 0}, lock)
-        files = [self._save(token_file(number), columns, None)]
+        files = [self.out.save(token_file(number), columns, None)]
         for name, x in acts.items():
             held = stored(x, self.dtype)
             norms = row_norms(restored(held))
@@ -212,42 +175,37 @@ class CacheWriter:
                 mask = self.asked.fit(*of, self.special_ids).mask_of(*of)
                 stats["lost"] = lost(x[mask], {c: part[mask] for c, part in held.items()})
             held = {c: part.contiguous() for c, part in held.items()}
-            files.append(self._save(acts_file(name, number), {**held, "norms": norms}, {"stats": json.dumps(stats)}))
+            files.append(self.out.save(acts_file(name, number), {**held, "norms": norms}, {"stats": json.dumps(stats)}))
+        self.out.publish(digests := self.out.digests(files))
         self._note({
             "shard": number,
             "contexts": len(columns["contexts"].unique()) if contexts is None else contexts,
             "rows": len(columns["tokens"]),
-            "sha256": {file: sha256_of(self.place / file) for file in files},
-            "sample_sha256": {file: sample_sha256_of(self.place / file) for file in files},
+            **digests,
         }, lock)  # fmt: skip
 
-    def _note(self, line: dict[str, Any], lock: Lock | None) -> None:
+    def _note(self, line: dict[str, Any], lock: Lock | Claim | None) -> None:
         if lock is not None:
             lock.check()
         line = {"sha256": {}, "sample_sha256": {}, **line}
         if self.plan is not None:
-            with folder_lock(self.place):
-                add_line(self.place, line)
+            self.out.note(line)
         self.shards[line["shard"]] = line
         if not line["contexts"]:
             del self.shards[line["shard"]]
 
-    def _save(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> str:
-        write_tensors(self.place / name, tensors, metadata)
-        return name
-
     def finish(self, ended: str) -> dict[str, Any]:
         """The manifest of the shards up to the first gap, written; of the journal stays what lies behind the gap."""
-        with folder_lock(self.place):
+        with self.out.lock():
             self.look()
             shards = from_the_first(self.shards, self.shard_contexts)
             manifest = self.write_manifest(ended if shards else UNFINISHED, shards)
-            tidy(self.place)
+            self.out.tidy()
         return manifest
 
     def write_manifest(self, ended: str, shards: list[dict[str, Any]]) -> dict[str, Any]:
         rows, contexts = (sum(shard[name] for shard in shards) for name in ("rows", "contexts"))
-        of = self.asked, self.special_ids, shards, self.place
+        of = self.asked, self.special_ids, shards, self.out.reading
         manifest = sealed({
             "format": "apportion-activations",
             "format_version": FORMAT_VERSION,
@@ -262,22 +220,18 @@ class CacheWriter:
             "hookpoints": {name: of_hookpoint(name, d_in, *of) for name, d_in in self.widths.items()},
             "shards": shards,
         })  # fmt: skip
-        write_json(self.place / MANIFEST, manifest)
-        for folder in (self.place, *(folder.parent for folder in self._made)):
-            sync_folder(folder)
+        self.out.write_manifest(manifest)
         return manifest
 
-    def _remove(self) -> None:
-        """What was made here, of which nothing is a whole shard."""
-        for file in (MANIFEST, JOURNAL, *self.place.glob("tokens-*.safetensors")):
-            with suppress(OSError):
-                (self.place / file).unlink(missing_ok=True)
-        for name in self.widths:
-            for file in (self.place / folder_name(name)).glob("*.safetensors"):
-                with suppress(OSError):
-                    file.unlink()
-            with suppress(OSError):
-                (self.place / folder_name(name)).rmdir()
+
+def _column(name: str, rows: int | None = None) -> Callable[[Path], Tensor]:
+    """Reads the first rows of a column of a file."""
+
+    def read(file: Path) -> Tensor:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_slice(name)[:rows].clone()
+
+    return read
 
 
 class StoreWriter:
@@ -329,32 +283,6 @@ class StoreWriter:
         return self.cache.write_manifest("complete", shards)
 
 
-def tidy(place: Path) -> None:
-    """Remove the journal of a cache if the manifest has all of it."""
-    manifest = read_written(place)
-    if list(known_shards(manifest, place).values()) == manifest["shards"] and manifest["ended"] != UNFINISHED:
-        (place / JOURNAL).unlink(missing_ok=True)
-        sync_folder(place)
-
-
-@contextmanager
-def folder_lock(place: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Within the block nobody else writes manifest or journal of a cache; it is waited for."""
-    lock, deadline = Lock(place / LOCK, f"the cache {str(place)!r}"), monotonic() + patience_s
-    while True:
-        try:
-            lock.__enter__()
-            break
-        except ValueError:
-            if monotonic() > deadline:
-                raise
-            sleep(0.02)
-    try:
-        yield
-    finally:
-        lock.__exit__()
-
-
 def shard_rows(widths: Mapping[str, int], dtype: str) -> int:
     """How many rows a shard has at most; those of 8 bits are held as they come."""
     of_row = sum(row_bytes("float32" if dtype == "int8" else dtype, d_in) for d_in in widths.values())
@@ -382,6 +310,8 @@ def check_plan(found: Mapping[str, Any], plan: Mapping[str, Any] | None, out: st
 def cache_at(out: str | Path, append: bool = False) -> dict[str, Any] | None:
     """The manifest of a cache at `out` with which a collection can go on; None where there is nothing yet. ValueError
     for anything else, and for a cache that is complete, unless it is to be appended to."""
+    if (url := url_of(out)) is not None:
+        return _cache_at_url(url, append)
     place = resolved(out)
     if place.is_dir():
         with suppress(OSError), folder_lock(place, BEGINNING_S):  # somebody may be beginning
@@ -391,18 +321,35 @@ def cache_at(out: str | Path, append: bool = False) -> dict[str, Any] | None:
         return None
     sweep(place)
     manifest = read_manifest(place)
-    planned = "plan" in manifest  # caches of version 1 and merged ones have none
-    if planned:
+    if "plan" in manifest:  # caches of version 1 and merged ones have none
         with suppress(OSError), folder_lock(place):  # one that may only be read stays as it is
             tidy(place)
-    if not planned or not (append or manifest.get("ended") in GOES_ON):
-        more = ", or append to it, with more tokens" if planned else ""
-        raise ValueError(f"{str(out)!r} exists already: choose another folder or delete it first{more}")
+    _check_goes_on(manifest, out, append)
     return manifest
 
 
-def check_out(out: str | Path) -> Path:
+def _cache_at_url(url: str, append: bool) -> dict[str, Any] | None:
+    if not RemoteOut(url).has_manifest():
+        check_url(url)
+        return None
+    manifest = read_manifest(url)
+    _check_goes_on(manifest, url, append)
+    check_may_put(url)
+    return manifest
+
+
+def _check_goes_on(manifest: Mapping[str, Any], out: str | Path, append: bool) -> None:
+    planned = "plan" in manifest
+    if not planned or not (append or manifest.get("ended") in GOES_ON):
+        more = ", or append to it, with more tokens" if planned else ""
+        raise ValueError(f"{str(out)!r} exists already: choose another folder or delete it first{more}")
+
+
+def check_out(out: str | Path) -> Path | str:
     """Where the cache will lie, without ~ and links; ValueError if something is there or nothing can be written."""
+    if (url := url_of(out)) is not None:
+        check_url(url)
+        return url
     place = resolved(out)
     if occupied(place):
         raise ValueError(f"{str(out)!r} exists already: choose another folder or delete it first")
@@ -417,9 +364,12 @@ def check_out(out: str | Path) -> Path:
     return place
 
 
-def check_free_disk(out: Path, needed_bytes: int) -> None:
-    """ValueError if the disk that will hold `out` has less than `needed_bytes` free."""
-    free = shutil.disk_usage(existing(out.resolve())).free
+def check_free_disk(out: str | Path, needed_bytes: int) -> None:
+    """ValueError if the disk that will hold `out` has less than `needed_bytes` free; of a URL, that which holds one
+    shard at a time."""
+    place = resolved(out) if url_of(out) is None else usual_copies().folder
+    needed_bytes = needed_bytes if url_of(out) is None else min(needed_bytes, 2 * SHARD_BYTES)
+    free = shutil.disk_usage(existing(place)).free
     if needed_bytes > free:
         raise ValueError(
             f"{str(out)!r} needs {size_text(needed_bytes)} but its disk has {size_text(free)} free: "
