@@ -15,6 +15,7 @@ EXTRAS = {
     **dict.fromkeys(("transformers", "datasets"), "lm"),
     **dict.fromkeys(("matplotlib", "jinja2"), "plots"),
     "huggingface_hub": "hub",
+    "s3fs": "s3",
     **{name: name for name in ("wandb", "trackio", "tensorboard", "mlflow")},
     **dict.fromkeys(("sqlalchemy", "alembic"), "mlflow"),
 }

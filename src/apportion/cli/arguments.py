@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 from tyro.conf import UseAppendAction
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from apportion.about import Site
+from apportion.about import About, Site
 from apportion.trust import expanded, shown
+from apportion.urls import url_of
 
 
 def whole_number(text: str) -> int:
@@ -54,6 +55,8 @@ def spelled(read: Callable[[str], Any], name: str, kind: type = int) -> Primitiv
 
 
 Count = Annotated[int, spelled(parse_count, "COUNT")]
+Place = Annotated[str, spelled(lambda word: url_of(word) or str(expanded(word)), "PATH|URL", str)]
+"""Where a cache lies."""
 
 OPTIONS = ConstructorRegistry()
 """How the options of all commands are read."""
@@ -203,6 +206,23 @@ class Model:
         return (replace(self, model_dtype=before) if self.model_dtype == "auto" and before else self).load(name)
 
 
+@dataclass(kw_only=True)
+class Copies:
+    """Where copies of what lies at URLs are kept."""
+
+    cache_dir: Path | None = None
+    """Folder for copies of the shards of caches at URLs, which processes may share; default: APPORTION_CACHE_DIR, else
+    ~/.cache/apportion."""
+    cache_gb: float | None = None
+    """How many GB they may take; those used longest ago leave. Default: APPORTION_CACHE_GB, else 20, or half of what
+    the disk has free where that is less."""
+
+    def choose(self) -> None:
+        from apportion.rows.copies import choose
+
+        choose(self.cache_dir, self.cache_gb)
+
+
 def best_device(name: str) -> str:
     import torch
 
@@ -240,14 +260,29 @@ def model_to_follow(name: str, saes: Iterable[str]) -> str:
     above them tells; others were downloaded, converted, or handed over. The embedded model is always there.
     """
     for sae in saes if name != "embedded" else ():
-        folder = expanded(sae)
-        if not any((place / "run.json").is_file() for place in (folder, folder.parent)):
+        if not _trained_here(sae):
             raise ValueError(
                 f"{sae} asks for the language model {name!r}, and was not trained here (it has no run.json): if you "
                 f"trust it, give the model yourself: --model {quote(name)}"
             )
     logging.getLogger("apportion").info("The model that was trained on is loaded: %s", name)
     return name
+
+
+def check_followed(sae: str, source: About) -> None:
+    """ValueError if an SAE that was not trained here says that its cache lies at a URL: it could name any."""
+    for place in filter(None, (source.folder, *source.folders)):
+        if (url := url_of(place)) is not None and not _trained_here(sae):
+            raise ValueError(
+                f"{sae} says that it was trained on {url}, and was not trained here (it has no run.json): if you trust "
+                f"it, give the cache yourself: --acts {quote(url)}"
+            )
+
+
+def _trained_here(sae: str) -> bool:
+    """Whether run.json lies beside or above it."""
+    folder = expanded(sae)
+    return any((place / "run.json").is_file() for place in (folder, folder.parent))
 
 
 def describe_filter(site: Site) -> str:

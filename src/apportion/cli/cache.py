@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Union
 
 from tyro.conf import Positional, arg, subcommand
 
-from apportion.cli.arguments import describe_filter, say
+from apportion.cli.arguments import Copies, Place, describe_filter, say
 
 
 @dataclass(kw_only=True)
 class CacheInfo:
     """Say what a cache holds."""
 
-    path: Positional[Path]
-    """The folder of the cache."""
+    path: Positional[Place]
+    """The folder or the URL of the cache."""
+    copies: Annotated[Copies, arg(name="")] = field(default_factory=Copies)
 
     def run(self) -> None:
+        self.copies.choose()
         say_cache(self.path)
 
 
@@ -26,10 +27,12 @@ class CacheInfo:
 class CacheVerify:
     """Read all of a cache and compare every file with the checksums in its manifest."""
 
-    path: Positional[Path]
-    """The folder of the cache."""
+    path: Positional[Place]
+    """The folder or the URL of the cache."""
+    copies: Annotated[Copies, arg(name="")] = field(default_factory=Copies)
 
     def run(self) -> None:
+        self.copies.choose()
         verify(self.path)
         say(f"{self.path}: all checksums agree")
 
@@ -38,7 +41,7 @@ class CacheVerify:
 class CacheRepair:
     """Take out the shards of a cache that are damaged, so that collect makes them again."""
 
-    path: Positional[Path]
+    path: Positional[Place]
     """The folder of the cache."""
 
     def run(self) -> None:
@@ -55,9 +58,9 @@ class CacheRepair:
 class CacheMerge:
     """Make one cache of several, which have the same model, hookpoints and settings."""
 
-    paths: Positional[tuple[Path, ...]]
+    paths: Positional[tuple[Place, ...]]
     """The folders of the caches, in the order of their rows."""
-    out: Path
+    out: Place
     """The folder to create."""
 
     def run(self) -> None:
@@ -81,7 +84,7 @@ class Cache:
         self.command.run()
 
 
-def say_cache(path: Path) -> None:
+def say_cache(path: str) -> None:
     from apportion.rows.manifest import about_cache
 
     about = about_cache(path)
@@ -91,7 +94,7 @@ def say_cache(path: Path) -> None:
         say(f"  {site.hookpoint}: width {site.d_in}, {describe_filter(site)}")
 
 
-def verify(path: Path) -> None:
+def verify(path: str) -> None:
     """ValueError unless every hookpoint can be opened and every file has the digest in the manifest."""
     from apportion.rows.sites import open_stores
 

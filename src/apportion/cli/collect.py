@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from apportion.cli.arguments import Count, Documents, Filter, Model, Text, describe_filter, say
+from apportion.cli.arguments import Copies, Count, Documents, Filter, Model, Place, Text, describe_filter, say
 from apportion.extras import need
 
 
@@ -21,8 +20,9 @@ class Collect:
     hookpoint: tuple[str, ...]
     """Where to read: module paths such as model.layers.8, model.layers.8.mlp:in, model.layers.8.mlp:out[1]; globs such
     as model.layers.* work, and names of TransformerLens such as blocks.8.attn.hook_z."""
-    out: Path
-    """The cache folder to create; one whose collection was interrupted or killed is gone on with."""
+    out: Place
+    """The cache to create: a folder, or a URL (s3://bucket/acts) to which shards go as they are made; one whose
+    collection was interrupted or killed is gone on with."""
     append: bool = False
     """Go on with a cache that is complete, up to more --tokens of the same text."""
     tokens: Count = 10_000_000
@@ -39,8 +39,10 @@ class Collect:
     dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
     """Precision of the cache; int8 has a scale for each row, and says what it costs."""
     loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
+    copies: Annotated[Copies, arg(name="")] = field(default_factory=Copies)
 
     def run(self) -> None:
+        self.copies.choose()
         need("apportion collect", "transformers", *self.corpus.packages)
         try:
             manifest = self._collect()

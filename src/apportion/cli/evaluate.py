@@ -9,9 +9,19 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, model_to_follow
+from apportion.cli.arguments import (
+    Copies,
+    Count,
+    Model,
+    Place,
+    Text,
+    best_device,
+    check_followed,
+    check_same_model,
+    model_to_follow,
+)
 from apportion.extras import need
-from apportion.trust import expanded
+from apportion.urls import is_there
 
 
 @dataclass(kw_only=True)
@@ -27,9 +37,9 @@ class Eval:
     """Take another model than the SAE was trained on, such as the chat model made from its base model: the figures then
     say how well the SAE does there."""
     corpus: Annotated[Text, arg(name="")] = field(default_factory=Text)
-    acts: Path | None = None
-    """A cache, or a .npy file of rows, to evaluate on; of the one that an SAE was trained on its held-out
-    part. Default without text: that one."""
+    acts: Place | None = None
+    """A cache (a folder or a URL), or a .npy file of rows, to evaluate on; of the one that an SAE was trained on its
+    held-out part. Default without text: that one."""
     hookpoint: str | None = None
     """For an SAE of several layers: evaluate it at this one only. Inside the model that is the only way."""
     tokens: Count = 100_000
@@ -45,6 +55,7 @@ class Eval:
     plots: Path | None = None
     """Draw density.png, l0.png and difficulty.png into this folder."""
     loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
+    copies: Annotated[Copies, arg(name="")] = field(default_factory=Copies)
 
     def run(self) -> None:
         from apportion.disk import check_may_write, write_json
@@ -53,6 +64,7 @@ class Eval:
         from apportion.evals.table import print_table
         from apportion.interop.load import load
 
+        self.copies.choose()
         if not self.run_folders:
             raise ValueError("Name at least one run folder.")
         in_model = self.corpus != Text()
@@ -72,9 +84,9 @@ class Eval:
         saes = {folder: load(folder).to(device) for folder in self.run_folders}
         if len(saes) < len(self.run_folders):
             raise ValueError("The same run is named twice. Name each once.")
-        for sae in saes.values():
+        for run, sae in saes.items():
             self._check_hookpoint(sae)
-            folder = None if in_model else self._folder(sae)
+            folder = None if in_model else self._folder(sae, run)
             if self._evals:
                 store = None if folder is None else self._store(folder, sae)
                 evaluators(self._evals, Subject(sae, store, model=True if takes_model else None))
@@ -85,7 +97,9 @@ class Eval:
             self.hookpoint = str(place_in(loaded[0], self.hookpoint))
         results, table, measurements = {}, {}, {}
         for name, sae in saes.items():
-            measurement, figures, others = self._in_model(sae, *loaded) if in_model else self._on_rows(sae, loaded[0])
+            measurement, figures, others = (
+                self._in_model(sae, *loaded) if in_model else self._on_rows(sae, loaded[0], name)
+            )
             figures |= {"hookpoint": self.hookpoint or sae.hookpoint, "recalibrated": self.recalibrate}
             if sae.needs_target:
                 figures |= {"target_hookpoint": sae.target_hookpoint}
@@ -125,13 +139,13 @@ class Eval:
 
     # On rows of a cache
 
-    def _on_rows(self, sae: Any, model: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    def _on_rows(self, sae: Any, model: Any, run: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """Measurement, figures, and rows of the table besides: one for each layer or site."""
         from apportion.evals import evaluate_layers, evaluate_rows
         from apportion.evals.rows import halves, recalibrate, unseen_rows
         from apportion.rows import SitesStore
 
-        folder = self._folder(sae)
+        folder = self._folder(sae, run)
         store = self._store(folder, sae)
         if self.acts is not None:
             check_same_model(sae.source.lm.model, store.describe().lm.model, str(self.acts), self.other_model)
@@ -155,19 +169,21 @@ class Eval:
         }
         return measurement, figures, sites
 
-    def _folder(self, sae: Any) -> Path:
+    def _folder(self, sae: Any, run: str) -> str:
         """The cache to evaluate an SAE on; ValueError if it is not there."""
-        if self.acts is not None and not self.acts.exists():
+        if self.acts is not None and not is_there(self.acts):
             raise ValueError(f"There is no cache at --acts {self.acts}.")
         folder = self.acts or sae.source.folder
-        if folder is None or not expanded(folder).exists():
+        if self.acts is None:
+            check_followed(run, sae.source)
+        if folder is None or not is_there(folder):
             raise ValueError(
                 f"The cache that {sae.name} was trained on is not there ({folder}). "
                 "Give --acts CACHE, or --text FILE to evaluate inside the model."
             )
-        return Path(folder)
+        return folder
 
-    def _store(self, folder: str | Path, sae: Any) -> Any:
+    def _store(self, folder: str, sae: Any) -> Any:
         """What to evaluate on; for an SAE of all layers its layers side by side, because that is how they are read."""
         from apportion.rows import ActivationStore, LayersStore
         from apportion.rows.opening import joined, rows_for

@@ -10,6 +10,7 @@ from tyro.conf import Positional
 from apportion.cli.arguments import say
 from apportion.cli.cache import say_cache, verify
 from apportion.trust import expanded
+from apportion.urls import url_of
 
 
 @dataclass(kw_only=True)
@@ -17,7 +18,7 @@ class Info:
     """Say what a folder holds: a cache, a run, or a saved SAE, also of another library."""
 
     path: Positional[str | None] = None
-    """The folder."""
+    """The folder; of a cache also a URL."""
     kernels: bool = False
     """Say which kernels run on this machine, and why."""
     verify: bool = False
@@ -33,10 +34,10 @@ class Info:
                 raise ValueError("Name a folder: a cache, a run or a saved SAE; or ask for --kernels.")
             return
         folder = expanded(self.path)
-        if (folder / "manifest.json").exists():
-            say_cache(folder)
+        if url_of(self.path) is not None or (folder / "manifest.json").exists():
+            say_cache(self.path)
             if self.verify:
-                verify(folder)
+                verify(self.path)
             say("  all checksums agree" if self.verify else "  checksums not compared (--verify)")
         elif (folder / "run.json").exists() and not (folder / "config.json").exists():
             say(f"{self.path}: a run that has not finished. Go on with apportion train ... --resume")

@@ -10,9 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from apportion.about import About
-from apportion.cli.arguments import Count, Model, Text, best_device, check_same_model, model_to_follow, say
+from apportion.cli.arguments import (
+    Copies,
+    Count,
+    Model,
+    Place,
+    Text,
+    best_device,
+    check_followed,
+    check_same_model,
+    model_to_follow,
+    say,
+)
 from apportion.extras import need
 from apportion.trust import expanded
+from apportion.urls import is_there
 
 if TYPE_CHECKING:
     from apportion.architectures import SAE
@@ -26,8 +38,9 @@ class Report:
     """Run folders or saved SAEs, one or several to compare."""
     out: Path | None = None
     """The folder for report.html and report.json; default: the first run's."""
-    acts: Path | None = None
-    """A cache to evaluate on. Default without text: held-out rows of the cache that the SAE was trained on."""
+    acts: Place | None = None
+    """A cache (a folder or a URL) to evaluate on. Default without text: held-out rows of the cache that the SAE was
+    trained on."""
     corpus: Annotated[Text, arg(name="")] = field(default_factory=Text)
     tokens: Count = 100_000
     """How many tokens to evaluate."""
@@ -38,6 +51,7 @@ class Report:
     other_model: bool = False
     """Take another model than the SAEs were trained on, such as the chat model made from their base model."""
     loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
+    copies: Annotated[Copies, arg(name="")] = field(default_factory=Copies)
 
     def run(self) -> None:
         from apportion.disk import check_may_write
@@ -45,6 +59,7 @@ class Report:
         from apportion.interop.load import load
         from apportion.language.fingerprint import model_fingerprint
 
+        self.copies.choose()
         if not self.run_folders:
             raise ValueError("Name at least one run folder.")
         device = best_device(self.loading.device)
@@ -111,7 +126,7 @@ class Report:
             check_same_model(trained_on.lm.model, other.source.lm.model, "One of the SAEs")
         return replace(trained_on, hookpoint=first.hookpoint, target_hookpoint=first.target_hookpoint)
 
-    def _cache(self, trained_on: About, text: Any) -> Path | None:
+    def _cache(self, trained_on: About, text: Any) -> str | None:
         """The cache to evaluate on; None if one is to be collected from the text."""
         if text is not None:
             if self.acts is not None:
@@ -119,16 +134,18 @@ class Report:
             if trained_on.hookpoint is None:
                 raise ValueError("The SAE does not say which hookpoint it belongs to. Give --acts CACHE.")
             return None
-        if self.acts is not None and not self.acts.exists():
+        if self.acts is not None and not is_there(self.acts):
             raise ValueError(f"There is no cache at --acts {self.acts}.")
         folder = self.acts or trained_on.folder
-        if folder is None or not Path(folder).exists():
+        if self.acts is None:
+            check_followed(self.run_folders[0], trained_on)
+        if folder is None or not is_there(folder):
             raise ValueError(
                 f"The cache that the SAE was trained on is not there ({folder}). Give --acts CACHE or --text FILE."
             )
-        return Path(folder)
+        return folder
 
-    def _collect(self, trained_on: About, text: Any, model: Any, tokenizer: Any, out: Path) -> Path:
+    def _collect(self, trained_on: About, text: Any, model: Any, tokenizer: Any, out: Path) -> str:
         """Activations on the text, in a cache that lives as long as this command."""
         from apportion.language.collect import collect
         from apportion.language.document_layout import Layout
@@ -146,9 +163,9 @@ class Report:
             token_filter=trained_filter(trained_on),
             layout=Layout.from_json(trained_on.lm.layout),
         )
-        return out
+        return str(out)
 
-    def _rows(self, cache: Path, saes: dict[str, Any]) -> tuple[Any, Any]:
+    def _rows(self, cache: str, saes: dict[str, Any]) -> tuple[Any, Any]:
         """The cache, opened, and the rows to evaluate on: whole contexts that none of the SAEs was trained on."""
         import torch
 

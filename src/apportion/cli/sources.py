@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from apportion.cli.arguments import Documents, Filter, Text
 from apportion.extras import need
 from apportion.trust import expanded, refuse_mistyped
+from apportion.urls import is_there
 
 if TYPE_CHECKING:
     from apportion.cli.train import TrainBase
@@ -35,6 +36,7 @@ class Sources:
     def of(self, train: TrainBase) -> Any:
         """The rows to train on, held ready. ValueError for what is no place of rows, or does not fit the run."""
         train.source = str(expanded(train.source)) if train.source.startswith("~") else train.source
+        train.copies.choose()
         if (stream := stream_of(train)) not in self._made:
             self._made[stream] = _of_rows(train) if is_of_rows(train) else self._of_model(train)
         return self._made[stream]
@@ -98,7 +100,7 @@ def is_of_rows(train: TrainBase) -> bool:
     from apportion.rows.opening import holds_array, holds_rows
 
     place = Path(train.source)
-    if not place.exists() and train.source != "embedded":
+    if not is_there(train.source) and train.source != "embedded":
         refuse_mistyped(train.source, "a model's id on the Hub")
         if train.source.count("/") != 1 or holds_array(train.source):
             raise ValueError(f"There is no cache, file of rows or model at {train.source!r}.")

@@ -87,11 +87,12 @@ class Suite:
         from apportion.rows.opening import holds_array
 
         train.source = str(expanded(train.source)) if train.source.startswith("~") else train.source
+        train.copies.choose()
         patterns = [part.strip() for part in self.hookpoints.split(",") if part.strip()]
         if is_of_rows(train):
             if holds_array(train.source):
                 raise ValueError(f"{train.source} holds rows of no hookpoint: a suite needs a cache or a model.")
-            names = list(read_manifest(Path(train.source))["hookpoints"])
+            names = list(read_manifest(train.source)["hookpoints"])
             found = [place for one in patterns for place in places_in_cache(names, one, self.sites)]
         else:
             train.corpus.source(train.source)

@@ -17,7 +17,7 @@ from apportion import choices
 from apportion import tracking as trackers
 from apportion.answers import DIVERGED
 from apportion.cli import options
-from apportion.cli.arguments import Count, Documents, Filter, Model, Text, best_device, say
+from apportion.cli.arguments import Copies, Count, Documents, Filter, Model, Text, best_device, say
 from apportion.settings import meanings
 
 
@@ -26,8 +26,8 @@ class TrainBase:
     """Train a sparse autoencoder on a cache, or directly on a model."""
 
     source: Positional[str]
-    """A cache made by collect, a .npy file of rows, or a transformers model (then also --hookpoint and --text or
-    --dataset)."""
+    """A cache made by collect (a folder, or a URL such as s3://bucket/acts), a .npy file of rows, or a transformers
+    model (then also --hookpoint and --text or --dataset)."""
     out: Path
     """The run folder to create."""
     sae: str = "mutual_choice"
@@ -57,6 +57,7 @@ class TrainBase:
     buffer_tokens: Count = 1 << 17
     """Tokens whose rows are mixed, when training on a model; memory must hold them."""
     loading: Annotated[Model, arg(name="")] = field(default_factory=Model)
+    copies: Annotated[Copies, arg(name="")] = field(default_factory=Copies)
     resume: bool = False
     """Go on with the run in --out after an interruption."""
     requeue: bool = False

@@ -49,7 +49,7 @@ class FetchedShards:
         if not self.fit(numbers):
             total, copies = sum(map(self._size, numbers)) / 1e9, self.place.copies
             raise ValueError(
-                f"{len(numbers)} shards of {self.place} have {total:.3g} GB together, and the copies in {copies.folder} "
+                f"{len(numbers)} shards of {self.place} have {total:.3g} GB, and the copies in {copies.folder} "
                 f"may have {copies.limit / 1e9:.3g} GB: give --cache-gb more, or --cache-dir on another disk."
             )
         with self.place.copies.holding([self._key(number) for number in numbers]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -87,12 +87,24 @@ class Remote:
         with suppress(FileNotFoundError):
             self._call(self._fs.rm_file, name)
 
+    def version(self, name: str) -> str:
+        """A text that changes when an object is written anew; empty if there is none."""
+
+        def said() -> dict[str, Any]:
+            self._fs.invalidate_cache()
+            return self._fs.info(self._at(name))
+
+        try:
+            return _version(self._retries.call(said, name))
+        except FileNotFoundError:
+            return ""
+
     def names(self, folder: str = "") -> dict[str, str]:
-        """What lies in a folder, and of each a text that changes when it is written anew."""
+        """What lies in a folder, and of each its `version`."""
         at = self._at(folder)
 
         def listed() -> list[dict[str, Any]]:
-            self._fs.invalidate_cache(at)
+            self._fs.invalidate_cache()
             return self._fs.ls(at, detail=True)
 
         try:
@@ -100,11 +112,7 @@ class Remote:
         except FileNotFoundError:
             return {}
         names = {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in found}
-        return {
-            name: repr([str(entry.get(field)) for field in IN_A_LISTING])
-            for name, entry in names.items()
-            if name and PART not in name
-        }
+        return {name: _version(entry) for name, entry in names.items() if name and PART not in name}
 
     def together(self, do: Callable[[T], Any], each: Iterable[T]) -> list[Any]:
         """`do` of each, several at a time. Whatever ends it, nobody goes on waiting for the store."""
@@ -144,6 +152,10 @@ class Remote:
 
     def _at(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
+
+
+def _version(entry: Mapping[str, Any]) -> str:
+    return repr([str(entry.get(field)) for field in IN_A_LISTING])
 
 
 def size_of_tensors(start: bytes) -> int:

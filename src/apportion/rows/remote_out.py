@@ -33,7 +33,7 @@ from apportion.rows.manifest import read_written, with_lines
 from apportion.rows.place import There, key_of
 from apportion.rows.shards import sample_sha256_of, sha256_of
 
-CLAIMS = "claims"
+CLAIMS, OF_MANIFEST = "claims", "manifest"
 PROBE = ".apportion.probe"
 OURS = {CLAIMS, PROBE}
 """What may lie at a URL that counts as empty."""
@@ -78,7 +78,7 @@ class RemoteOut:
         """Within the block nobody else writes the manifest, as far as claims go; after a minute one goes on without."""
         deadline = monotonic() + PATIENCE_S
         while True:
-            with self._claimed("manifest") as had:
+            with self._claimed(OF_MANIFEST) as had:
                 if had or monotonic() > deadline:
                     yield
                     return
@@ -94,7 +94,7 @@ class RemoteOut:
             for name, said in names.items():
                 if self._lines.get(name, ("",))[0] != said:
                     self._lines[name] = said, [*self.reading.line(name)]
-            written = self.remote.names().get(MANIFEST, "")
+            written = self.remote.version(MANIFEST)
             if not written:
                 return dict(known)
             if written != self._manifest[0]:
@@ -119,7 +119,8 @@ class RemoteOut:
 
     def others(self) -> bool:
         """Whether somebody makes a shard."""
-        return any(not _is_free(self._said(f"{CLAIMS}/{name}")) for name in self.remote.names(CLAIMS))
+        names = self.remote.names(CLAIMS).keys() - {f"{OF_MANIFEST}.json"}
+        return any(not _is_free(self._said(f"{CLAIMS}/{name}")) for name in names)
 
     @contextmanager
     def _claimed(self, what: str) -> Iterator[Claim | None]:
@@ -192,10 +193,12 @@ class Claim:
         self._write()
         if self._out._said(self.name).get("claim") != self._mine:
             return False
+        HELD.add(self._mine)
         self._renewing.start()
         return True
 
     def give_up(self) -> None:
+        HELD.discard(self._mine)
         self._done.set()
         self._renewing.join()
         with suppress(OSError, ValueError):
@@ -214,8 +217,14 @@ class Claim:
                 self._write()
 
 
+HELD: set[str] = set()
+"""Claims of this process; others that say that they are its own were left when the store was away."""
+
+
 def _is_free(said: Mapping[str, Any]) -> bool:
-    at = said.get("at")
+    at, me = said.get("at"), this_process()
+    if said.get("claim") not in HELD and all(said.get(name) == me[name] for name in ("host", "boot", "pid", "start")):
+        return True
     silent_s = time() - at if isinstance(at, float) else STALE_S + 1
     return not said or is_gone(dict(said), silent_s, unlocked=False)
 

@@ -46,7 +46,7 @@ from apportion.rows.numbers import lost, restored, row_bytes, stored
 from apportion.rows.out import Out, folder_lock, tidy
 from apportion.rows.refit import of_hookpoint
 from apportion.rows.remote_out import Claim, RemoteOut, check_may_put, check_url
-from apportion.trust import resolved, within
+from apportion.trust import resolved
 from apportion.urls import url_of
 
 SHARD_ROWS = 1 << 17
