@@ -29,6 +29,7 @@ class FaultyStore(MemoryFileSystem):
     fault: ClassVar[Fault | None] = None
     requests: ClassVar[list[tuple[str, str, int]]] = []
     """Operation, path and bytes."""
+    listings: ClassVar[dict[tuple[str, str], Any]] = {}
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
@@ -47,7 +48,19 @@ class FaultyStore(MemoryFileSystem):
 
     def ls(self, path: str, detail: bool = True, **how: Any) -> Any:
         self._asked("list", path)
-        return super().ls(path, detail, **how)
+        return self._known("ls", path, lambda: super(FaultyStore, self).ls(path, detail, **how))
+
+    def info(self, path: str, **how: Any) -> Any:
+        return self._known("info", path, lambda: super(FaultyStore, self).info(path, **how))
+
+    def _known(self, what: str, path: str, find: Callable[[], Any]) -> Any:
+        """What was found before, as libraries remember listings until they are told to forget them."""
+        if (what, path) not in self.listings:
+            self.listings[what, path] = find()
+        return self.listings[what, path]
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.listings.clear()
 
     def pipe_file(self, path: str, value: bytes, *args: Any, **how: Any) -> None:
         self._asked("write", path)
@@ -100,11 +113,13 @@ def clear() -> None:
         kind.store.clear()
         kind.pseudo_dirs[:] = [""]
     FaultyStore.requests.clear()
+    FaultyStore.listings.clear()
 
 
 def copy_to(url: str, folder: Any) -> None:
     """Put all files of a folder at a URL."""
     fs, root = fsspec.core.url_to_fs(url)
+    fs.invalidate_cache()
     for file in sorted(folder.rglob("*")):
         if file.is_file():
             fs.makedirs(f"{root}/{file.relative_to(folder).parent}".removesuffix("/."), exist_ok=True)
@@ -114,6 +129,7 @@ def copy_to(url: str, folder: Any) -> None:
 def contents(url: str) -> dict[str, bytes]:
     """All objects at a URL."""
     fs, root = fsspec.core.url_to_fs(url)
+    fs.invalidate_cache()
     if not fs.exists(root):
         return {}
     return {name.removeprefix(root).lstrip("/"): bytes(fs.cat_file(name)) for name in fs.find(root)}

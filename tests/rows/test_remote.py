@@ -216,6 +216,7 @@ class TestWhatIsFetched:
 
         def make(to: Path) -> None:
             made.append(to)
+            to.write_bytes(b"who")
             time.sleep(0.3)
             to.write_bytes(b"whole")
 
@@ -358,6 +359,10 @@ class TestFaults:
             ActivationStore(URL)
         with failing(every(lambda: Answer(301))), pytest.raises(Refused, match=r"301.*Check the URL, its region"):
             ActivationStore(URL)
+        with failing(every(lambda: Answer(501))) as requests:
+            with pytest.raises(Refused, match="501"):
+                ActivationStore(URL)
+            assert len(requests) == 1
         with failing(every(lambda: KeyError("ours"))), pytest.raises(KeyError):
             ActivationStore(URL)
         with failing(every(lambda: OSError(28, "No space left on device"))) as requests:

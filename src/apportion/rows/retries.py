@@ -26,6 +26,8 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 SAY_EVERY_S = 30.0
 PASSING = {408, 425, 429}
 """Answers below 500 that say that it may go well the next time."""
+FOR_GOOD = {501, 505}
+"""Answers from 500 on that say that it never will."""
 OF_THIS_DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
@@ -111,7 +113,7 @@ def _refused(error: Exception, where: str) -> Refused | None:
             f"{where} may not be read or written with the credentials here ({_said(error)}). Give those of an account "
             "that may (for S3: AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), or ask its owner."
         )
-    if status is not None and status < 500 and status not in PASSING:
+    if status is not None and (status < 500 or status in FOR_GOOD) and status not in PASSING:
         return Refused(f"{where} is refused ({status}, {_said(error)}). Check the URL, its region and its settings.")
     return None
 
