@@ -43,8 +43,8 @@ class Timed(CacheSource):
         self.first_s += time.perf_counter() - began
         return batch
 
-    def batches(self, batch_tokens: int) -> Iterator[Batch]:
-        batches = super().batches(batch_tokens)
+    def stored_batches(self, batch_tokens: int) -> Iterator[Batch]:
+        batches = super().stored_batches(batch_tokens)
         while True:
             began = time.perf_counter()
             batch = next(batches)

@@ -19,6 +19,7 @@ from test_gaps import interrupted
 from test_store import OUT, tiny
 
 from apportion import cli
+from apportion.architectures import create
 from apportion.language.model import load_model
 from apportion.rows import ActivationStore, CacheSource, PairStore, open_stores, place, remote_out, retries
 from apportion.rows import writer as writer_module
@@ -29,6 +30,7 @@ from apportion.rows.mend import merge, repair
 from apportion.rows.remote import Remote, size_of_tensors
 from apportion.rows.retries import Refused, Retries, Unreachable
 from apportion.rows.writer import cache_at
+from apportion.training import TrainConfig, Trainer
 from apportion.urls import in_full, is_there, url_of
 
 URL = "faulty://bucket/acts"
@@ -74,6 +76,12 @@ def without_times(files: dict[str, bytes]) -> dict[str, Any]:
     return files | {"manifest.json": manifest | dict.fromkeys(("seconds", "tokens_per_s", "manifest_sha256"))}
 
 
+def sleep_until(there: Any) -> None:
+    deadline = time.monotonic() + 10
+    while not there() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def copies(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "copies").glob("*.safetensors"))
 
@@ -93,7 +101,7 @@ class TestPlaces:
         if scheme != "file":
             copy_to(url, folder)
         here, there = ActivationStore(folder), ActivationStore(url)
-        assert there.is_remote and not here.is_remote and there.shard_rows == here.shard_rows == [32] * 12 + [16]
+        assert there.is_remote and not here.is_remote and there.part_rows == here.part_rows == [32] * 12 + [16]
         assert there.folder == url == there.describe().folder
         assert torch.equal(here.mask, there.mask) and torch.equal(here.tokens, there.tokens)
         assert torch.equal(here.contexts, there.contexts) and torch.equal(here.positions, there.positions)
@@ -105,9 +113,32 @@ class TestPlaces:
 
     def test_batches_are_those_of_a_folder(self, folder: Path) -> None:
         copy_to(URL, folder)
-        sources = [CacheSource(ActivationStore(path), seed=3) for path in (folder, URL)]
-        for one, other, _ in zip(*(source.batches(50) for source in sources), range(9), strict=False):
-            assert torch.equal(one.x, other.x) and torch.equal(one.tokens, other.tokens)
+        for window in (None, 3):
+            sources = [CacheSource(ActivationStore(path), seed=3, window=window) for path in (folder, URL)]
+            for one, other, _ in zip(*(source.batches(50) for source in sources), range(9), strict=False):
+                assert torch.equal(one.x, other.x) and torch.equal(one.tokens, other.tokens)
+            for one, other in zip(*(source.held_out(30) for source in sources), strict=True):
+                assert torch.equal(one.x, other.x)
+            assert torch.equal(sources[0].sample(20).x, sources[1].sample(20).x)
+        assert CacheSource(ActivationStore(folder)).window is None and CacheSource(ActivationStore(URL)).window == 13
+
+    def test_training_begins_when_its_first_window_is_here(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("apportion.training.trainer.FETCHED_ROWS", 1)
+        monkeypatch.setattr("apportion.rows.windows.MIXED_PARTS", 2)
+        monkeypatch.setattr("apportion.rows.windows.MIXED_ROWS", 1)
+        copy_to(URL, folder)
+        source = CacheSource(ActivationStore(URL), held_out_share=0.5)
+        assert source.window == 2 and source.is_fetched
+        sae = create("topk", d_in=source.d_in, d_sae=16, k=2)
+        trainer = Trainer(sae, TrainConfig(total_tokens=32, batch_tokens=4))
+        with failing(every(Exception, before=0)) as requests:
+            trainer._sane_sample(source)
+            batches = source.stored_batches(4)
+            next(batches)
+            sleep_until(lambda: len(requests) >= 4)
+            next(batches)
+            assert len(requests) == 4, requests
+            batches.close()
 
     @pytest.mark.parametrize("dtype", ["int8", "float32"])
     def test_other_numbers_and_several_hookpoints(self, dtype: str, lm: tuple[Any, Any], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ PLACES = ("model.layers.0", "model.layers.1")
 class Parts:
     """Rows in memory, in parts; it notes which it was asked to hold."""
 
-    folder, hookpoint = Path("memory"), None
+    folder, hookpoint, most_parts = Path("memory"), None, None
 
     def __init__(self, sizes: list[int], context: int = 5, d_in: int = 3) -> None:
         self.part_rows, self.rows, self.d_in, self.row_bytes = sizes, sum(sizes), d_in, 4 * d_in
@@ -102,6 +102,17 @@ def test_a_run_goes_on_from_every_row_with_the_window_that_it_had() -> None:
     assert source.window is None
 
 
+@pytest.mark.parametrize("window", [1, 3])
+def test_batches_have_the_rows_of_the_order_listed_or_looked_up(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [20, 31, 12, 40, 25]
+    for _ in range(2):
+        source = CacheSource(Parts(sizes), seed=4, window=window)
+        wanted = [rows for rows, _ in islice(source._order.upcoming(9), 30)]
+        for batch, rows in zip(source.batches(9), wanted, strict=False):
+            assert batch.index is not None and torch.equal(batch.index, rows)
+        monkeypatch.setattr("apportion.rows.windows.DRAWN", 1)
+
+
 def test_how_well_rows_are_mixed_is_what_is_said() -> None:
     sizes, context = [600] * 20, 30
     for window in (1, 4, 20):
@@ -140,8 +151,8 @@ def test_the_next_window_is_read_while_one_is_handed_out_also_of_the_next_epoch(
     batches, size = source.batches(10), source.num_rows // 10
     for taken in range(size):
         next(batches)
-        wanted = [parts.tolist() for parts, _ in order.visiting(0).windows[:2]]
-        wanted = wanted if taken == 0 else [order.visiting(1).windows[0][0].tolist()] if taken == size - 4 else []
+        wanted = [parts.tolist() for parts in order.visiting(0).windows[:2]]
+        wanted = wanted if taken == 0 else [order.visiting(1).windows[0].tolist()] if taken == size - 4 else []
         deadline = monotonic() + 10  # a thread reads them
         while wanted and store.asked[-len(wanted) :] != wanted:
             assert monotonic() < deadline, (taken, store.asked, wanted)
@@ -159,9 +170,17 @@ def test_threads_end_with_the_iterator() -> None:
 def test_held_out_and_sampled_rows_are_the_same_ones() -> None:
     store = Parts([60] * 5)
     one, other = CacheSource(store, seed=3, window=2), CacheSource(store, seed=3, window=None)
-    assert torch.equal(one.sample(50).x, other.sample(50).x.sort(0).values)
-    rows = [torch.cat([batch.x for batch in source.held_out(12, chunk=5)]) for source in (one, other)]
-    assert torch.equal(rows[0], rows[1].sort(0).values)
+    rows = [torch.cat([batch.x for batch in source.held_out(1000, chunk=5)]) for source in (one, other)]
+    assert torch.equal(rows[0], rows[1].sort(0).values) and len(rows[0]) > 12
+    window = one._order.parts_of(0)[:2].tolist()  # type: ignore[attr-defined]
+    few = torch.cat([batch.x for batch in one.held_out(3, chunk=2)])[:, 0].long()
+    assert len(few) == 3 and set(few.tolist()) < set(rows[0][:, 0].tolist()) and set((few // 60).tolist()) <= {*window}
+    sampled = one.sample(50).index
+    assert sampled is not None and torch.equal(sampled, sampled.unique()) and len(sampled) == 50
+    assert set((sampled // 60).tolist()) == {*window}, "rows of the parts that are read first"
+    training = {row for row in one._train.all().tolist() if row // 60 in window}
+    assert {*sampled.tolist()} < training == {*one.sample(10_000).x[:, 0].long().tolist()}
+    assert torch.equal(one.sample(50).x, one.sample(50).x)
 
 
 @pytest.mark.parametrize("window", [0, -1])
@@ -184,6 +203,28 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_window(ArrayStore(torch.randn(30, 3))) is None
 
 
+@pytest.mark.parametrize(
+    ("parts", "most", "free", "wanted"),
+    [
+        (40, 40, 1e12, 8),  # so many that rows are mixed
+        (4000, 4000, 1e12, 1049),  # of which each has a thousand
+        (40, 6, 1e12, 3),  # two of them fit the folder of copies
+        (40, 1, 1e12, 1),
+        (40, 40, 4 * 5 * 200_000 * 12, 5),  # two of them fit half of the memory
+        (3, 40, 1e12, 3),
+    ],
+)
+def test_what_is_chosen_of_a_store_that_is_fetched(
+    parts: int, most: int, free: float, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: Any = Parts([200_000 if parts < 4000 else 1000] * parts, d_in=1)
+    store.row_bytes = 12
+    store.most_parts = most
+    monkeypatch.setattr("apportion.rows.windows.free_bytes", lambda: free)
+    monkeypatch.setattr("apportion.rows.windows.probe", lambda _: pytest.fail("rows are never read at random"))
+    assert choose_window(store) == wanted
+
+
 def test_both_ways_of_reading_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apportion.rows.windows.PROBE_S", 0.05)
     at_random, on = probe(Parts([4000] * 10))
@@ -194,7 +235,10 @@ def test_both_ways_of_reading_are_timed(monkeypatch: pytest.MonkeyPatch) -> None
 def test_rows_below_are_counted(rows: int) -> None:
     mask = torch.rand(rows, generator=torch.Generator().manual_seed(0)) < 0.4
     ends = torch.arange(rows + 1)
-    assert torch.equal(RowSet([mask]).count_below(ends), torch.cat([torch.zeros(1).long(), mask.cumsum(0)]))
+    found = RowSet([mask])
+    for start, stop in ((0, rows), (rows // 3, rows // 2), (rows // 2, rows), (rows, rows)):
+        assert found.between(start, stop).tolist() == [row for row in range(start, stop) if mask[row]]
+    assert torch.equal(found.count_below(ends), torch.cat([torch.zeros(1).long(), mask.cumsum(0)]))
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,9 @@ from apportion.rows.layout import acts_file
 from apportion.rows.place import There, key_of, size_of
 from apportion.rows.shards import Column, Shard, ShardedRows, open_shard
 
+ROOM = 0.9
+"""Of the folder of copies, what shards may take."""
+
 
 class FetchedShards:
     """The files of one hookpoint with these columns; `heads` is the column that is known of all of them already, by its
@@ -36,6 +39,11 @@ class FetchedShards:
 
     def column(self, name: str) -> ShardedRows:
         return ShardedRows(_Parts(self, name), [shard["rows"] for shard in self.shards])
+
+    @property
+    def most(self) -> int:
+        """How many shards can be here at the same time, and files that are here besides."""
+        return int(ROOM * self.place.copies.capacity / max(map(self._size, range(len(self)))))
 
     def fit(self, numbers: Iterable[int]) -> bool:
         """Whether all these can be here at the same time."""
@@ -93,7 +101,7 @@ class FetchedShards:
         return size_of(self.shards[number], self._row_bytes)
 
 
-class _Parts(Sequence[Tensor]):
+class _Parts(Sequence):
     """One column of the shards."""
 
     def __init__(self, shards: FetchedShards, name: str) -> None:

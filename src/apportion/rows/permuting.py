@@ -99,7 +99,13 @@ class RowSet:
 
     def all(self) -> Int[Tensor, " rows"]:
         """All of them, at four bytes each where their numbers allow that."""
-        rows = np.flatnonzero(np.unpackbits(self._bits, bitorder="little"))
+        return self.between(0, 8 * len(self._bits))
+
+    def between(self, start: int, stop: int) -> Int[Tensor, " m"]:
+        """Those from one row of the store on up to another."""
+        first = start // 8
+        bits = np.unpackbits(self._bits[first : -(-stop // 8)], bitorder="little")
+        rows = np.flatnonzero(bits[start - 8 * first : stop - 8 * first]) + start
         return torch.from_numpy(rows.astype(np.int32 if 8 * len(self._bits) < 2**31 else np.int64))
 
     def count_below(self, rows: Int[Tensor, " m"]) -> Int[Tensor, " m"]:

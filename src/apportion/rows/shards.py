@@ -14,7 +14,7 @@ import mmap
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int, Shaped
@@ -138,7 +138,7 @@ class ShardedRows:
         return torch.cat([*self.parts])
 
 
-class _Held(Sequence[Tensor]):
+class _Held(Sequence):
     """Parts, of which some are in memory."""
 
     def __init__(self, parts: Sequence[Tensor], held: Mapping[int, Tensor]) -> None:

@@ -67,6 +67,12 @@ class Aligned(ABC):
     def row_bytes(self) -> int:
         return sum(store.row_bytes for store in self.stores)
 
+    @property
+    def most_parts(self) -> int | None:
+        """How many parts can be here at the same time; None where all of them are."""
+        known = [store.most_parts for store in self.stores if store.most_parts is not None]
+        return min(known) // len(self.stores) if known else None
+
     def held(self, parts: Sequence[int]) -> Aligned:
         """These stores with those shards in memory."""
         found = copy(self)

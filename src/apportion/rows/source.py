@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 from jaxtyping import Int
@@ -66,6 +67,11 @@ class CacheSource(IndexedSource):
         self.load_state_dict(state)
 
     @property
+    def is_fetched(self) -> bool:
+        """Whether rows come from a URL, part by part."""
+        return isinstance(self.store, InParts) and self.store.most_parts is not None
+
+    @property
     def window(self) -> int | None:
         """Parts that are held and mixed at a time; None: all rows are."""
         return self._order.window if isinstance(self._order, WindowOrder) else None
@@ -86,14 +92,18 @@ class CacheSource(IndexedSource):
         super().load_state_dict(state)
 
     def sample(self, n: int) -> Batch:
-        return self._read(self._order.sample(n) if self.window is None else self._order.sample(n).sort().values)
+        return self._read(self._order.sample(n))
 
     def held_out(self, max_rows: int, chunk: int = 4096) -> Iterator[Batch]:
-        if self.window is None:
+        if not isinstance(order := self._order, WindowOrder):
             yield from super().held_out(max_rows, chunk)
-        else:  # in the order in which they lie
-            chosen = self._order.first_of(self._held_out, max_rows, "held out").sort().values
-            yield from map(self._read, chosen.split(chunk) if len(chosen) else ())
+            return
+        assert isinstance(self._held_out, RowSet)
+        chosen = order.first_held_out(self._held_out, max_rows)
+        with ExitStack() as until_then:
+            each = chosen.split(chunk) if len(chosen) else ()
+            reading = ((partial(self._read, rows), order.position) for rows in each)
+            yield from (batch for batch, _ in _read_ahead(reading, until_then))
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
         for batch in self.stored_batches(batch_tokens):
@@ -146,8 +156,9 @@ def _read_ahead(
     until_then.callback(pool.shutdown)
     until_then.callback(lambda: [future.cancel() for future, _ in waiting])
     while True:
-        while len(waiting) < AHEAD:
-            read, position = next(reading)
+        for read, position in islice(reading, AHEAD - len(waiting)):
             waiting.append((pool.submit(read), position))
+        if not waiting:
+            return
         batch, position = waiting.popleft()
         yield batch.result(), position

@@ -31,7 +31,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -249,10 +248,16 @@ class ActivationStore:
     def row_bytes(self) -> int:
         return row_bytes(self.manifest["dtype"], self.d_in)
 
+    @property
+    def most_parts(self) -> int | None:
+        """How many shards can be here at the same time; None where the cache is a folder."""
+        return None if self._fetched is None else self._fetched.most
+
     def held(self, parts: Sequence[int]) -> ActivationStore:
         """This store with the rows of these shards read into memory."""
         self.fetch(parts)
-        found = copy(self)
+        found = object.__new__(type(self))  # a copy would open the files again
+        vars(found).update(vars(self))
         found._fetched = None  # what is read is held
         found._rows = self._rows | {name: self._rows[name].held(parts) for name in self._numbers}
         found._labels = {name: column.held(parts) for name, column in self._labels.items()}

@@ -9,7 +9,8 @@ How well rows are mixed: other rows of the same context that a row meets in its 
 (B - 1) (c - 1) / (M - 1) for batches of B and contexts of c rows; in the exact order the same with all rows.
 
 Disks read 4 KiB at random some thirty times slower than they read on (22.9 and 796 MB/s, others measured), and object
-stores have no random reads at all. `choose_window` looks whether it matters here.
+stores have no random reads at all. `choose_window` looks whether it matters here; what lies at a URL is always read in
+windows, so that training begins when the first one is here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from time import perf_counter
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from apportion.memory import free_bytes
 from apportion.rows.batch import Batch, RowStore, joined
-from apportion.rows.order import EpochOrder, Position, Rows, permutation, seeded, shuffled
+from apportion.rows.order import DRAWN, EpochOrder, Position, permutation, seeded, shuffled
 from apportion.rows.permuting import RowSet
 
 HELD_SHARE = 0.7
@@ -40,6 +41,8 @@ FAIR = 0.5
 """Of the speed of reading on, that of random reads at which the exact order costs little."""
 PROBE_S = 1.0
 """Seconds for each of the two."""
+MIXED_PARTS, MIXED_ROWS = 8, 1 << 20
+"""How many a window has at least of a store at a URL, if there is room."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,11 @@ class InParts(Protocol):
         """Of a row, about."""
         ...
 
+    @property
+    def most_parts(self) -> int | None:
+        """How many can be here at the same time, of a store at a URL; None where all of them are."""
+        ...
+
     def held(self, parts: Sequence[int]) -> Any:
         """The same store with these parts read into memory."""
         ...
@@ -69,11 +77,32 @@ class WindowOrder(EpochOrder):
     def __init__(self, rows: RowSet, seed: int, part_rows: Sequence[int], window: int) -> None:
         super().__init__(rows, seed)
         self.window = min(window, len(part_rows))
-        self.before = rows.count_below(torch.tensor([0, *part_rows], device="cpu").cumsum(0))
+        self.begins = torch.tensor([0, *part_rows], device="cpu").cumsum(0)
+        """The first row of each part, and how many there are."""
+        self.before = rows.count_below(self.begins)
         """Training rows before each part, and all of them."""
 
     def visiting(self, epoch: int) -> WindowedEpoch:
         return WindowedEpoch(self, epoch)
+
+    def parts_of(self, epoch: int) -> Int[Tensor, " parts"]:
+        """The parts in the order in which an epoch comes to them."""
+        return permutation(len(self.before) - 1, self.seed, epoch, "parts").long()
+
+    def sample(self, n: int) -> Int[Tensor, " m"]:
+        """Random rows of the first window, ascending."""
+        parts = self.parts_of(0)[: self.window]
+        at = shuffled(int(self.before.diff()[parts].sum()), self.drawn, self.seed, "sample")
+        return self.rows[_places(self.before, parts, at[torch.arange(min(n, len(at)))].long())].sort().values
+
+    def first_held_out(self, held_out: RowSet, n: int) -> Int[Tensor, " m"]:
+        """At most `n` of these rows, ascending: of the parts that are read first, a window of them or more."""
+        before, parts = held_out.count_below(self.begins), self.parts_of(0)
+        enough = int((before.diff()[parts].cumsum(0) < n).sum()) + 1
+        parts = parts[: max(enough, self.window)]
+        total = int(before.diff()[parts].sum())
+        at = shuffled(total, self.drawn, self.seed, "held out")[torch.arange(min(n, total))].long()
+        return held_out[_places(before, parts, at)].sort().values
 
     def others_of_its_context(self, batch_tokens: int, context_rows: float) -> tuple[float, float]:
         """How many a row meets in its batch, about; and in the exact order."""
@@ -90,34 +119,57 @@ class WindowedEpoch:
 
     def __init__(self, order: WindowOrder, epoch: int) -> None:
         self.order, self.key = order, (order.seed, epoch)
-        parts = permutation(len(order.before) - 1, *self.key, "parts").long()
-        counts = order.before.diff()[parts]
-        self.windows = [*zip(parts.split(order.window), counts.split(order.window), strict=True)]
-        """Of each its parts, and the training rows in them."""
-        self.ends = torch.stack([own.sum() for _, own in self.windows]).cumsum(0)
-        self._shuffled: tuple[int, Rows] | None = None
+        parts = order.parts_of(epoch)
+        self.windows = parts.split(order.window)
+        """Of each its parts."""
+        counts = order.before.diff()[parts].split(order.window)
+        self.ends: list[int] = torch.stack([own.sum() for own in counts]).cumsum(0).tolist()
 
     def __call__(self, start: int, stop: int) -> Int[Tensor, " n"]:
-        return torch.cat([rows for _, rows in self.pieces(start, stop)])
+        return torch.cat([self.rows(number)(first, last) for number, first, last in self.spans(start, stop)])
 
-    def pieces(self, start: int, stop: int) -> list[tuple[int, Int[Tensor, " m"]]]:
-        """The same, by the numbers of the windows that they lie in."""
-        found = []
-        for number, (first, end) in enumerate(pairwise([0, *self.ends.tolist()])):
-            if max(start, first) < min(stop, end):
-                at = torch.arange(max(start, first), min(stop, end), device="cpu") - first
-                found.append((number, self._rows(number, at)))
-        return found
+    def spans(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Through which windows these places go: the number of each, and from which of its places up to which."""
+        windows = enumerate(pairwise([0, *self.ends]))
+        return [(n, max(start, first) - first, min(stop, end) - first) for n, (first, end) in windows
+                if max(start, first) < min(stop, end)]  # fmt: skip
 
-    def _rows(self, number: int, at: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """The rows at these places of a window."""
-        parts, counts = self.windows[number]
-        if self._shuffled is None or self._shuffled[0] != number:
-            self._shuffled = number, shuffled(int(counts.sum()), self.order.drawn, *self.key, "window", number)
-        at = self._shuffled[1][at].long()
-        ends = counts.cumsum(0)
-        part = torch.bucketize(at, ends, right=True)
-        return self.order.rows[self.order.before[parts[part]] + at - (ends - counts)[part]].long()
+    def rows(self, number: int) -> RowsOfWindow:
+        return RowsOfWindow(self.order, self.windows[number], (*self.key, "window", number))
+
+
+class RowsOfWindow:
+    """The rows of a window in the order in which they come; `rows(first, last)` are those at these places of it."""
+
+    def __init__(self, order: WindowOrder, parts: Int[Tensor, " some"], key: tuple[int | str, ...]) -> None:
+        self.order, self.parts = order, parts
+        total = int(order.before.diff()[parts].sum())
+        self.order_of_them = shuffled(total, order.drawn, *key)
+        assert isinstance(order.rows, RowSet)
+        bounds = [(int(order.begins[part]), int(order.begins[part + 1])) for part in parts]
+        self.listed = torch.cat([order.rows.between(*each) for each in bounds]) if total <= DRAWN else None
+        """Looked up faster."""
+
+    def __call__(self, first: int, last: int) -> Int[Tensor, " n"]:
+        at = self.order_of_them[torch.arange(first, last, device="cpu")].long()
+        if self.listed is not None:
+            return self.listed[at].long()
+        return self.order.rows[_places(self.order.before, self.parts, at)].long()
+
+
+def _places(before: Int[Tensor, " parts"], parts: Int[Tensor, " some"], at: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Which rows of all are those at these places of some parts, one behind the other."""
+    counts = before.diff()[parts]
+    ends = counts.cumsum(0)
+    part = torch.bucketize(at, ends, right=True)
+    return before[parts[part]] + at - (ends - counts)[part]
+
+
+class Window(NamedTuple):
+    """One that is in memory."""
+
+    store: Any
+    rows: RowsOfWindow
 
 
 class Windows:
@@ -125,7 +177,7 @@ class Windows:
 
     def __init__(self, store: InParts, how: Mapping[str, Any] | None = None) -> None:
         """`how` its rows are read: arguments of `batch` besides."""
-        self.store, self.how, self._held = store, how or {}, dict[tuple[int, int], Future[Any]]()
+        self.store, self.how, self._held = store, how or {}, dict[tuple[int, int], Future[Window]]()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="apportion-windows")
 
     def reading(self, order: WindowOrder, batch_tokens: int) -> Iterator[tuple[Callable[[], Batch], Position]]:
@@ -133,18 +185,16 @@ class Windows:
         epochs: dict[int, WindowedEpoch] = {}
         for epoch, start, stop in order.turns(batch_tokens):
             epochs = {n: epochs.get(n) or order.visiting(n) for n in (epoch, epoch + 1)}
-            pieces = epochs[epoch].pieces(start, stop)
-            used = [(epoch, number) for number, _ in pieces]
-            last = used[-1][1] + 1
-            then = (epoch, last) if last < len(epochs[epoch].windows) else (epoch + 1, 0)
-            self._hold({key: epochs[key[0]].windows[key[1]][0].tolist() for key in (*used, then)})
-            stores = [self._held[key] for key in used]
-            yield partial(_read_pieces, stores, [rows for _, rows in pieces], self.how), Position(epoch, stop)
+            spans = epochs[epoch].spans(start, stop)
+            then = spans[-1][0] + 1
+            after = (epoch, then) if then < len(epochs[epoch].windows) else (epoch + 1, 0)
+            wanted = [*((epoch, number) for number, _, _ in spans), after]
+            self._held = {key: self._held.get(key) or self._reads(epochs[key[0]], key[1]) for key in wanted}
+            pieces = [(self._held[epoch, number], first, last) for number, first, last in spans]
+            yield partial(_read_pieces, pieces, self.how), Position(epoch, stop)
 
-    def _hold(self, wanted: Mapping[tuple[int, int], list[int]]) -> None:
-        self._held = {
-            key: self._held.get(key) or self._pool.submit(self.store.held, parts) for key, parts in wanted.items()
-        }
+    def _reads(self, epoch: WindowedEpoch, number: int) -> Future[Window]:
+        return self._pool.submit(lambda: Window(self.store.held(epoch.windows[number].tolist()), epoch.rows(number)))
 
     def close(self) -> None:
         for coming in self._held.values():
@@ -152,8 +202,9 @@ class Windows:
         self._pool.shutdown()
 
 
-def _read_pieces(stores: Sequence[Future[RowStore]], pieces: Sequence[Tensor], how: Mapping[str, Any]) -> Batch:
-    read = [read_of(store.result(), rows, **how) for store, rows in zip(stores, pieces, strict=True)]
+def _read_pieces(pieces: Sequence[tuple[Future[Window], int, int]], how: Mapping[str, Any]) -> Batch:
+    windows = [(coming.result(), first, last) for coming, first, last in pieces]
+    read = [read_of(window.store, window.rows(first, last), **how) for window, first, last in windows]
     return joined(read) if len(read) > 1 else read[0]
 
 
@@ -167,6 +218,8 @@ def choose_window(store: RowStore) -> int | None:
     disk reads at random about as fast as it reads on."""
     if not isinstance(store, InParts) or len(store.part_rows) < 2:
         return None
+    if store.most_parts is not None:
+        return _fetched_window(store, store.most_parts)
     free, size = free_bytes(), store.rows * store.row_bytes
     if size <= HELD_SHARE * free:
         return None
@@ -181,6 +234,13 @@ def choose_window(store: RowStore) -> int | None:
         store.folder, size / 1e9, free / 1e9, speeds, window, len(store.part_rows),
     )  # fmt: skip
     return window
+
+
+def _fetched_window(store: InParts, most_parts: int) -> int:
+    """Of a store whose parts have to be fetched, so many that rows are mixed, as far as there is room for two."""
+    mixed = max(MIXED_PARTS, -(-MIXED_ROWS * len(store.part_rows) // sum(store.part_rows)))
+    in_memory = int(WINDOWS_SHARE * free_bytes() / 2 / (max(store.part_rows) * store.row_bytes))
+    return max(1, min(mixed, in_memory, most_parts // 2, len(store.part_rows)))
 
 
 def probe(store: InParts) -> tuple[float, float]:

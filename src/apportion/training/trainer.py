@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 FIT_INPUT_ROWS = 32_768
 """Rows from which mean and scale of the input are estimated."""
+FETCHED_ROWS = 4096
+"""Rows held out that are looked at before training, where they have to be fetched."""
 CHECK_FINITE_STEPS = 100
 """Steps between checks that the loss is finite."""
 
@@ -294,7 +296,8 @@ class Trainer:
         """Rows to estimate the input from. ValueError for such as would spoil the run, also among those held out: as
         many of these are looked at as cost less than a hundredth of the run."""
         sane = SaneRows(sample := source.sample(FIT_INPUT_ROWS))
-        for batch in source.held_out(max(FIT_INPUT_ROWS, (self.config.total_tokens or 0) // 10)):
+        fetched, many = getattr(source, "is_fetched", False), max(FIT_INPUT_ROWS, (self.config.total_tokens or 0) // 10)
+        for batch in source.held_out(FETCHED_ROWS if fetched else many):
             sane.check(batch, "The held-out rows")
         return sample
 
