@@ -103,9 +103,9 @@ class Suite:
 
 def draw(out: Path) -> None:
     """FVU by layer, as a picture beside the index, where pictures can be drawn."""
-    from apportion.cli.sweep import INDEX
     from apportion.disk import read_record
     from apportion.evals.plots import can_plot, layers_chart, save_chart
+    from apportion.training.together import INDEX
 
     runs = read_record(out / INDEX, runs=dict)["runs"]
     lines: dict[str, dict[int, float]] = {}

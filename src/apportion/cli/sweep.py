@@ -29,7 +29,6 @@ from apportion.memory import free_bytes
 
 NOT_SPLIT = {"out", "hookpoint", "target_hookpoint", "text", "dataset", "roles", "track", "resume", "requeue"}
 """Options whose values may have commas, or that are of the sweep as a whole."""
-INDEX = "sweep.json"
 EVALUATED = 100_000
 """Rows on which a finished run is looked at, at most."""
 MEMORY_SHARE = 0.8
@@ -170,6 +169,7 @@ class Sweep:
 
     def _write(self, done: Mapping[str, Any]) -> None:
         from apportion.disk import read_record, write_json
+        from apportion.training.together import INDEX
 
         self.out.mkdir(parents=True, exist_ok=True)
         index = self.out / INDEX
@@ -248,6 +248,8 @@ def sweep_of(argv: list[str], parse: Callable[[list[str]], Any]) -> Sweep:
 def folder_of(first: TrainBase) -> tuple[Path, dict[str, bool]]:
     """Where the runs go, of which this is one, and whether each goes on with what is there. ValueError if there is a
     sweep already, or none to go on with."""
+    from apportion.training.together import INDEX
+
     out, again = first.out, first.resume or first.requeue
     if first.resume and not (out / INDEX).is_file():
         raise ValueError(f"There is no sweep to resume in {out}. Leave --resume out, or check the folder.")

@@ -233,6 +233,19 @@ def recalibrate_in_model(
     Arguments as in `evaluate_model`.
     """
     filters = _filters(model, (hookpoint, token_filter), target)
+    return sae.calibrate(rows_in_model(model, contexts, filters, layout=layout, batch_contexts=batch_contexts))
+
+
+def rows_in_model(
+    model: Any,
+    contexts: Int[Tensor, "n *columns context_tokens"],
+    filters: Mapping[str, TokenFilter],
+    *,
+    layout: Layout | None = None,
+    batch_contexts: int = 4,
+) -> Anew:
+    """Chunks of the rows of `contexts` at the first of some hookpoints that pass the filters of all; the model makes
+    them each time they are read."""
     hookpoint = next(iter(filters))
 
     def rows() -> Iterator[Tensor]:
@@ -243,7 +256,7 @@ def recalibrate_in_model(
             kept = [one.mask(seen[name], tokens, positions) for name, one in filters.items()]
             yield x[torch.stack(kept).all(0)]
 
-    return sae.calibrate(Anew(rows))
+    return Anew(rows)
 
 
 def _filters(model: Any, *places: tuple[str, TokenFilter] | None) -> dict[str, TokenFilter]:

@@ -23,6 +23,9 @@ from apportion.torch_state import usual
 from apportion.tracking.feed import Feeds
 from apportion.training.trainer import Trainer
 
+INDEX = "sweep.json"
+"""What a sweep or a suite writes beside its runs: which there are, and what came of them."""
+
 logger = logging.getLogger(__name__)
 
 
