@@ -11,6 +11,7 @@ import pytest
 from apportion.allocation import RULES
 from apportion.architectures import SAES, rule_choices
 from apportion.cli import options
+from apportion.cli.arguments import together
 from apportion.cli.train import train_command
 from apportion.objectives import OBJECTIVES
 from apportion.training import TrainConfig
@@ -53,3 +54,17 @@ def test_options_of_every_kind_that_there_is_are_written_and_read():
         hints = get_type_hints(config)
         for one in options.read(options.options_of(config), {}):
             assert one.kind == hints[one.name]
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("collect m --hookpoint a b --out x --hookpoint c --hookpoint=d", "collect m --hookpoint a b c d --out x"),
+        ("collect m --hookpoint=a --hookpoint b", "collect m --hookpoint=a b"),
+        ("train a --text b --text c --k 16 --k=32", "train a --text b --text c --k 16 --k=32"),
+        ("eval --json x a b", "eval --json x a b"),
+        ("", ""),
+    ],
+)
+def test_values_of_an_option_that_takes_several_stand_together(words, wanted):
+    assert together(words.split()) == wanted.split()

@@ -257,7 +257,7 @@ def test_opening_reads_a_few_blocks_of_a_file(acts: Path, monkeypatch: pytest.Mo
     def sizes(*_: Any) -> None:
         raise AssertionError("all of a file was read")
 
-    monkeypatch.setattr("apportion.rows.store.sha256_of", sizes)
+    monkeypatch.setattr("apportion.rows.place.sha256_of", sizes)
     store = ActivationStore(acts, A)
     with pytest.raises(AssertionError):
         store.verify()

@@ -24,7 +24,7 @@ import tyro
 from tyro.conf import subcommand
 
 from apportion.answers import answered
-from apportion.cli.arguments import OPTIONS, Harmless
+from apportion.cli.arguments import OPTIONS, Harmless, together
 from apportion.cli.cache import Cache
 from apportion.cli.collect import Collect
 from apportion.cli.convert import Convert
@@ -75,4 +75,4 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int | None:
     refuse_several_processes()
-    return parse(words).run()
+    return parse(together(words)).run()

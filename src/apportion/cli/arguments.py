@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation, Overflow
 from pathlib import Path
@@ -57,6 +57,9 @@ def spelled(read: Callable[[str], Any], name: str, kind: type = int) -> Primitiv
 Count = Annotated[int, spelled(parse_count, "COUNT")]
 Place = Annotated[str, spelled(lambda word: url_of(word) or str(expanded(word)), "PATH|URL", str)]
 """Where a cache lies."""
+
+SEVERAL = {"collect": ("--hookpoint", "--weights")}
+"""Options of commands that take several values behind them."""
 
 OPTIONS = ConstructorRegistry()
 """How the options of all commands are read."""
@@ -293,6 +296,27 @@ def describe_filter(site: Site) -> str:
 def say(text: str) -> None:
     """Results go to stdout; progress and errors to stderr."""
     sys.stdout.write(shown(text) + "\n")
+
+
+def together(words: Sequence[str]) -> list[str]:
+    """The words of a command, with all values of an option that takes several behind its first mention: the last would
+    count, and the others be forgotten."""
+    groups, kept, first = [list[str]()], list[list[str]](), dict[str, list[str]]()
+    for word in words:
+        if word.startswith("--"):
+            groups.append([word])
+        else:
+            groups[-1].append(word)
+    for group in groups:
+        flag, equals, value = group[0].partition("=") if group else ("", "", "")
+        if (
+            flag in SEVERAL.get(words[0] if words else "", ())
+            and (before := first.setdefault(flag, group)) is not group
+        ):
+            before += ([value] if equals else []) + group[1:]
+        else:
+            kept.append(group)
+    return [word for group in kept for word in group]
 
 
 class Harmless(logging.Formatter):

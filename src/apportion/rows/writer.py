@@ -319,7 +319,8 @@ def cache_at(out: str | Path, append: bool = False) -> dict[str, Any] | None:
     if not (place / MANIFEST).is_file():
         check_out(out)
         return None
-    sweep(place)
+    for folder in (place.parent, place):
+        sweep(folder)
     manifest = read_manifest(place)
     if "plan" in manifest:  # caches of version 1 and merged ones have none
         with suppress(OSError), folder_lock(place):  # one that may only be read stays as it is
