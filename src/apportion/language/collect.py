@@ -153,16 +153,11 @@ def collect(
         todo = _Todo(cache, model, tokenizer, batch_contexts, layout)
         with cache, progress_bar("collecting", tokens, cache.rows) as show:
             whole = todo.go_through(chain([first], batches), interrupts, show)
-            while whole and todo.of_others:
-                whole = todo.wait_for_others(interrupts)
-                if whole and todo.of_others:  # which somebody has given up
-                    if isinstance(text.where, Iterator):
-                        raise ValueError(
-                            f"another process gave up shards {sorted(todo.of_others)} of {str(cache.place)!r}, and the "
-                            "text here can be read only once: collect again with the same settings"
-                        )
-                    asked_for = read()
-                    whole = todo.go_through(iter(asked_for), interrupts, show)
+            while whole and todo.is_given_up(interrupts):
+                _check_can_be_read_again(text, todo)
+                asked_for = read()
+                whole = todo.go_through(iter(asked_for), interrupts, show)
+            whole = whole and not todo.of_others
             if not cache.look():
                 what = f"nothing is left at {out}" if cache.began else f"{out} is as it was"
                 raise Interrupted(f"stopped after 0 contexts; {what}")
@@ -203,6 +198,14 @@ def _check_more(found: Mapping[str, Any], tokens: int, out: str | Path) -> None:
         raise ValueError(
             f"{str(out)!r} exists already, with {found['rows']} tokens, and {tokens} are asked for: ask for more, or "
             "choose another folder"
+        )
+
+
+def _check_can_be_read_again(text: TextSource, todo: _Todo) -> None:
+    if isinstance(text.where, Iterator):
+        raise ValueError(
+            f"another process gave up shards {sorted(todo.of_others)} of {str(todo.cache.place)!r}, and the text here "
+            "can be read only once: collect again with the same settings"
         )
 
 
@@ -286,9 +289,9 @@ class _Todo:
         size = self.cache.shard_contexts
         return shard["contexts"] >= min(size, self.contexts - shard["shard"] * size)
 
-    def wait_for_others(self, interrupts: Interrupts) -> bool:
-        """Until they have made their shards, which are then no longer `of_others`, or somebody has given one up; False
-        if it was interrupted."""
+    def is_given_up(self, interrupts: Interrupts) -> bool:
+        """Wait until others have made their shards, which are then no longer `of_others`; True once somebody has given
+        one up, False also if the waiting is interrupted."""
         try:
             with interrupts.let_through():
                 while self.of_others:
@@ -301,8 +304,7 @@ class _Todo:
             raise
         except KeyboardInterrupt:
             interrupts.caught()
-            return False
-        return True
+        return False
 
 
 class _Shard:
