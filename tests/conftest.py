@@ -19,7 +19,8 @@ torch.set_num_threads(1)  # tiny tensors: on a busy machine a second thread cost
 
 PACKAGE = Path(__file__).parents[1] / "src" / "apportion"
 CHECKED = [f"apportion.{path.stem}" for path in PACKAGE.glob("[!_]*") if path.stem != "kernels"]
-CHECKED += [f"apportion.kernels.{path.stem}" for path in PACKAGE.glob("kernels/*.py") if path.stem != "triton_kernels"]
+TRITON = {"triton_kernels", "triton_gradients"}
+CHECKED += [f"apportion.kernels.{path.stem}" for path in PACKAGE.glob("kernels/*.py") if path.stem not in TRITON]
 """Rooms and files whose annotations are checked, shapes too. Triton compiles the source of its kernels as it stands."""
 install_import_hook(CHECKED, "checked.check")
 config.update("jaxtyping_disable", os.environ.get("JAXTYPING_DISABLE", "1"))  # twice the time: 0 in CI

@@ -27,7 +27,9 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 with pytest.MonkeyPatch.context() as at_import:  # triton looks at this variable when it is imported
     at_import.setenv("TRITON_INTERPRET", str(int(INTERPRETED)))
     tl = pytest.importorskip("triton.language", reason="triton is made for Linux only")
+    from apportion.kernels import triton_gradients
     from apportion.kernels import triton_kernels as kernels
+    from apportion.kernels.triton_gradients import gradients
 
     is_interpreted = type(tl.sum).__name__ == type(kernels._adam_rows).__name__ == "InterpretedFunction"
     assert is_interpreted == INTERPRETED, "something imported triton before this file; import it later"
@@ -146,6 +148,50 @@ def test_weighted_sums_writes_everywhere_into_out_and_repeats_bit_by_bit():
     assert_rounded(kernels.weighted_sums(*arguments, out=rounded), out)
 
 
+PAIRED = [name for name in SUMS if name != "several column blocks"]
+
+
+@pytest.mark.few(8)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*PAIRED, "wide"])
+def test_both_gradients_in_one_pass(case, dtype):
+    lengths, tokens, d = SUMS.get(case, ([CHUNK + 3, 0, 5], 11, 530))
+    nnz, f = sum(lengths), torch.float32 if dtype == torch.bfloat16 else dtype
+    rows, offsets = integers(tokens, nnz), offsets_of(lengths)
+    order = torch.randperm(nnz, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    values, g, table = (
+        randn(nnz, dtype=f, seed=1),
+        randn(tokens, d, dtype=dtype, seed=2),
+        randn(len(lengths), d, dtype=f),
+    )
+    products, sums = gradients(order, rows, offsets, values, g, table)
+    assert products.dtype == sums.dtype == f
+    by_latent = values.double()[order]
+    scale = naive_sums(rows, offsets, by_latent.abs(), g.abs())
+    assert_close(sums, naive_sums(rows, offsets, by_latent, g), TOLERANCE[f], scale)
+    group = torch.arange(len(lengths), device=DEVICE).repeat_interleave(offsets.diff())
+    each = g.double()[rows] * table.double()[group]
+    assert_close(products[order], each.sum(1), TOLERANCE[f], each.abs().sum(1))
+    again = gradients(order, rows, offsets, values, g, table)
+    assert torch.equal(products, again[0]) and torch.equal(sums, again[1])
+
+
+def test_wider_than_fits_at_once_is_done_in_two(monkeypatch, launched):
+    monkeypatch.setattr(dispatch, "DENSE_SHARE", 1.0)
+    rows, indices = random_mask(5, 7, 0.5).nonzero(as_tuple=True)
+    latents = from_matches(rows, indices, randn(len(rows)), 7, (5,))
+    found = []
+    for widest in (64, 8):
+        monkeypatch.setattr(triton_gradients, "WIDEST", widest)
+        values, table = latents.values.clone().requires_grad_(), randn(7, 20, seed=4).requires_grad_()
+        with dispatch.use("triton"):
+            decoded = decode_matches(latents.map(lambda _, own=values: own), table)
+            found.append(torch.autograd.grad(decoded.pow(2).sum(), [values, table]))
+        assert ("_dot_products" in launched) == (widest == 8) and "_pair_groups" in launched
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other.double(), 1e-9)
+
+
 DOTS = {  # matches, tokens, entries of the table, d
     "awkward": (501, 63, 1000, 60),
     "several column blocks": (37, 5, 11, 530),
@@ -228,7 +274,7 @@ def test_gradients_equal_float64_autograd(case, dtype, monkeypatch, launched):
         loss = (x_hat - 1).square().sum() + 0.1 * cubes.sum() + (parameters[0] * x_hat).sum()
         with dispatch.use("triton"):
             found.append([cubes.detach(), x_hat.detach(), *torch.autograd.grad(loss, parameters)])
-    assert "_sum_groups" in launched
+    assert {"_sum_groups", "_pair_groups"} <= launched
     for got, wanted in zip(*found, strict=True):
         assert got.dtype == dtype
         assert_close(got, wanted, TOLERANCE[dtype])
@@ -483,7 +529,7 @@ def test_training_steps_equal_those_in_torch(name, k_aux, screen, launched):
         runs.append([*(m[key] for m in metrics for key in ("loss", "l0", "grad_norm")), *sae.state_dict().values()])
     for wanted, got in zip(*runs, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
-    assert {"_mark_above", "_sum_groups", "_dot_products", "_adam_rows"} <= launched
+    assert {"_mark_above", "_sum_groups", "_pair_groups", "_adam_rows"} <= launched
 
 
 # What is refused, and what needs other means than the interpreter
@@ -531,6 +577,7 @@ def test_tables_of_more_than_2_31_entries():
 
 COMPILE = """
 import torch, triton
+from apportion.kernels import triton_gradients as paired
 from apportion.kernels import triton_kernels as kernels
 
 NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
@@ -559,8 +606,11 @@ for dtype in (torch.float32, torch.bfloat16):
 kernels.above(p, 0.0)
 for unit_rows in (True, False):
     kernels.adam_rows(p, p, p, p, 1, 0.1, 0.9, 0.99, 1e-8, scale, unit_rows)
-everything = {n for n, f in vars(kernels).items() if isinstance(f, triton.JITFunction)}
-assert everything - compiled == {"_add_matches", "_count_bits"}, everything - compiled
+for dtype in (torch.float32, torch.bfloat16):
+    paired.gradients(ids, ids, torch.tensor([0, 300, 300]), torch.zeros(300), p.to(dtype), p.to(dtype))
+    paired.gradients(ids, ids, torch.tensor([0, 300]), torch.zeros(300), torch.zeros(2, 3000), torch.zeros(1, 3000))
+everything = {n for room in (kernels, paired) for n, f in vars(room).items() if isinstance(f, triton.JITFunction)}
+assert everything - compiled == {"_add_matches", "_add_pairs", "_count_bits"}, everything - compiled
 """
 
 

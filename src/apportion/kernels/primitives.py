@@ -2,6 +2,8 @@
 
 weighted_sums   out_g = sum over the matches n of group g of weight_n * table[index_n]
 dot_products    out_n = <g[row_n], table[index_n]>
+
+`gradients_at_once` is both for the backward pass of a decoder, where a backend can do that.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.kernels.dispatch import backend_for
+from apportion.latents import Latents
 
 
 def weighted_sums(
@@ -55,6 +58,22 @@ def dot_products(
     size = (offsets.numel() - 1, table.shape[0])
     pattern = torch.sparse_csr_tensor(offsets, indices, g.new_zeros(indices.numel()), size=size, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, g, table.T, beta=0.0).values()
+
+
+def gradients_at_once(
+    latents: Latents, values: Float[Tensor, " nnz"], g: Float[Tensor, "tokens d"], table: Float[Tensor, "d_sae d"]
+) -> tuple[Float[Tensor, " nnz"], Float[Tensor, "d_sae d"]] | None:
+    """<g[row], table[latent]> of every match, and of each latent the sum of values_n g[row_n] over its matches, in one
+    pass over g; None where the backend has no such thing."""
+    values, g, table = values.contiguous(), g.contiguous(), table.contiguous()
+    if backend_for(values, g, table) != "triton":
+        return None
+    from apportion.kernels import triton_gradients
+
+    if table.shape[1] > triton_gradients.WIDEST:
+        return None
+    order, rows, offsets = latents.by_latent()
+    return triton_gradients.gradients(order, rows, offsets, values, g, table)
 
 
 @cache

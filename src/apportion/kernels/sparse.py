@@ -30,7 +30,7 @@ from torch import Tensor
 from apportion.blocks import block_rows
 from apportion.devices import on_gpu
 from apportion.kernels import dispatch
-from apportion.kernels.primitives import dot_products, weighted_sums
+from apportion.kernels.primitives import dot_products, gradients_at_once, weighted_sums
 from apportion.latents import Latents
 
 LOCAL_SHARE = 0.25
@@ -113,6 +113,9 @@ class _Decode(torch.autograd.Function):
         (g,) = grads
         values, W_dec = ctx.saved_tensors
         of_values, of_W, _ = ctx.needs_input_grad
+        of_both = of_values and of_W and not _is_dense(ctx.latents)
+        if of_both and (both := gradients_at_once(ctx.latents, values, g, W_dec)) is not None:
+            return *both, None
         d_values = match_products(ctx.latents, g, W_dec) if of_values else None
         dW = sum_by_latent(ctx.latents, values, g) if of_W else None
         return d_values, dW, None

@@ -12,8 +12,8 @@ order that depends on shapes and match lists only: no atomics, so equal inputs g
 the device, except that `above` reads one count; a `MatchList` leaves that to its reader. Indices are not checked
 against the table: what `choose` returns fits.
 
-Nobody imports this file before it is needed: it is the only one that imports triton. With TRITON_INTERPRET=1, set
-before triton is imported, it runs on a CPU, very slowly, for tests.
+Nobody imports this file before it is needed: it and triton_gradients.py are the only ones that import triton. With
+TRITON_INTERPRET=1, set before triton is imported, they run on a CPU, very slowly, for tests.
 """
 
 from __future__ import annotations
