@@ -208,6 +208,7 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (40, 40, 1e12, 8),  # so many that rows are mixed
         (4000, 4000, 1e12, 1049),  # of which each has a thousand
+        (3000, 3000, 1e12, 375),  # an eighth of them
         (40, 6, 1e12, 3),  # two of them fit the folder of copies
         (40, 1, 1e12, 1),
         (40, 40, 4 * 5 * 200_000 * 12, 5),  # two of them fit half of the memory

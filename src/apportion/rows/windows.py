@@ -41,8 +41,9 @@ FAIR = 0.5
 """Of the speed of reading on, that of random reads at which the exact order costs little."""
 PROBE_S = 1.0
 """Seconds for each of the two."""
-MIXED_PARTS, MIXED_ROWS = 8, 1 << 20
-"""How many a window has at least of a store at a URL, if there is room."""
+MIXED_PARTS, MIXED_ROWS, MIXED_SHARE = 8, 1 << 20, 8
+"""How many parts and rows a window has at least of a store at a URL, and one of how many parts of it, if there is room:
+the first window is waited for, and of rows that are mixed in few parts an SAE learns less (docs/store.md)."""
 
 logger = logging.getLogger(__name__)
 
@@ -238,9 +239,10 @@ def choose_window(store: RowStore) -> int | None:
 
 def _fetched_window(store: InParts, most_parts: int) -> int:
     """Of a store whose parts have to be fetched, so many that rows are mixed, as far as there is room for two."""
-    mixed = max(MIXED_PARTS, -(-MIXED_ROWS * len(store.part_rows) // sum(store.part_rows)))
+    parts = len(store.part_rows)
+    mixed = max(MIXED_PARTS, parts // MIXED_SHARE, -(-MIXED_ROWS * parts // sum(store.part_rows)))
     in_memory = int(WINDOWS_SHARE * free_bytes() / 2 / (max(store.part_rows) * store.row_bytes))
-    return max(1, min(mixed, in_memory, most_parts // 2, len(store.part_rows)))
+    return max(1, min(mixed, in_memory, most_parts // 2, parts))
 
 
 def probe(store: InParts) -> tuple[float, float]:
