@@ -1,9 +1,10 @@
 """Whether rows read in windows train as well as rows in exact order: FVU of both, over seeds.
 
-    python -m benchmarks.mixing --model MODEL --text FILE --acts acts/ --windows exact,4,1 --seeds 3 --json result.json
+    python -m benchmarks.mixing --model MODEL --text FILE --acts acts/ --windows exact,65536,16384 --json result.json
 
 A cache of many small shards is collected (unless --acts has one), and the same SAE is trained on it in each order; FVU
-is of rows that were used for neither training nor calibration. Each run that is finished is printed at once.
+is of rows that were used for neither training nor calibration. Windows are of so many rows; with --whole-shards they
+are made of shards, as those of a cache at a URL. Each run that is finished is printed at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from apportion.language.collect import collect, is_collected
 from apportion.language.hookpoints import middle_layer
 from apportion.memory import keep_freed
 from apportion.rows import ActivationStore, CacheSource, writer
+from apportion.rows import store as rows_store
 from apportion.training import TrainConfig, Trainer
 from benchmarks.train_step import hardware
 
@@ -37,7 +39,8 @@ def made(args: argparse.Namespace) -> ActivationStore:
 
 
 def trained(store: ActivationStore, window: str, seed: int, args: argparse.Namespace) -> float:
-    source = CacheSource(store, seed=seed, window=None if window == "exact" else int(window))
+    parts = None if window == "exact" else max(1, round(int(window) * len(store.part_rows) / store.rows))
+    source = CacheSource(store, seed=seed, window=parts)
     sae = create(args.sae, d_in=store.d_in, d_sae=args.d_sae, k=args.k, seed=seed)
     config = TrainConfig(total_tokens=int(args.epochs * source.num_rows), batch_tokens=args.batch_tokens, seed=seed)
     Trainer(sae, config).fit(source, progress=False)
@@ -51,7 +54,8 @@ def main() -> None:
     parser.add_argument("--hookpoint", help="default: the middle layer")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--acts", type=Path, required=True)
-    parser.add_argument("--windows", default="exact,4,1")
+    parser.add_argument("--windows", default="exact,65536,16384")
+    parser.add_argument("--whole-shards", action="store_true")
     parser.add_argument("--sae", default="mutual_choice")
     parser.add_argument("--epochs", type=float, default=1.0)
     sizes = {"tokens": 500_000, "shard-rows": 16_384, "d-sae": 4608, "k": 32, "batch-tokens": 1024, "seeds": 3}
@@ -60,6 +64,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     keep_freed()
+    if args.whole_shards:
+        rows_store.PART_BYTES = 1 << 40
     store, found = made(args), dict[str, Any]()
     about = {"hardware": hardware("cpu"), "rows": store.rows, "shards": store.num_shards, "shard_rows": args.shard_rows}
     for window in args.windows.split(","):

@@ -123,7 +123,8 @@ def reading(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     pass
 
     def whole_epoch() -> None:
-        stream = CacheSource(ActivationStore(acts), 0.0, window=2).stored_batches(batch)
+        store = ActivationStore(acts)
+        stream = CacheSource(store, 0.0, window=len(store.part_rows) // 10).stored_batches(batch)
         for _ in range(args.rows // batch):
             next(stream)
         stream.close()

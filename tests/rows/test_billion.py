@@ -39,8 +39,9 @@ def watch():
 
 before = int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
 threading.Thread(target=watch, daemon=True).start()
-window = None if sys.argv[2] == "exact" else int(sys.argv[2])
-source = CacheSource(ActivationStore(sys.argv[1]), held_out_share=0.0, window=window)
+store = ActivationStore(sys.argv[1])
+window = None if sys.argv[2] == "exact" else int(sys.argv[2]) // store.part_rows[0]
+source = CacheSource(store, held_out_share=0.0, window=window)
 assert source.num_rows == int(sys.argv[3]), source.num_rows
 trainer = Trainer(create("topk", d_in=source.d_in, d_sae=64, k=4), TrainConfig(batch_tokens=4096))
 batches, seen = source.batches(4096), []
@@ -90,7 +91,7 @@ def cache(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize("window", ["exact", "1"])
+@pytest.mark.parametrize("window", ["exact", str(ROWS)])
 def test_a_billion_rows(window: str, cache: Path) -> None:
     words = [sys.executable, "-c", SCRIPT, str(cache), window, str(SHARDS * ROWS)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -98,4 +99,4 @@ def test_a_billion_rows(window: str, cache: Path) -> None:
     megabytes, spread = map(int, done.stdout.split())
     of_windows = 0 if window == "exact" else 2 * ROWS * (2 * WIDTH + 12) / 1e6
     assert megabytes < 1000 + of_windows, megabytes
-    assert spread > 0.99 * SHARDS * ROWS if window == "exact" else spread < ROWS
+    assert spread > 0.99 * SHARDS * ROWS

@@ -77,7 +77,7 @@ def test_each_row_once_an_epoch_and_few_parts_at_a_time(window: int, sizes: list
     order: list[int] = torch.unique_consecutive(parts).tolist()
     if window == 1:
         assert len(order) == len(set(order)), "one part after the other"
-    source.load_state_dict({"epoch": 1, "row": 0, "seed": 1, "num_rows": source.num_rows, "window": source.window})
+    source.load_state_dict({**source.state_dict(), "epoch": 1, "row": 0})
     second = epoch_of(source, 1)
     assert sorted(second) == sorted(first) and second != first
 
@@ -272,14 +272,43 @@ def test_real_caches(kind: str, folder: Path) -> None:
             assert (one is None and other is None) or torch.equal(one, other), name
 
 
-def test_held_parts_are_in_memory_or_copies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, rows = ActivationStore(folder, PLACES[0]), torch.arange(100)
-    assert torch.equal(store.held([0, 1]).gather(rows), store.gather(rows))
-    monkeypatch.setattr("apportion.rows.shards.POPULATE_READ", 999)  # as on systems that do not know it
-    held = store.held([1])
-    where = [[part.data_ptr() for part in one._rows["acts"].parts] for one in (store, held)]
-    assert [a == b for a, b in zip(*where, strict=True)] == [n != 1 for n in range(len(where[0]))]
-    assert torch.equal(held.gather(rows), store.gather(rows))
+def test_held_parts_are_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, read in ((1 << 20, 22), (70, 22), (70, 999)):  # 999: as on systems that do not know it
+        monkeypatch.setattr("apportion.rows.shards.POPULATE_READ", read)
+        monkeypatch.setattr("apportion.rows.store.PART_BYTES", size)
+        store = ActivationStore(folder, PLACES[0])
+        assert sum(store.part_rows) == store.rows and max(store.part_rows) * store.row_bytes <= max(size, 64)
+        assert (len(store.part_rows) == store.num_shards) == (size > 70)
+        parts = torch.randperm(len(store.part_rows))[: len(store.part_rows) // 2 + 1].tolist()
+        ends = torch.tensor([0, *store.part_rows]).cumsum(0).tolist()
+        rows = torch.cat([torch.arange(ends[part], ends[part + 1]) for part in parts])
+        rows = rows[torch.randperm(len(rows))]
+        held = store.held(parts)
+        assert torch.equal(held.gather(rows), store.gather(rows))
+        for one, other in zip(held.gather_labels(rows), store.gather_labels(rows), strict=True):
+            assert torch.equal(one, other)
+        batch = held.batch(rows, stored=True)
+        assert torch.equal(batch.x, store.batch(rows, stored=True).x) and batch.x.dtype == torch.bfloat16
+        assert held._rows["acts"].rows.nbytes == len(rows) * store.row_bytes, "no other rows are held"
+
+
+def test_rows_of_all_of_a_cache_are_mixed_in_a_window(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apportion.rows.store.PART_BYTES", 160)  # of which a row has 16
+    store = ActivationStore(folder, PLACES[0])
+    source = CacheSource(store, seed=2, window=len(store.part_rows) // 3)
+    batches = [*islice(source.batches(10), source.num_rows // 40)]
+    found = torch.cat([batch.index for batch in batches if batch.index is not None])
+    shards = torch.bucketize(found, torch.tensor(store.shard_rows).cumsum(0), right=True)
+    assert len(shards.unique()) == store.num_shards > 5
+
+
+def test_windows_of_other_parts_are_not_gone_on_with() -> None:
+    state = CacheSource(Parts([50] * 6), window=2).state_dict()
+    with pytest.raises(ValueError, match="parts=6"):
+        CacheSource(Parts([100] * 3), window=2).load_state_dict(state)
+    del state["parts"]
+    with pytest.raises(ValueError, match="parts=None"):
+        CacheSource(Parts([50] * 6), window=2).load_state_dict(state)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])

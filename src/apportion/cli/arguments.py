@@ -61,6 +61,17 @@ Place = Annotated[str, spelled(lambda word: url_of(word) or str(expanded(word)),
 SEVERAL = {"collect": ("--hookpoint", "--weights")}
 """Options of commands that take several values behind them."""
 
+
+def window_rows(word: str) -> int | Literal["auto"] | None:
+    """What --window says: so many rows, "auto", or None for exact order."""
+    if word in ("auto", "exact"):
+        return "auto" if word == "auto" else None
+    try:
+        return parse_count(word)
+    except ValueError:
+        raise ValueError(f"--window is a number of rows such as 4M, exact or auto, got {word}.") from None
+
+
 OPTIONS = ConstructorRegistry()
 """How the options of all commands are read."""
 

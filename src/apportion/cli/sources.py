@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apportion.cli.arguments import Documents, Filter, Text
+from apportion.cli.arguments import Documents, Filter, Text, window_rows
 from apportion.extras import need
 from apportion.trust import expanded, refuse_mistyped
 from apportion.urls import is_there
@@ -115,6 +115,7 @@ def _of_rows(train: TrainBase) -> Any:
     from apportion.architectures import SAES
     from apportion.rows import CacheSource
     from apportion.rows.opening import holds_array, open_rows
+    from apportion.rows.windows import InParts
 
     if train.whole_contexts:
         raise ValueError(f"{train.training_objective} runs the language model: give a model, not a cache.")
@@ -130,7 +131,8 @@ def _of_rows(train: TrainBase) -> Any:
         raise ValueError(f"{train.source} holds rows of no hookpoint: leave --hookpoint out.")
     kind, target = SAES[train.sae].architecture.row_kind, getattr(train, "target_hookpoint", None)
     store = open_rows(train.source, kind, train.hookpoint, target, train.sae)
-    window = None if train.window == "exact" else "auto" if train.window == "auto" else int(train.window)
+    if isinstance(window := window_rows(train.window), int) and isinstance(store, InParts):
+        window = max(1, round(window * len(store.part_rows) / store.rows))
     return CacheSource(store, train.held_out_share, train.order_seed, window)
 
 

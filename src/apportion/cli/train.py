@@ -17,7 +17,7 @@ from apportion import choices
 from apportion import tracking as trackers
 from apportion.answers import DIVERGED
 from apportion.cli import options
-from apportion.cli.arguments import Copies, Count, Documents, Filter, Model, Text, best_device, say
+from apportion.cli.arguments import Copies, Count, Documents, Filter, Model, Text, best_device, say, window_rows
 from apportion.settings import meanings
 
 
@@ -43,8 +43,8 @@ class TrainBase:
     """Which hookpoint; needed for a model and for a cache that holds several. For an SAE that takes several: names or
     globs separated by commas; default: all of the cache."""
     window: str = "auto"
-    """How many shards of a cache are held in memory and mixed at a time: a number, exact for all of it, or auto, which
-    is exact unless the cache is larger than memory and its disk slow at random reads."""
+    """How many rows of a cache are held in memory and mixed at a time: a number such as 4M, exact for all of them, or
+    auto, which is exact unless the cache is larger than memory and its disk slow at random reads."""
     tokens: Count | None = None
     """Rows to train on; default: every training row of the cache once."""
     held_out_share: float = 0.1
@@ -98,8 +98,7 @@ class TrainBase:
         trackers.given(self.track or ())
         self._check_out()
         best_device(self.loading.device)
-        if self.window not in ("auto", "exact") and not (self.window.isdecimal() and int(self.window)):
-            raise ValueError(f"--window is a number of shards, exact or auto, got {self.window}.")
+        window_rows(self.window)
         self._objective_config()
         if "d_sae" in (settings := self._settings()):
             create(self.sae, d_in=1, **settings).allocation.check_batch(TrainConfig(**self._train()).batch_tokens)

@@ -13,6 +13,8 @@ import hashlib
 import mmap
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,20 +50,18 @@ def sha256_of(file: Path) -> str:
 
 POPULATE_READ = 22
 """Advice of Linux 5.14: read these pages now."""
+READERS = 4
+"""Threads that read a window."""
 
 
-def in_memory(part: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "rows ..."]:
-    """A part that lies in a file, read from one end to the other: into pages of the system, which keeps them as long as
-    they are in use, or where it cannot be told to, into a copy."""
+def read_on(part: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "rows ..."]:
+    """A part that lies in a file, which the system reads from one end to the other where it can be told to."""
     start, stop = part.data_ptr(), part.data_ptr() + part.nbytes
-    page = mmap.PAGESIZE
-    try:
+    with suppress(AttributeError, OSError):
         advise = ctypes.CDLL(None, use_errno=True).madvise
-    except (AttributeError, OSError):
-        return part.clone()
-    begin = start // page * page
-    done = advise(ctypes.c_void_p(begin), ctypes.c_size_t(stop - begin), POPULATE_READ)
-    return part if done == 0 else part.clone()
+        begin = start // mmap.PAGESIZE * mmap.PAGESIZE
+        advise(ctypes.c_void_p(begin), ctypes.c_size_t(stop - begin), POPULATE_READ)
+    return part
 
 
 def sample_sha256_of(file: Path) -> str:
@@ -130,25 +130,46 @@ class ShardedRows:
         assert by_shard is not None and dtype is not None, "there are rows"
         return by_shard.index_select(0, places.back).view(dtype)
 
-    def held(self, numbers: Sequence[int]) -> ShardedRows:
-        """With these parts read into memory, and the others where they lie."""
-        return ShardedRows(_Held(self.parts, {number: in_memory(self.parts[number]) for number in numbers}), self.rows)
+    def held(self, ranges: Sequence[tuple[int, int]]) -> HeldRows:
+        """The rows from one to another, for each of these, read into memory; none goes over the border of two parts."""
+        ranges = sorted(ranges)
+        starts, stops = (torch.tensor(ends, device="cpu") for ends in zip(*ranges, strict=True))
+        ends = (stops - starts).cumsum(0)
+        shards = torch.bucketize(starts, self._ends, right=True).tolist()
+        firsts = (self._ends - self._ends.diff(prepend=self._ends.new_zeros(1))).tolist()
+        like = self.parts[shards[0]]
+        rows = torch.empty((int(ends[-1]), *like.shape[1:]), dtype=like.dtype, device="cpu")
+
+        def read(i: int) -> None:
+            start, stop = (row - firsts[shards[i]] for row in ranges[i])
+            part = read_on(self.parts[shards[i]][start:stop])
+            rows[int(ends[i]) - len(part) : int(ends[i])] = part
+
+        with ThreadPoolExecutor(READERS, thread_name_prefix="apportion-windows-read") as pool:
+            list(pool.map(read, range(len(ranges))))
+        return HeldRows(rows, starts, starts - (ends - (stops - starts)))
 
     def all(self) -> Shaped[Tensor, "rows ..."]:
         return torch.cat([*self.parts])
 
 
-class _Held(Sequence):
-    """Parts, of which some are in memory."""
+class HeldRows:
+    """Some rows of a column, in memory one behind the other."""
 
-    def __init__(self, parts: Sequence[Tensor], held: Mapping[int, Tensor]) -> None:
-        self.parts, self.held = parts, held
+    def __init__(
+        self, rows: Shaped[Tensor, "n ..."], starts: Int[Tensor, " ranges"], less: Int[Tensor, " ranges"]
+    ) -> None:
+        """`starts`: the first row of each range, ascending; `less`: by how much its rows come earlier here."""
+        self.rows, self._starts, self._less = rows, starts, less
 
-    def __len__(self) -> int:
-        return len(self.parts)
+    def places(self, indices: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """Where these rows are here."""
+        return indices - self._less[torch.bucketize(indices, self._starts, right=True) - 1]
 
-    def __getitem__(self, number: Any) -> Any:
-        return self.held[number] if number in self.held else self.parts[number]
+    def gather(self, indices: Int[Tensor, " n"], places: Any = None) -> Shaped[Tensor, "n ..."]:
+        """The rows at `indices`, in that order, of those that are here."""
+        places = self.places(indices) if places is None else places
+        return in_words(self.rows).index_select(0, places).view(self.rows.dtype)
 
 
 def open_shards(shards: Sequence[Shard], columns: Mapping[str, Column]) -> dict[str, ShardedRows]:

@@ -59,7 +59,7 @@ class Aligned(ABC):
 
     @property
     def part_rows(self) -> list[int]:
-        """Rows of each shard; all of them in one part where the stores have other shards."""
+        """Rows of each part; all of them in one where the stores have other parts."""
         each = [store.part_rows for store in self.stores]
         return each[0] if all(one == each[0] for one in each) else [self.stores[0].rows]
 
@@ -74,7 +74,9 @@ class Aligned(ABC):
         return min(known) // len(self.stores) if known else None
 
     def held(self, parts: Sequence[int]) -> Aligned:
-        """These stores with those shards in memory."""
+        """These stores with those parts in memory, where all have the same."""
+        if len(self.part_rows) == 1:
+            return self
         found = copy(self)
         found.stores = [store.held(parts) for store in self.stores]
         return found

@@ -33,6 +33,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,12 @@ from apportion.rows.manifest import about_manifest, read_manifest
 from apportion.rows.numbers import columns_of, restored, row_bytes
 from apportion.rows.place import Here, There, bytes_of_a_row, place_of
 from apportion.rows.retries import Refused, Unreachable
-from apportion.rows.shards import Column, Places, Shard, ShardedRows, open_shard, open_shards
+from apportion.rows.shards import Column, Shard, ShardedRows, open_shard, open_shards
 from apportion.urls import in_full
 
+PART_BYTES = 1 << 20
+"""Of a part that is read as a whole, where a cache lies on this machine: so much that a disk reads it at its speed, and
+so little that a window of many has rows of all of the cache."""
 LARGEST_ID = 1 << 24
 """No vocabulary has more tokens."""
 
@@ -139,7 +143,7 @@ class ActivationStore:
         known = {name: column for name, column in acts.items() if name not in self._numbers}
 
         def opened(number: int) -> dict[str, torch.Tensor]:
-            shard, rows = self.manifest["shards"][number], self.part_rows[number]
+            shard, rows = self.manifest["shards"][number], self.shard_rows[number]
             found = place.labels(number, shard, lambda file: open_shard(Shard(file, rows, None), labels))
             return found | place.head(
                 self.hookpoint, number, shard, lambda file: open_shard(Shard(file, rows, None), known)
@@ -147,7 +151,7 @@ class ActivationStore:
 
         with self._naming():
             parts = place.together(opened, range(self.num_shards))
-        found = {name: ShardedRows([part[name] for part in parts], self.part_rows) for name in (*labels, *known)}
+        found = {name: ShardedRows([part[name] for part in parts], self.shard_rows) for name in (*labels, *known)}
         heads, row_bytes = {name: found[name] for name in known}, bytes_of_a_row(self.manifest["dtype"], self.d_in)
         self._fetched = FetchedShards(place, self.hookpoint, self.manifest["shards"], acts, heads, row_bytes)
         rest = {name: self._fetched.column(name) for name in self._numbers}
@@ -221,7 +225,7 @@ class ActivationStore:
         """The activations at `indices`, in that order, as float32."""
         return restored(self._columns(indices, self._labels["tokens"].places(indices)))
 
-    def _columns(self, indices: Int[Tensor, " n"], places: Places) -> dict[str, Tensor]:
+    def _columns(self, indices: Int[Tensor, " n"], places: Any) -> dict[str, Tensor]:
         if self._fetched is not None and self._fetched.fit(places.numbers):
             self.fetch(places.numbers)  # else one after the other
         with self._naming():
@@ -240,9 +244,18 @@ class ActivationStore:
         return Batch(x, tokens=tokens, positions=positions)
 
     @cached_property
-    def part_rows(self) -> list[int]:
-        """Rows of each shard."""
+    def shard_rows(self) -> list[int]:
+        """Rows of each shard, in order."""
         return [shard["rows"] for shard in self.manifest["shards"]]
+
+    @cached_property
+    def part_rows(self) -> list[int]:
+        """Rows of each part that is read as a whole: of a shard, which is fetched whole, or of a piece of one that lies
+        here."""
+        if self.is_remote:
+            return self.shard_rows
+        size = max(1, PART_BYTES // self.row_bytes)
+        return [min(size, rows - first) for rows in self.shard_rows for first in range(0, rows, size)]
 
     @property
     def row_bytes(self) -> int:
@@ -254,13 +267,15 @@ class ActivationStore:
         return None if self._fetched is None else self._fetched.most
 
     def held(self, parts: Sequence[int]) -> ActivationStore:
-        """This store with the rows of these shards read into memory."""
+        """This store with the rows of these parts alone, read into memory."""
         self.fetch(parts)
+        ends = [*accumulate(self.part_rows, initial=0)]
+        ranges = [(ends[part], ends[part + 1]) for part in parts]
         found = object.__new__(type(self))  # a copy would open the files again
         vars(found).update(vars(self))
         found._fetched = None  # what is read is held
-        found._rows = self._rows | {name: self._rows[name].held(parts) for name in self._numbers}
-        found._labels = {name: column.held(parts) for name, column in self._labels.items()}
+        found._rows = {name: self._rows[name].held(ranges) for name in self._numbers}
+        found._labels = {name: column.held(ranges) for name, column in self._labels.items()}
         return found
 
     def verify(self, progress: bool = False) -> None:

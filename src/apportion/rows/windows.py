@@ -30,7 +30,7 @@ from torch import Tensor
 
 from apportion.memory import free_bytes
 from apportion.rows.batch import Batch, RowStore, joined
-from apportion.rows.order import DRAWN, EpochOrder, Position, permutation, seeded, shuffled
+from apportion.rows.order import DRAWN, EpochOrder, Position, check_same_source, permutation, seeded, shuffled
 from apportion.rows.permuting import RowSet
 
 HELD_SHARE = 0.7
@@ -112,7 +112,11 @@ class WindowOrder(EpochOrder):
         return pairs / max(1.0, in_window - 1), pairs / max(1, self.num_rows - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"window": self.window}
+        return super().state_dict() | {"window": self.window, "parts": len(self.before) - 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_same_source(state, {"parts": len(self.before) - 1})
+        super().load_state_dict(state)
 
 
 class WindowedEpoch:
@@ -147,7 +151,7 @@ class RowsOfWindow:
         total = int(order.before.diff()[parts].sum())
         self.order_of_them = shuffled(total, order.drawn, *key)
         assert isinstance(order.rows, RowSet)
-        bounds = [(int(order.begins[part]), int(order.begins[part + 1])) for part in parts]
+        bounds = zip(order.begins[parts].tolist(), order.begins[parts + 1].tolist(), strict=True)
         self.listed = torch.cat([order.rows.between(*each) for each in bounds]) if total <= DRAWN else None
         """Looked up faster."""
 
