@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -140,8 +141,11 @@ def test_kept_rows_are_the_same(dtype: torch.dtype) -> None:
     assert kept.find((1, 2), ["a", "b"]) is None and kept.find((9,), ["a"]) is None
     found = kept.find((3,), ["b", "a"])
     assert found is not None and torch.equal(found["a"], x + 1) and torch.equal(found["b"], y)
+    gone = weakref.ref(x.untyped_storage())
+    del x
+    assert gone() is None, "what is in the file does not stay in memory"
     kept._most = 0.0
-    kept.add((4,), {"a": x})
+    kept.add((4,), {"a": y})
     assert kept.find((4,), ["a"]) is None
 
 

@@ -188,7 +188,7 @@ class Kept:
             except OSError:  # no room after all
                 self._most = 0
                 return
-            places[name] = (self._end, len(x), x[:0])
+            places[name] = (self._end, len(x), x.new_empty(0, x.shape[1]))  # a part of x would keep all of it in memory
             self._end += x.nbytes
 
 

@@ -36,6 +36,7 @@ class Shared:
     def batch_at(self, state: dict[str, Any], batch_tokens: int) -> tuple[Batch, dict[str, Any]] | None:
         """The batch at a position of the source, and the position behind it; None at the end of one that ends."""
         at = _key(state, batch_tokens)
+        self._samples.clear()  # everybody who begins has had them
         if at not in self._held:
             if self._batches is None or at != self._next:
                 if self._batches is not None or self.source.state_dict() != state:
