@@ -27,6 +27,20 @@ def text(tmp_path: Path) -> Path:
     return tmp_path / "text.txt"
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
+    """What has the passes of the model, of each command."""
+    found: list[Captured] = []
+    init = Captured.__init__
+
+    def noted(self: Captured, *args: Any) -> None:
+        init(self, *args)
+        found.append(self)
+
+    monkeypatch.setattr(Captured, "__init__", noted)
+    return found
+
+
 def suite(model: Path | str, text: Path, out: Path, *words: str) -> int:
     given = [str(model), "--text", str(text), "--hookpoints", "model.layers.*", "--out", str(out)]
     return main(["suite", *given, *SMALL, *LIVE, *words])
@@ -38,16 +52,8 @@ def files_of(run: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("sae", ["topk", "mutual_choice"])
 def test_each_run_is_that_of_train_and_the_model_runs_once(
-    sae: str, tiny_model_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sae: str, tiny_model_dir: Path, text: Path, tmp_path: Path, made: list[Captured]
 ) -> None:
-    made: list[Captured] = []
-    init = Captured.__init__
-
-    def noted(self: Captured, *args: Any) -> None:
-        init(self, *args)
-        made.append(self)
-
-    monkeypatch.setattr(Captured, "__init__", noted)
     assert suite(tiny_model_dir, text, tmp_path / "suite", "--sites", ",".join(SITES), "--sae", sae) == 0
     (captured,) = made
     index = json.loads((tmp_path / "suite" / "sweep.json").read_text())["runs"]
@@ -94,6 +100,7 @@ def test_what_was_stopped_goes_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    made: list[Captured],
 ) -> None:
     words = ["--sites", "residual,mlp"]
     assert suite(tiny_model_dir, text, tmp_path / "whole", *words) == 0
@@ -113,6 +120,8 @@ def test_what_was_stopped_goes_on(
     assert suite(tiny_model_dir, text, tmp_path / "suite", *words, "--resume") == 0
     for run in sorted(path.name for path in (tmp_path / "whole").iterdir() if path.is_dir()):
         assert files_of(tmp_path / "whole" / run) == files_of(tmp_path / "suite" / run)
+    whole, _, resumed = made[0], made[1], made[-1]
+    assert resumed.passes < whole.passes, "one pass for all, again"
 
 
 @pytest.mark.parametrize(

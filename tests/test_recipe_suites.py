@@ -56,6 +56,8 @@ def test_each_is_measured_at_each_length_and_is_done_once(suite: Path, tmp_path:
     recipe.run()
     assert written == {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "runs").iterdir()}
     assert page.read_text() == text
+    Suites(**given | {"lengths": (16,)}, out=tmp_path / "out", tokens=160, calibration_tokens=640).run()  # type: ignore[arg-type]
+    assert " 160 tokens" in page.read_text() and "FVU, 32" not in page.read_text()
 
 
 def test_mistakes(suite: Path, tmp_path: Path) -> None:

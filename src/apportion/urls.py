@@ -12,6 +12,7 @@ from apportion.trust import expanded, resolved
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 OF_A_PATH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)(.*)")
+PASSWORD = re.compile(r"(?<=://)([^/@:]*):[^/@]*@")
 OF_THIS_MACHINE = ("file", "local")
 
 
@@ -30,5 +31,6 @@ def is_there(path: str | Path) -> bool:
 
 
 def in_full(path: str | Path) -> str:
-    """Where it lies, as it can be found from everywhere: a URL as it is, a path without ~ and links."""
-    return url_of(path) or str(resolved(path))
+    """Where it lies, as it can be found from everywhere: a URL without a password, a path without ~ and links."""
+    url = url_of(path)
+    return str(resolved(path)) if url is None else PASSWORD.sub(r"\1@", url)

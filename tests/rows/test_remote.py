@@ -124,6 +124,7 @@ class TestPlaces:
 
     def test_training_begins_when_its_first_window_is_here(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("apportion.training.trainer.FETCHED_ROWS", 1)
+        monkeypatch.setattr("apportion.training.trainer.FIT_INPUT_ROWS", 20)
         monkeypatch.setattr("apportion.rows.windows.MIXED_PARTS", 2)
         monkeypatch.setattr("apportion.rows.windows.MIXED_ROWS", 1)
         copy_to(URL, folder)
@@ -211,25 +212,61 @@ class TestWhatIsFetched:
             ActivationStore(URL, copies=Copies(tmp_path / "small", 1e-6))
 
     def test_room(self, tmp_path: Path) -> None:
-        kept = Copies(tmp_path, 1e-6)  # 1000 bytes
+        kept, names = Copies(tmp_path, 1e-6), {key: f"{key * 64}.safetensors" for key in "abcde"}  # 1000 bytes
+        (tmp_path / "model.safetensors").write_bytes(b"x" * 5000)
+        os.utime(tmp_path / "model.safetensors", (0, 0))
 
         def made(key: str) -> None:
-            kept.use(f"{key}.safetensors", 300, lambda to: to.write_bytes(b"x" * 300) and None, lambda file: None)
+            kept.use(names[key], 300, lambda to: to.write_bytes(b"x" * 300) and None, lambda file: None)
+
+        def there() -> set[str]:
+            return {file.name[0] for file in tmp_path.glob("*.safetensors")} - {"m"}
 
         for number, key in enumerate("abc"):
             made(key)
-            os.utime(tmp_path / f"{key}.safetensors", (number, number))
+            os.utime(tmp_path / names[key], (number, number))
         made("a")  # is used again
         made("d")
-        assert {file.name[0] for file in tmp_path.glob("*.safetensors")} == {"a", "c", "d"}
-        with kept.holding(["c.safetensors"]):
-            os.utime(tmp_path / "c.safetensors", (0, 0))
-            os.utime(tmp_path / "a.safetensors", (5, 5))
+        assert there() == {"a", "c", "d"}
+        with kept.holding([names["c"]]):
+            os.utime(tmp_path / names["c"], (0, 0))
+            os.utime(tmp_path / names["a"], (5, 5))
             made("e")
-        assert {file.name[0] for file in tmp_path.glob("*.safetensors")} == {"c", "d", "e"}
+        assert there() == {"c", "d", "e"}
+        assert (tmp_path / "model.safetensors").exists(), "somebody's own"
         for bad in (0.0, -1.0, float("nan")):
             with pytest.raises(ValueError, match="give --cache-gb more than 0"):
                 Copies(tmp_path, bad)
+
+    def test_what_comes_at_the_same_time_counts(self, tmp_path: Path) -> None:
+        kept, begun, go_on = Copies(tmp_path, 1e-6), threading.Barrier(4), threading.Event()
+        for key in "789":  # used before
+            kept.use(f"{key * 64}.safetensors", 300, lambda to: to.write_bytes(b"x" * 300) and None, lambda file: None)
+
+        def make(to: Path) -> None:
+            begun.wait(20)
+            go_on.wait(20)
+            to.write_bytes(b"x" * 300)
+
+        keys = [f"{key * 64}.safetensors" for key in "abc"]
+        threads = [threading.Thread(target=kept.use, args=(key, 300, make, lambda file: None)) for key in keys]
+        for thread in threads:
+            thread.start()
+        begun.wait(20)
+        assert not list(tmp_path.glob("*.safetensors")), "there is room for three"
+        go_on.set()
+        for thread in threads:
+            thread.join()
+
+    def test_copies_that_left_are_let_go_of_by_all(self, folder: Path, tmp_path: Path) -> None:
+        copy_to(URL, folder)
+        copies = Copies(tmp_path / "mine", 1)
+        stores = [ActivationStore(URL, copies=copies) for _ in range(2)]
+        for store in stores:
+            store.fetch(range(4))
+        copies._limit, copies._room = 1, 0
+        copies._make_room(1)
+        assert all(store._fetched is not None and not store._fetched._mapped for store in stores)
 
     def test_what_the_variables_say(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(SIZE_VARIABLE, "much")
@@ -405,7 +442,15 @@ class TestFaults:
         asked, waits = Retries("s3://bucket"), []
         monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.5)
         monkeypatch.setattr(retries, "LONGEST_WAIT_S", 30.0)
-        monkeypatch.setattr(asked.ending, "wait", waits.append)
+        monkeypatch.setattr(retries, "LOOK_EVERY_S", 100.0)
+        clock = [0.0]
+
+        def wait(seconds: float) -> None:
+            waits.append(seconds)
+            clock[0] += seconds
+
+        monkeypatch.setattr(retries, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(retries, "sleep", wait)
 
         def lost() -> None:
             raise ConnectionError
@@ -415,7 +460,21 @@ class TestFaults:
                 asked.call(lost)
         assert len(waits) == 16 and waits[:8] != waits[8:]
         longest = [min(30, 0.5 * 2**i) for i in range(8)] * 2
-        assert all(most / 2 <= wait <= most for wait, most in zip(waits, longest, strict=True))
+        assert all(most / 2 <= s <= most * 1.001 for s, most in zip(waits, longest, strict=True))
+
+    def test_nobody_goes_on_waiting_for_what_is_not_wanted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(retries, "FIRST_WAIT_S", 30.0)
+        monkeypatch.setattr(retries, "LONGEST_WAIT_S", 30.0)
+        ending, asked = threading.Event(), Retries("s3://bucket")
+
+        def lost() -> None:
+            threading.Timer(0.2, ending.set).start()
+            raise ConnectionError
+
+        began = time.monotonic()
+        with pytest.raises(Unreachable, match="tried 2 times"):
+            retries.wanted_until(ending, asked.call)(lost)
+        assert time.monotonic() - began < 10 and retries.is_wanted()
 
     def test_the_manifest_is_believed_as_little_as_one_here(self, folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())

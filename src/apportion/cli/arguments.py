@@ -324,7 +324,8 @@ def together(words: Sequence[str]) -> list[str]:
             flag in SEVERAL.get(words[0] if words else "", ())
             and (before := first.setdefault(flag, group)) is not group
         ):
-            before += ([value] if equals else []) + group[1:]
+            before += [value] if equals else group[1:]
+            kept.append(group[1:] if equals else [])
         else:
             kept.append(group)
     return [word for group in kept for word in group]

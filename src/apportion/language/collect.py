@@ -289,6 +289,10 @@ class _Todo:
         size = self.cache.shard_contexts
         return shard["contexts"] >= min(size, self.contexts - shard["shard"] * size)
 
+    def _look_for_others(self) -> None:
+        there = self.cache.look()
+        self.of_others = {n for n in self.of_others if n not in there or not self._is_whole(there[n])}
+
     def is_given_up(self, interrupts: Interrupts) -> bool:
         """Wait until others have made their shards, which are then no longer `of_others`; True once somebody has given
         one up, False also if the waiting is interrupted."""
@@ -296,10 +300,11 @@ class _Todo:
             with interrupts.let_through():
                 while self.of_others:
                     sleep(LOOK_EVERY_S)
-                    there = self.cache.look()
-                    self.of_others = {n for n in self.of_others if n not in there or not self._is_whole(there[n])}
+                    self._look_for_others()
                     if any(map(self.cache.is_free, self.of_others)):
-                        return True
+                        self._look_for_others()  # it may have been made just before it was left
+                        if any(map(self.cache.is_free, self.of_others)):
+                            return True
         except GivenUp:
             raise
         except KeyboardInterrupt:

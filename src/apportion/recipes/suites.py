@@ -11,6 +11,7 @@ measured as they are. What is finished is kept, and not done again.
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,9 +71,9 @@ class Suites:
         sys.stdout.write(text)
 
     def _measured(self, name: str, run: Record) -> Record:
-        file = self.out / "runs" / f"{name}.json"
-        if file.is_file():
-            return read_record(file, figures=dict)
+        file, settings = self.out / "runs" / f"{name}.json", self._settings
+        if file.is_file() and (found := read_record(file, figures=dict)).get("settings") == settings:
+            return found
         sae, figures = load(self.suite / name), dict[str, Any]()
         saes: dict[str, SAE] = {"as_trained": sae}
         if not sae.needs_target:
@@ -86,8 +87,15 @@ class Suites:
                 for kind, one in measured.items()
             }
         line = {"name": name, "site": run["site"], "layer": run["layer"], "k": sae.k, "figures": figures}
+        line["settings"] = settings
         write_json(file, line)
         return line
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What the figures depend on."""
+        names = ("suite", "text", "model", "lengths", "tokens", "calibration_tokens")
+        return json.loads(json.dumps({name: getattr(self, name) for name in names}, default=str))
 
     @cached_property
     def _model(self) -> tuple[Any, Any]:

@@ -8,13 +8,15 @@ whoever has one mapped into memory keeps reading it.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import RLock
 from time import sleep
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 from safetensors import SafetensorError
 
@@ -28,6 +30,8 @@ FOLDER_VARIABLE, SIZE_VARIABLE = "APPORTION_CACHE_DIR", "APPORTION_CACHE_GB"
 USUAL_GB = 20.0
 SLACK = 20
 """One part in so many is kept free, so that the folder is looked through only once for so much that comes."""
+OURS = re.compile(r"[0-9a-f]{64}(\.head)?\.safetensors")
+"""What copies are called."""
 TRIES = 3
 LOOK_EVERY_S = 0.05
 
@@ -48,6 +52,9 @@ class Copies:
         self._limit: int | None = None
         self._held: dict[str, int] = {}
         """Copies that are to stay, and how many say so."""
+        self._coming: dict[str, int] = {}
+        """Copies that are being made, and about how many bytes they will have."""
+        self._mapping: WeakSet[Any] = WeakSet()
 
     def __reduce__(self) -> tuple[type[Copies], tuple[Path, float | None]]:
         return type(self), (self.folder, self.gigabytes)
@@ -77,6 +84,10 @@ class Copies:
 
         A copy that is gone before it is read, or that `read` finds damaged, is made again.
         """
+        with self.holding([key]):
+            return self._use(key, size, make, read)
+
+    def _use(self, key: str, size: int, make: Callable[[Path], None], read: Callable[[Path], T]) -> T:
         damaged = False
         for trial in range(TRIES):
             file = self._get(key, size, make)
@@ -126,18 +137,33 @@ class Copies:
         with self._alone(file):
             if self._touched(file):  # somebody else was at it
                 return file
-            self._make_room(size)
-            with place_in(self.folder, key) as place:
-                make(place / key)
-                (place / key).replace(file)
+            with self._lock:
+                self._make_room(size)
+                self._coming[key] = size
+            try:
+                with place_in(self.folder, key) as place:
+                    make(place / key)
+                    (place / key).replace(file)
+            finally:
+                with self._lock:
+                    del self._coming[key]
         return file
+
+    def is_mapped_by(self, one: Any) -> None:
+        """Have `one.let_go()` called when copies have left."""
+        with self._lock:
+            self._mapping.add(one)
+
+    def touch(self, key: str) -> None:
+        """Say that a copy is used."""
+        self._touched(self.path(key))
 
     def _touched(self, file: Path) -> bool:
         """Whether it is here; if so it was used now."""
         with suppress(OSError):
             os.utime(file)
             return True
-        return False
+        return file.exists()  # somebody else's, who shares the folder
 
     def _made(self) -> Path:
         with naming(self.folder):
@@ -167,7 +193,7 @@ class Copies:
             if self._room >= 0:
                 return
             found = sorted(self._there())
-            total = sum(bytes_ for _, bytes_, _ in found)
+            total = sum(bytes_ for _, bytes_, _ in found) + sum(self._coming.values())
             for _, bytes_, file in found:
                 if total + size <= self.capacity:
                     break
@@ -175,11 +201,15 @@ class Copies:
                     file.unlink(missing_ok=True)
                     total -= bytes_
             self._room = min(self.limit // SLACK, max(0, self.limit - total - size))  # others add to it, too
+            for one in list(self._mapping):
+                one.let_go()
 
     def _there(self) -> list[tuple[float, int, Path]]:
         """When each was used, its bytes, and the file."""
         found = []
         for file in self.folder.glob("*.safetensors"):
+            if OURS.fullmatch(file.name) is None:  # somebody's own, in a folder that he named
+                continue
             with suppress(OSError):
                 said = file.stat()
                 found.append((said.st_mtime, said.st_size, file))

@@ -33,6 +33,7 @@ class FetchedShards:
         self._row_bytes = row_bytes
         self._mapped: dict[int, dict[str, Tensor]] = {}
         self._lock = Lock()
+        place.copies.is_mapped_by(self)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -53,6 +54,8 @@ class FetchedShards:
         """Have these shards here, several at a time. ValueError if they are too much for the folder of copies."""
         numbers = sorted(set(numbers))
         if all(number in self._mapped for number in numbers):
+            for number in numbers:  # they are used
+                self.place.copies.touch(self._key(number))
             return
         if not self.fit(numbers):
             total, copies = sum(map(self._size, numbers)) / 1e9, self.place.copies
@@ -62,14 +65,14 @@ class FetchedShards:
             )
         with self.place.copies.holding([self._key(number) for number in numbers]):
             self.place.together(self._map, [number for number in numbers if number not in self._mapped])
-            self._let_go()
+            self.let_go()
 
     def part(self, number: int) -> dict[str, Tensor]:
         """The columns of a shard."""
         if (found := self._mapped.get(number)) is not None:
             return found
         found = self._map(number)
-        self._let_go()
+        self.let_go()
         return found
 
     def _map(self, number: int) -> dict[str, Tensor]:
@@ -87,8 +90,8 @@ class FetchedShards:
             self._mapped[number] = found
         return found
 
-    def _let_go(self) -> None:
-        """Of shards whose copies have left."""
+    def let_go(self) -> None:
+        """Of shards whose copies have left, so that the disk gets its room back."""
         with self._lock:
             gone = [n for n in self._mapped if not self.place.copies.path(self._key(n)).exists()]
             for number in gone:

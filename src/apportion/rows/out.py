@@ -62,6 +62,7 @@ class Out:
                 folder.rmdir()
 
     def lock(self) -> Any:
+        """Within the block nobody else writes manifest or journal."""
         return folder_lock(self.place)
 
     def has_manifest(self) -> bool:

@@ -74,7 +74,7 @@ class Here:
     def labels(self, number: int, shard: Mapping[str, Any], read: Read[T]) -> T:
         return read(self.folder / token_file(number))
 
-    def acts(self, hookpoint: str, number: int, shard: Mapping[str, Any], read: Read[T]) -> T:
+    def acts(self, hookpoint: str, number: int, shard: Mapping[str, Any], read: Read[T], row: int = 0) -> T:
         return read(self.folder / acts_file(hookpoint, number))
 
     def head(self, hookpoint: str, number: int, shard: Mapping[str, Any], read: Read[T]) -> T:
@@ -134,25 +134,25 @@ class There:
 
     def _line(self, name: str) -> str:
         try:
-            return _text(self.remote.read(f"{JOURNALS}/{name}"), f"{self.url}/{JOURNALS}/{name}")
+            return _text(self.remote.read(f"{JOURNALS}/{name}", 0, MOST_BYTES), f"{self.url}/{JOURNALS}/{name}")
         except FileNotFoundError:  # it has just moved into the manifest
             return ""
 
     def labels(self, number: int, shard: Mapping[str, Any], read: Read[T]) -> T:
         return self._use(token_file(number), shard, LABEL_BYTES, read)
 
-    def acts(self, hookpoint: str, number: int, shard: Mapping[str, Any], read: Read[T], row: int = 0) -> T:
+    def acts(self, hookpoint: str, number: int, shard: Mapping[str, Any], read: Read[T], row: int) -> T:
         """`row`: about how many bytes a row has."""
         return self._use(acts_file(hookpoint, number), shard, row, read)
 
     def _use(self, name: str, shard: Mapping[str, Any], row: int, read: Read[T]) -> T:
-        digest = shard["sha256"][name]
-        return self.copies.use(key_of(digest), size_of(shard, row), lambda to: self._fetch(name, digest, to), read)
+        digest, size = shard["sha256"][name], size_of(shard, row)
+        return self.copies.use(key_of(digest), size, lambda to: self._fetch(name, digest, 2 * size, to), read)
 
-    def _fetch(self, name: str, digest: str, to: Path) -> None:
+    def _fetch(self, name: str, digest: str, most: int, to: Path) -> None:
         for _ in range(TRIES):
             try:
-                if self.remote.fetch(name, to) == digest:
+                if self.remote.fetch(name, to, most) == digest:
                     return
             except FileNotFoundError:
                 raise ValueError(f"{self.url}/{name} is missing") from None
@@ -167,12 +167,12 @@ class There:
             try:
                 columns, metadata = _head_of(whole)
             except (OSError, SafetensorError):  # it is not here, or just left
-                columns, metadata = self._fetched_head(name)
+                columns, metadata = self._fetched_head(name, shard["rows"])
             save_file(columns, to, metadata)
 
         return self.copies.use(key_of(digest, "head"), size_of(shard, 4), make, read)
 
-    def _fetched_head(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def _fetched_head(self, name: str, rows: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The norms (or the mask), and the metadata, of a file of which the rest stays there."""
         where = f"{self.url}/{name}"
         try:
@@ -185,6 +185,8 @@ class There:
             for column, (dtype, kind) in OF_HEAD.items():
                 if column in header:
                     low, high = (8 + length + at for at in header[column]["data_offsets"])
+                    if high - low > np.dtype(kind).itemsize * rows:
+                        raise ValueError(f"{where} is damaged: it says that it has more than {rows} rows")
                     content = start[low:high] if high <= len(start) else self.remote.read(name, low, high - low)
                     if len(content) < high - low:
                         raise ValueError(f"{where} ends too early")

@@ -11,13 +11,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from math import inf
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 from uuid import uuid4
 
 from apportion.disk import naming
 from apportion.extras import install
-from apportion.rows.retries import Retries
+from apportion.rows.retries import Refused, Retries, check_wanted, status_of, wanted_until
 
 T = TypeVar("T")
 CHUNK_BYTES = 16 << 20
@@ -41,28 +43,37 @@ class Remote:
     def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
         """An object, or `size` bytes of it from `start` on; fewer, where it ends before."""
         end = None if size is None else start + size
-        content = self._call(self._fs.cat_file, name, start=start or None, end=end)
+        try:
+            content = self._call(self._fs.cat_file, name, start=start or None, end=end)
+        except Refused as error:
+            if size is not None and status_of(error.__cause__) == 416:  # it ends before
+                return b""
+            raise
         if size is not None and len(content) > size:  # from a server that does not know ranges
             return content[start : start + size]
         return content
 
-    def parts(self, name: str) -> Iterator[bytes]:
-        """A .safetensors file in pieces. Its header says how long it is; one that is shorter ends before."""
+    def parts(self, name: str, most: float = inf) -> Iterator[bytes]:
+        """A .safetensors file in pieces. Its header says how long it is; one that is shorter ends before. ValueError
+        for one of more than so many bytes."""
         part = self.read(name, 0, CHUNK_BYTES)
         yield part
         at, size = len(part), size_of_tensors(part)
+        if size > most:
+            raise ValueError(f"{self.url}/{name} is damaged: it says that it has {size / 1e9:.3g} GB")
         while at < size and part:
+            check_wanted()
             part = self.read(name, at, min(CHUNK_BYTES, size - at))
             yield part
             at += len(part)
 
-    def fetch(self, name: str, to: Path) -> str:
-        """Write an object that is a .safetensors file to a file here; its sha256."""
+    def fetch(self, name: str, to: Path, most: float = inf) -> str:
+        """Write an object that is a .safetensors file, of at most so many bytes, to a file here; its sha256."""
         digest = hashlib.sha256()
         with naming(to):
             stream = to.open("wb")
         with stream:
-            for part in self.parts(name):
+            for part in self.parts(name, most):
                 digest.update(part)
                 with naming(to):
                     stream.write(part)
@@ -99,8 +110,8 @@ class Remote:
         except FileNotFoundError:
             return ""
 
-    def names(self, folder: str = "") -> dict[str, str]:
-        """What lies in a folder, and of each its `version`."""
+    def names(self, folder: str = "", empty: bool = True) -> dict[str, str]:
+        """What lies in a folder, and of each its `version`; without folders that are empty, if these do not count."""
         at = self._at(folder)
 
         def listed() -> list[dict[str, Any]]:
@@ -111,18 +122,26 @@ class Remote:
             found = self._retries.call(listed, folder)
         except FileNotFoundError:
             return {}
-        names = {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in found}
-        return {name: _version(entry) for name, entry in names.items() if name and PART not in name}
+        itself = {at.strip("/"), at.strip("/") + "/"}  # as some stores mark a folder
+        names = {
+            entry["name"].rstrip("/").rpartition("/")[2]: entry
+            for entry in found
+            if entry["name"].lstrip("/") not in itself
+        }
+        names = {name: entry for name, entry in names.items() if name and PART not in name}
+        folders = [] if empty else [name for name, entry in names.items() if entry.get("type") == "directory"]
+        left_out = {name for name in folders if not self.names(_in(folder, name), empty=False)}
+        return {name: _version(entry) for name, entry in names.items() if name not in left_out}
 
     def together(self, do: Callable[[T], Any], each: Iterable[T]) -> list[Any]:
         """`do` of each, several at a time. Whatever ends it, nobody goes on waiting for the store."""
+        ending = Event()
         with ThreadPoolExecutor(TOGETHER, thread_name_prefix="apportion-fetch") as pool:
             try:
-                return list(pool.map(do, each))
+                return list(pool.map(wanted_until(ending, do), each))
             except BaseException:
-                self._retries.ending.set()
+                ending.set()
                 pool.shutdown(cancel_futures=True)
-                self._retries.ending.clear()
                 raise
 
     def _call(self, do: Callable[..., Any], name: str, **how: Any) -> Any:
@@ -152,6 +171,10 @@ class Remote:
 
     def _at(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
+
+
+def _in(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
 
 
 def _version(entry: Mapping[str, Any]) -> str:

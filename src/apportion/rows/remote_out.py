@@ -14,6 +14,7 @@ same one. If they do, because they claimed it at the same moment, no harm is don
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,7 +32,10 @@ from apportion.rows.journal import line_text
 from apportion.rows.layout import JOURNALS, MANIFEST
 from apportion.rows.manifest import read_written, with_lines
 from apportion.rows.place import There, key_of
+from apportion.rows.retries import Refused
 from apportion.rows.shards import sample_sha256_of, sha256_of
+
+log = logging.getLogger(__name__)
 
 CLAIMS, OF_MANIFEST = "claims", "manifest"
 PROBE = ".apportion.probe"
@@ -47,6 +51,8 @@ class RemoteOut:
     def __init__(self, url: str) -> None:
         self.place, self.reading = url, There(url)
         self.remote = self.reading.remote
+        self._own: dict[int, dict[str, Any]] = {}
+        """Lines of shards that this process has put there."""
         self._lines: dict[str, tuple[str, list[dict[str, Any]]]] = {}
         """Of each object of the journal what tells it from a newer one, and the lines in it."""
         self._manifest: tuple[str, dict[str, Any]] = ("", {})
@@ -74,21 +80,26 @@ class RemoteOut:
         """There are no folders in an object store."""
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Within the block nobody else writes the manifest, as far as claims go; after a minute one goes on without."""
-        deadline = monotonic() + PATIENCE_S
+    def lock(self) -> Iterator[Claim]:
+        """Within the block nobody else writes the manifest, as far as claims go; whoever does is waited for."""
+        patience = monotonic() + PATIENCE_S
         while True:
-            with self._claimed(OF_MANIFEST) as had:
-                if had or monotonic() > deadline:
-                    yield
+            with self._claimed(OF_MANIFEST) as claim:
+                if claim is not None:
+                    yield claim
                     return
+            if monotonic() > patience:
+                patience = float("inf")
+                log.warning("%s: somebody else is writing its manifest, and is waited for", self.place)
             sleep(LOOK_EVERY_S)
 
     def has_manifest(self) -> bool:
         return self.reading.manifest() is not None
 
     def look(self, known: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-        """The shards that are there now. The journal moves into the manifest, and is looked at before and after it."""
+        """The shards that are there now. The journal moves into the manifest, and is looked at before and after it.
+
+        Whoever moves it may take a line away that came in the same moment; its process puts it there again."""
         while True:
             names = self.remote.names(JOURNALS)
             for name, said in names.items():
@@ -104,6 +115,11 @@ class RemoteOut:
         self._lines = {name: self._lines[name] for name in names}
         manifest = self._manifest[1]
         lines = [line for _, found in self._lines.values() for line in found]
+        of_manifest = {shard["shard"]: shard["contexts"] for shard in manifest["shards"]}
+        for number, line in self._own.items():
+            if f"{number:05d}.json" not in self._lines and of_manifest.get(number, 0) < line["contexts"]:
+                self.note(line)
+                lines.append(line)
         return with_lines({shard["shard"]: shard for shard in manifest["shards"]}, lines, manifest, self.place)
 
     @contextmanager
@@ -136,7 +152,7 @@ class RemoteOut:
     def _said(self, name: str) -> dict[str, Any]:
         """Who claims something; empty if nobody does."""
         with suppress(FileNotFoundError, ValueError):
-            found = json.loads(self.remote.read(name))
+            found = json.loads(self.remote.read(name, 0, 1 << 16))
             return found if isinstance(found, dict) else {}
         return {}
 
@@ -156,9 +172,11 @@ class RemoteOut:
         self.remote.together(lambda name: self.remote.put(name, self._folder / name), digests["sha256"])
         for name, digest in digests["sha256"].items():
             self.reading.copies.add(key_of(digest), self._folder / name)
+            (self._folder / name).unlink(missing_ok=True)  # if it does not fit the copies
 
     def note(self, line: Mapping[str, Any]) -> None:
         """Write the line of a shard."""
+        self._own[line["shard"]] = dict(line)
         self.remote.write(f"{JOURNALS}/{line['shard']:05d}.json", line_text(line).encode())
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
@@ -170,7 +188,8 @@ class RemoteOut:
         for name in self.remote.names(JOURNALS):
             lines = [*self.reading.line(name)]
             if lines and all(line in there for line in lines):
-                self.remote.remove(f"{JOURNALS}/{name}")
+                with suppress(Refused):  # whoever may write need not be allowed to delete
+                    self.remote.remove(f"{JOURNALS}/{name}")
 
     def remove(self, folders: Iterable[str]) -> None:
         """What was put there, of which nothing is a whole shard."""
@@ -206,7 +225,11 @@ class Claim:
                 self._out.remote.remove(self.name)
 
     def check(self) -> None:
-        """Two that make the same shard do no harm."""
+        """ValueError if somebody took it over: this process seemed to be gone, as it or the network stood still."""
+        if self._out._said(self.name).get("claim") != self._mine:
+            raise ValueError(
+                f"{self._out.place}/{self.name} was taken over by another process while this one stood still: stopping."
+            )
 
     def _write(self) -> None:
         self._out.remote.write(self.name, json.dumps({**this_process(), "claim": self._mine, "at": time()}).encode())
@@ -226,13 +249,13 @@ def _is_free(said: Mapping[str, Any]) -> bool:
     if said.get("claim") not in HELD and all(said.get(name) == me[name] for name in ("host", "boot", "pid", "start")):
         return True
     silent_s = time() - at if isinstance(at, float) else STALE_S + 1
-    return not said or is_gone(dict(said), silent_s, unlocked=False)
+    return not said or silent_s > STALE_S or is_gone(dict(said), silent_s, unlocked=False)
 
 
 def check_url(url: str) -> None:
     """ValueError if something else lies at a URL, or nothing can be written there."""
     remote = There(url).remote
-    if others := remote.names().keys() - OURS:
+    if others := remote.names(empty=False).keys() - OURS:
         raise ValueError(f"{url!r} exists already (it has {sorted(others)[0]}): choose another URL or delete it first")
     check_may_put(url)
 

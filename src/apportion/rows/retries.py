@@ -15,8 +15,8 @@ import logging
 import random
 import threading
 from collections.abc import Callable, Mapping
-from time import monotonic
-from typing import TypeVar
+from time import monotonic, sleep
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 TRIES = 9
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 SAY_EVERY_S = 30.0
+LOOK_EVERY_S = 0.1
+"""How often one that waits looks whether it is still wanted."""
 PASSING = {408, 425, 429}
 """Answers below 500 that say that it may go well the next time."""
 FOR_GOOD = {501, 505}
@@ -52,13 +54,40 @@ class Unreachable(OSError):
     """The store did not answer, however often it was asked."""
 
 
+_wanted = threading.local()
+"""Of a thread, the events that end its wish for what it asks for."""
+
+
+def wanted_until(ending: threading.Event, do: Callable[..., T]) -> Callable[..., T]:
+    """`do`, for which nobody waits any more, and of which nothing more is fetched, once `ending` is set; or, where that
+    is asked for within another one, once that one's is."""
+    events = (*getattr(_wanted, "events", ()), ending)
+
+    def doing(*args: Any) -> T:
+        before = getattr(_wanted, "events", ())
+        _wanted.events = events
+        try:
+            return do(*args)
+        finally:
+            _wanted.events = before
+
+    return doing
+
+
+def is_wanted() -> bool:
+    return not any(event.is_set() for event in getattr(_wanted, "events", ()))
+
+
+def check_wanted() -> None:
+    if not is_wanted():
+        raise Unreachable("nobody waits for it any more")
+
+
 class Retries:
     """Asks the store at `url` again until it answers."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.ending = threading.Event()
-        """Set: nobody waits any more."""
         self._said_s = float("-inf")
 
     def call(self, do: Callable[[], T], name: str = "") -> T:
@@ -76,13 +105,15 @@ class Retries:
                     raise refused from error
                 if not _passes(error):
                     raise
-                if trial == TRIES - 1 or self.ending.is_set():
+                if trial == TRIES - 1 or not is_wanted():
                     raise Unreachable(
                         f"{where} could not be reached, tried {trial + 1} times in {monotonic() - started:.0f} s "
                         f"({_said(error)}). Check the connection and run this again: it goes on with what is there."
                     ) from error
                 self._say(where, error)
-            self.ending.wait(random.uniform(0.5, 1) * min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**trial))
+            until = monotonic() + random.uniform(0.5, 1) * min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**trial)
+            while is_wanted() and (left_s := until - monotonic()) > 0:
+                sleep(min(left_s, LOOK_EVERY_S))
         raise AssertionError("the last trial returns or raises")
 
     def _say(self, where: str, error: Exception) -> None:

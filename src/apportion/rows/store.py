@@ -214,6 +214,8 @@ class ActivationStore:
         return column
 
     def _check_numbers(self, name: str, column: Int[Tensor, " n"], limit: int) -> None:
+        if not len(column):
+            return
         low, high = (int(end) for end in column.aminmax())
         if low < 0 or high >= limit:
             raise ValueError(

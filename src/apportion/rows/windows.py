@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from threading import Event
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -32,6 +33,7 @@ from apportion.memory import free_bytes
 from apportion.rows.batch import Batch, RowStore, joined
 from apportion.rows.order import DRAWN, EpochOrder, Position, check_same_source, permutation, seeded, shuffled
 from apportion.rows.permuting import RowSet
+from apportion.rows.retries import wanted_until
 
 HELD_SHARE = 0.7
 """Of the memory that is free, what a store may take that is read at random: the system keeps it there."""
@@ -91,19 +93,25 @@ class WindowOrder(EpochOrder):
         return permutation(len(self.before) - 1, self.seed, epoch, "parts").long()
 
     def sample(self, n: int) -> Int[Tensor, " m"]:
-        """Random rows of the first window, ascending."""
-        parts = self.parts_of(0)[: self.window]
+        """Random rows of the first window, ascending; of more parts, where that has few."""
+        parts = self._first_parts(self.before, n)
         at = shuffled(int(self.before.diff()[parts].sum()), self.drawn, self.seed, "sample")
         return self.rows[_places(self.before, parts, at[torch.arange(min(n, len(at)))].long())].sort().values
 
     def first_held_out(self, held_out: RowSet, n: int) -> Int[Tensor, " m"]:
         """At most `n` of these rows, ascending: of the parts that are read first, a window of them or more."""
-        before, parts = held_out.count_below(self.begins), self.parts_of(0)
-        enough = int((before.diff()[parts].cumsum(0) < n).sum()) + 1
-        parts = parts[: max(enough, self.window)]
+        before = held_out.count_below(self.begins)
+        parts = self._first_parts(before, n)
         total = int(before.diff()[parts].sum())
         at = shuffled(total, self.drawn, self.seed, "held out")[torch.arange(min(n, total))].long()
         return held_out[_places(before, parts, at)].sort().values
+
+    def _first_parts(self, before: Int[Tensor, " parts"], n: int) -> Int[Tensor, " some"]:
+        """Those that are read first, until they have `n` rows, of which `before` are before each part; a window of them
+        at least."""
+        parts = self.parts_of(0)
+        enough = int((before.diff()[parts].cumsum(0) < min(n, int(before[-1]))).sum()) + 1
+        return parts[: max(enough, self.window)]
 
     def others_of_its_context(self, batch_tokens: int, context_rows: float) -> tuple[float, float]:
         """How many a row meets in its batch, about; and in the exact order."""
@@ -184,6 +192,7 @@ class Windows:
         """`how` its rows are read: arguments of `batch` besides."""
         self.store, self.how, self._held = store, how or {}, dict[tuple[int, int], Future[Window]]()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="apportion-windows")
+        self._ending = Event()
 
     def reading(self, order: WindowOrder, batch_tokens: int) -> Iterator[tuple[Callable[[], Batch], Position]]:
         """How to read each batch from the order's position on, and the position behind it."""
@@ -199,9 +208,13 @@ class Windows:
             yield partial(_read_pieces, pieces, self.how), Position(epoch, stop)
 
     def _reads(self, epoch: WindowedEpoch, number: int) -> Future[Window]:
-        return self._pool.submit(lambda: Window(self.store.held(epoch.windows[number].tolist()), epoch.rows(number)))
+        read = wanted_until(
+            self._ending, lambda: Window(self.store.held(epoch.windows[number].tolist()), epoch.rows(number))
+        )
+        return self._pool.submit(read)
 
     def close(self) -> None:
+        self._ending.set()
         for coming in self._held.values():
             coming.cancel()
         self._pool.shutdown()

@@ -44,6 +44,7 @@ from apportion.rows.manifest import from_the_first, read_manifest, read_written
 from apportion.rows.norms import histograms
 from apportion.rows.numbers import lost, restored, row_bytes, stored
 from apportion.rows.out import Out, folder_lock, tidy
+from apportion.rows.place import bytes_of_a_row
 from apportion.rows.refit import of_hookpoint
 from apportion.rows.remote_out import Claim, RemoteOut, check_may_put, check_url
 from apportion.trust import resolved
@@ -146,7 +147,10 @@ class CacheWriter:
         shard, reading = self.shards[number], self.out.reading
         labels = torch.stack([reading.labels(number, shard, _column(label)) for label in LABELS])
         rows = int((labels[2] < number * self.shard_contexts + contexts).sum())
-        acts = {name: reading.acts(name, number, shard, _column("acts", rows)) for name in self.widths}
+        acts = {
+            name: reading.acts(name, number, shard, _column("acts", rows), bytes_of_a_row(self.dtype, d_in))
+            for name, d_in in self.widths.items()
+        }
         return acts, labels[:, :rows]
 
     def tokens(self, number: int) -> Int[Tensor, " rows"]:
@@ -196,9 +200,11 @@ class CacheWriter:
 
     def finish(self, ended: str) -> dict[str, Any]:
         """The manifest of the shards up to the first gap, written; of the journal stays what lies behind the gap."""
-        with self.out.lock():
+        with self.out.lock() as lock:
             self.look()
             shards = from_the_first(self.shards, self.shard_contexts)
+            if lock is not None:
+                lock.check()
             manifest = self.write_manifest(ended if shards else UNFINISHED, shards)
             self.out.tidy()
         return manifest
