@@ -21,6 +21,7 @@ from test_store import OUT, tiny
 from apportion import cli
 from apportion.architectures import create
 from apportion.language.model import load_model
+from apportion.locks import this_process
 from apportion.rows import ActivationStore, CacheSource, PairStore, open_stores, place, remote_out, retries
 from apportion.rows import writer as writer_module
 from apportion.rows.copies import FOLDER_VARIABLE, SIZE_VARIABLE, Copies
@@ -698,3 +699,90 @@ class TestCommands:
             assert cli.main([*words, "s3://bucket/acts"]) == 2
             said = capsys.readouterr().err
             assert "'s3://bucket/acts' needs s3fs, not installed here" in said and "[s3]" in said
+
+
+class TestSeveralWriters:
+    def test_who_has_been_silent_for_long_is_gone(self) -> None:
+        me = {**this_process(), "claim": "another", "at": time.time()}
+        assert remote_out._is_free({**me, "pid": 1 << 40, "start": "1"}), "this process ended"
+        of_a_container = {**me, "space": "other", "pid": 1}
+        assert not remote_out._is_free(of_a_container)
+        assert remote_out._is_free({**of_a_container, "at": time.time() - 86400})
+
+    def test_whoever_stood_still_while_another_took_over_commits_nothing(self) -> None:
+        out = remote_out.RemoteOut(URL)
+        with out.claim(3) as claim:
+            assert claim is not None
+            claim.check()
+            with out.claim(3) as another:
+                assert another is None
+            remote_out.Claim(out, claim.name)._write()
+            with pytest.raises(ValueError, match=r"claims/00003.json was taken over by another process.*stopping"):
+                claim.check()
+
+    def test_a_line_that_was_taken_away_in_the_moment_it_came_is_put_there_again(self, folder: Path) -> None:
+        copy_to(URL, folder)
+        manifest = read_manifest(URL)
+        out = remote_out.RemoteOut(URL)
+        longer = {**manifest["shards"][-1], "shard": 13}
+        for name in ("sha256", "sample_sha256"):
+            longer[name] = {file.replace("00012", "00013"): digest for file, digest in longer[name].items()}
+        before = out.look({})
+        out.note(longer)
+        assert [*out.look({})] == [*before, 13]
+        out.remote.remove("journal/00013.json")
+        assert out.look({})[13] == longer and "journal/00013.json" in contents(URL)
+        other = remote_out.RemoteOut(URL)
+        assert [*other.look({})] == [*before, 13]
+
+    def test_the_folder_in_which_shards_are_made_does_not_fill(
+        self, lm: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(SIZE_VARIABLE, "0.000001")
+        left: list[int] = []
+        publish = remote_out.RemoteOut.publish
+
+        def noted(self: Any, digests: Any) -> None:
+            publish(self, digests)
+            left.append(len([file for file in (tmp_path / "copies").glob("collecting*/**/*.safetensors")]))
+
+        monkeypatch.setattr(remote_out.RemoteOut, "publish", noted)
+        tiny(lm, tmp_path / "here", text=TEXT)
+        with pytest.raises(ValueError, match="--cache-gb more"):  # to read of it is too much
+            tiny(lm, URL, text=TEXT)
+        assert left and not any(left)
+
+    def test_who_may_not_delete_ends_well(self, lm: tuple[Any, Any], folder: Path, monkeypatch: Any) -> None:
+        def refused(self: Any, name: str) -> None:
+            raise Refused(f"{name} may not be deleted")
+
+        monkeypatch.setattr(Remote, "remove", refused)
+        assert tiny(lm, URL, text=TEXT)["ended"] == "complete"
+        assert torch.equal(
+            ActivationStore(URL).gather(torch.arange(400)), ActivationStore(folder).gather(torch.arange(400))
+        )
+
+    def test_empty_folders_are_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "acts" / OUT).mkdir(parents=True)
+        assert cache_at(f"file://{tmp_path}/acts") is None
+        (tmp_path / "acts" / OUT / "mine").touch()
+        with pytest.raises(ValueError, match="exists already"):
+            cache_at(f"file://{tmp_path}/acts")
+
+    def test_a_file_that_says_that_it_is_long_is_not_fetched(self, folder: Path) -> None:
+        copy_to(URL, folder)
+        store = ActivationStore(URL)
+        header = json.dumps({"acts": {"dtype": "BF16", "shape": [9], "data_offsets": [0, 1 << 40]}}).encode()
+
+        def long(content: bytes) -> bytes:
+            return len(header).to_bytes(8, "little") + header
+
+        with failing(changed(long, f"{OUT}/00004.safetensors", times=99)) as requests:
+            with pytest.raises(ValueError, match="damaged"):
+                store.fetch([4])
+            assert len(requests) == 1
+
+
+def test_passwords_are_not_passed_on() -> None:
+    assert in_full("ftp://me:secret@host/acts") == "ftp://me@host/acts"
+    assert in_full("s3://bucket/a:b@c") == "s3://bucket/a:b@c"
