@@ -744,7 +744,7 @@ class TestSeveralWriters:
 
         def noted(self: Any, digests: Any) -> None:
             publish(self, digests)
-            left.append(len([file for file in (tmp_path / "copies").glob("collecting*/**/*.safetensors")]))
+            left.append(len(list((tmp_path / "copies").glob("collecting*/**/*.safetensors"))))
 
         monkeypatch.setattr(remote_out.RemoteOut, "publish", noted)
         tiny(lm, tmp_path / "here", text=TEXT)
