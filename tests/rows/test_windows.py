@@ -280,8 +280,8 @@ def test_real_caches(kind: str, folder: Path) -> None:
 
 
 def test_held_parts_are_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for size, read in ((1 << 20, 22), (70, 22), (70, 999)):  # 999: as on systems that do not know it
-        monkeypatch.setattr("apportion.rows.shards.POPULATE_READ", read)
+    for size, read in ((1 << 20, 3), (70, 3), (70, 999)):  # 999: as on systems that do not know it
+        monkeypatch.setattr("apportion.rows.shards.WILL_NEED", read)
         monkeypatch.setattr("apportion.rows.store.PART_BYTES", size)
         store = ActivationStore(folder, PLACES[0])
         assert sum(store.part_rows) == store.rows and max(store.part_rows) * store.row_bytes <= max(size, 64)

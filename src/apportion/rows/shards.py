@@ -48,9 +48,9 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-POPULATE_READ = 22
-"""Advice of Linux 5.14: read these pages now."""
-READERS = 4
+WILL_NEED = getattr(mmap, "MADV_WILLNEED", 3)
+"""Advice to a system: read these pages now."""
+READERS = 8
 """Threads that read a window."""
 
 
@@ -60,7 +60,7 @@ def read_on(part: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "rows ..."]:
     with suppress(AttributeError, OSError):
         advise = ctypes.CDLL(None, use_errno=True).madvise
         begin = start // mmap.PAGESIZE * mmap.PAGESIZE
-        advise(ctypes.c_void_p(begin), ctypes.c_size_t(stop - begin), POPULATE_READ)
+        advise(ctypes.c_void_p(begin), ctypes.c_size_t(stop - begin), WILL_NEED)
     return part
 
 
