@@ -7,8 +7,9 @@ A shard is made in a folder here and put there file by file, each whole; the lin
 all its files or not at all. It stays here as a copy (copies.py), as long as there is room.
 
 There are no locks in an object store. Who begins a shard says so in `claims`, renews that every minute, and leaves
-alone what others have claimed and not given up. That is four small requests a shard, for which hardly ever two make the
-same one. If they do, because they claimed it at the same moment, no harm is done: both write the same bytes.
+alone what others have claimed and not given up; who finds that he was taken over commits nothing. These are a few
+small requests a shard, for which hardly ever two make the same one. If they do, because they claimed it at the same
+moment, both write the same bytes, as long as they ask for the same tokens on processors of one kind.
 """
 
 from __future__ import annotations
